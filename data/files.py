@@ -1,0 +1,412 @@
+"""File formats of the project: read, validate, write atomically, and exit with one clear line.
+
+Every stage hands its result to the next as a file, so the formats are the contract between stages:
+
+    demonstrations.jsonl  {"prompt", "response", "user", "source": "labeler"|"customer", "use_case"}
+    prompts.jsonl         {"prompt", "user", "source", "use_case"}
+    candidates.jsonl      {"prompt", "user", "source", "use_case",
+                           "responses": [K], "ended": [K bools], "models": [K]}
+    comparisons.jsonl     candidates + {"ranks": [K ints, 1 is best, equal is a tie], "labeler"}
+                          ("ended" and "models" are optional there)
+    pretrain.txt          documents separated by a line that holds only <|endoftext|>
+
+JSON Lines is UTF-8, one object a line. Unknown keys are allowed and kept. A file is either read
+whole or refused whole with a `BadInput` that names file, line, key and what was expected, and a
+file is either written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+END_OF_TEXT = "<|endoftext|>"
+SOURCES = ("labeler", "customer")
+MAX_LINE_BYTES = 16 * 2**20  # one record; a longer line is almost surely not JSON Lines
+
+Record = dict[str, Any]
+
+
+class BadInput(ValueError):
+    """Input that cannot be used; its message is one line for the person who gave it (exit code 2)."""
+
+
+# ------------------------------------------------------------------------------------------------
+# JSON Lines
+
+
+def _string(value: Any) -> str | None:
+    return None if isinstance(value, str) else "a string"
+
+
+def _filled_string(value: Any) -> str | None:
+    return None if isinstance(value, str) and value.strip() else "a string that is not blank"
+
+
+def _source(value: Any) -> str | None:
+    return None if value in SOURCES else '"labeler" or "customer"'
+
+
+def _strings(value: Any) -> str | None:
+    good = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return None if good else "a list of strings"
+
+
+def _bools(value: Any) -> str | None:
+    good = isinstance(value, list) and all(isinstance(item, bool) for item in value)
+    return None if good else "a list of true and false"
+
+
+def _ranks(value: Any) -> str | None:
+    good = isinstance(value, list) and all(type(item) is int and item >= 1 for item in value)
+    return None if good else "a list of whole numbers from 1 (1 is best, equal numbers are a tie)"
+
+
+_PROMPT = {"prompt": _filled_string, "user": _filled_string, "source": _source, "use_case": _string}
+_CANDIDATES = _PROMPT | {"responses": _strings, "ended": _bools, "models": _strings}
+# kind -> (required keys, optional keys), each key with its check: None if good, else what it expects
+KINDS: dict[str, tuple[dict[str, Callable], dict[str, Callable]]] = {
+    "demonstrations": (_PROMPT | {"response": _filled_string}, {}),
+    "prompts": (_PROMPT, {}),
+    "candidates": (_CANDIDATES, {}),
+    "comparisons": (
+        _PROMPT | {"responses": _strings, "ranks": _ranks, "labeler": _filled_string},
+        {"ended": _bools, "models": _strings},
+    ),
+}
+
+
+def check_record(record: Any, kind: str, where: str) -> None:
+    """Raise `BadInput`, beginning with `where`, unless `record` is a valid record of `kind`."""
+    required, optional = KINDS[kind]
+    if not isinstance(record, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(record).__name__}")
+    for key in required:
+        if key not in record:
+            raise BadInput(f'{where}: key "{key}" is missing; a record of {kind} needs it')
+    for key, check in (required | optional).items():
+        if key in record and (expected := check(record[key])):
+            shown = json.dumps(record[key], ensure_ascii=False)[:60]
+            raise BadInput(f'{where}: key "{key}": expected {expected}, found {shown}')
+    if "responses" not in record:
+        return
+    num_responses = len(record["responses"])
+    if num_responses < 2:
+        raise BadInput(f'{where}: key "responses": expected at least 2, found {num_responses}')
+    for key in ("ended", "models", "ranks"):
+        if key in record and len(record[key]) != num_responses:
+            raise BadInput(
+                f'{where}: key "{key}": expected one entry for each of the {num_responses} '
+                f"responses, found {len(record[key])}"
+            )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'key "{twice}" stands twice')
+    return record
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse strict JSON: no NaN or Infinity, no duplicate keys, bounded depth. Raises `BadInput`."""
+    try:
+        return json.loads(
+            text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
+        )
+    except RecursionError:
+        raise BadInput(f"{where}: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where}: not JSON ({error.msg} at character {error.pos})") from None
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def _read_text(path: Path | str) -> str:
+    """The file as text: UTF-8, byte-order mark dropped, line ends made "\\n". Raises `BadInput`."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{path}:{line}: not UTF-8 text (byte {error.start})") from None
+    return text.replace("\r\n", "\n")
+
+
+def read_jsonl(path: Path | str, kind: str) -> list[Record]:
+    """Read the records of a file of the given `kind`, a key of `KINDS`.
+
+    Blank lines are skipped. Raises `BadInput` that names file, line and key if the file is missing,
+    empty, not UTF-8, or any line is not a valid record.
+    """
+    records = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise BadInput(f"{where}: line of {len(line)} characters, over {MAX_LINE_BYTES}")
+        if "\x00" in line:
+            raise BadInput(f"{where}: holds a NUL byte; expected text")
+        record = parse_json(line, where)
+        check_record(record, kind, where)
+        records.append(record)
+    if not records:
+        raise BadInput(f"{path}: holds no records; expected {kind}, one JSON object a line")
+    return records
+
+
+def write_jsonl(path: Path | str, records: Iterable[Record], kind: str) -> None:
+    """Check every record, then write them atomically. Raises `BadInput` and writes nothing if bad."""
+    lines = []
+    for number, record in enumerate(records, start=1):
+        check_record(record, kind, f"{path}: record {number}")
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_atomic(path, "".join(lines))
+
+
+# ------------------------------------------------------------------------------------------------
+# Pretraining text
+
+
+def read_documents(path: Path | str) -> list[str]:
+    """Read pretrain.txt: documents separated by a line that holds only <|endoftext|>.
+
+    A literal <|endoftext|> inside a longer line is ordinary text. Raises `BadInput` if there is no
+    document.
+    """
+    documents, lines = [], []
+    for line in [*_read_text(path).split("\n"), END_OF_TEXT]:
+        if line.strip() == END_OF_TEXT:
+            document = "\n".join(lines).strip("\n")
+            if document.strip():
+                documents.append(document)
+            lines = []
+        else:
+            lines.append(line)
+    if not documents:
+        raise BadInput(f"{path}: holds no documents; expected text")
+    return documents
+
+
+def write_documents(path: Path | str, documents: Iterable[str]) -> None:
+    """Write pretrain.txt atomically. Raises `BadInput` for a document that would split on reading."""
+    documents = list(documents)
+    for number, document in enumerate(documents, start=1):
+        if any(line.strip() == END_OF_TEXT for line in document.split("\n")):
+            raise BadInput(f"{path}: document {number} has a line that holds only {END_OF_TEXT}")
+    write_atomic(path, f"\n{END_OF_TEXT}\n".join(documents) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# Atomic writes
+
+
+def _flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder, so that a later rename cannot be on disk before its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path | str, content: str | bytes) -> None:
+    """Write aside, flush, rename: at any moment `path` is the old file or the new one, whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        _flush_to_disk(aside)
+        os.replace(aside, path)
+        _flush_to_disk(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_folder_atomic(folder: Path | str, write: Callable[[Path], None]) -> None:
+    """Call `write(aside)` on an empty folder aside, add checksums, flush, rename it to `folder`.
+
+    A folder already there is replaced. SHA256SUMS is in the format of the sha256sum command.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        write(aside)
+        sums = "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(aside.iterdir()))
+        (aside / "SHA256SUMS").write_text(sums)
+        for file in aside.iterdir():
+            _flush_to_disk(file)
+        _flush_to_disk(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+        _flush_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder_is_intact(folder: Path | str) -> bool:
+    """True if every file that SHA256SUMS names is there with that checksum."""
+    folder = Path(folder)
+    try:
+        lines = (folder / "SHA256SUMS").read_text().splitlines()
+        return bool(lines) and all(
+            _sha256(folder / name) == digest for digest, name in (line.split("  ") for line in lines)
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def fingerprint(path: Path | str) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a file: which data a run has read."""
+    try:
+        return _sha256(Path(path))[:16]
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Logs
+
+
+class Log:
+    """A CSV file with a fixed header and one flushed row a step; a wrong key is an error.
+
+    It is written as `.<name>.new` beside its final name until `keep()`: the log of an earlier run
+    in the same folder stays until the new run has a checkpoint to show. `resume_at` cuts an
+    existing log back to the rows up to and including that step and goes on from there.
+    """
+
+    def __init__(self, path: Path | str, columns: list[str], resume_at: int | None = None):
+        self.path, self.columns = Path(path), columns
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._aside = self.path.with_name(f".{self.path.name}.new")
+        if resume_at is None:
+            self._file = self._aside.open("w", newline="")
+            self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
+            self._writer.writeheader()
+        else:
+            rows = read_log(self.path, columns) if self.path.exists() else []
+            rows = [row for row in rows if int(row["step"]) <= resume_at]
+            lines = [",".join(columns), *(",".join(row[key] for key in columns) for row in rows)]
+            write_atomic(self.path, "\n".join(lines) + "\n")
+            self._aside.unlink(missing_ok=True)
+            self._file = self.path.open("a", newline="")
+            self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
+        self._file.flush()
+
+    def write(self, row: dict[str, float | int | None]) -> None:
+        """Append one row; None is an empty cell, floats keep 9 significant digits (float32 exact)."""
+        if set(row) != set(self.columns):
+            odd = sorted(set(row) ^ set(self.columns))
+            raise ValueError(f"{self.path}: the row and the header differ in {odd}")
+        self._writer.writerow({key: _cell(row[key]) for key in self.columns})
+        self._file.flush()
+
+    def keep(self) -> None:
+        """Move the new log to its final name, over the log of an earlier run; flush it to disk."""
+        if self._aside.exists():
+            os.replace(self._aside, self.path)
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, (int, str)) else f"{value:.9g}"
+
+
+def read_log(path: Path | str, columns: list[str] | None = None) -> list[dict[str, str]]:
+    """Rows of a log as strings, a torn last line left out. Raises `BadInput` on another header."""
+    lines = _read_text(path).split("\n")
+    header = lines[0].split(",")
+    if columns is not None and header != columns:
+        raise BadInput(f"{path}: header {lines[0]!r}, expected {','.join(columns)!r}")
+    whole = lines[1:-1]  # what follows the last line end is empty or torn
+    rows = [dict(zip(header, line.split(","), strict=True)) for line in whole if line]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Commands
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command's `main` and return its exit code, with one line on stderr where it fails.
+
+    0 done; 2 bad arguments or bad input (`BadInput`, `ValueError`); 1 stopped by a guard, out of
+    memory or a full disk; 130 Ctrl-C.
+    """
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except ValueError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: out of memory; lower --batch_size", file=sys.stderr)
+        return 1
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or _one_line(error)
+        print(f"error: {error.filename or 'file'}: {reason}", file=sys.stderr)
+        return 1 if full else 2
+    except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeErrors
+        if "out of memory" not in str(error).lower() and "can't allocate" not in str(error).lower():
+            raise
+        print("error: out of memory; lower --batch_size", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def check_writable(folder: Path | str) -> None:
+    """Raise `BadInput` unless files can be created in `folder`, which is made if it is absent."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written ({error.strerror})") from None
+

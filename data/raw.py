@@ -1,0 +1,89 @@
+"""
+Raw files of public data sets: find them, read them, and refuse what is not what it should be.
+
+Every error is a `BadInput` whose one line names the file, the line or record, and the key.
+"""
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.files import BadInput, parse_json
+
+
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """
+    Find the files that match `pattern` anywhere under `folder`; of x and x.gz only the plain one.
+
+    Returns them sorted by path. The pattern is searched in the path relative to `folder`, and in the path from the folder's own
+    name on, so that a folder that *is* `helpful-base` works as well.
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}"
+        names = (relative, relative.partition("/")[2])
+        if any(re.search(pattern, name) for name in names) and path.is_file():
+            found.append(path)
+    return [path for path in found if path.suffix != ".gz" or path.with_suffix("") not in found]
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text, gzipped or plain, without byte-order mark, CRLF and NUL characters."""
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadInput(f"{path}: damaged gzip file ({error}); download it again") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{path}:{line}: not UTF-8 text (byte {error.start})") from None
+    if text.startswith("version https://git-lfs"):
+        raise BadInput(f"{path}: a Git LFS pointer, not the data; download the file itself")
+    if path.suffix != ".txt" and text.lstrip()[:14].lower().startswith(("<!doctype html", "<html")):
+        raise BadInput(f"{path}: a web page, not the data; download the file itself")
+    return text.replace("\r\n", "\n").replace("\x00", "")
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("file:line", value) for each line that is not blank."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
+
+
+def read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("file: record number", value) for each entry of a JSON array, counted from 1."""
+    values = parse_json(read_text(path), str(path))
+    if not isinstance(values, list):
+        raise BadInput(f"{path}: expected a JSON array, found {type(values).__name__}")
+    for number, value in enumerate(values, start=1):
+        yield f"{path}: record {number}", value
+
+
+TYPE_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number"}
+
+
+def get(record: Any, key: str, kind: type, where: str, default: Any = None) -> Any:
+    """Return `record[key]`, which must be of type `kind`; a null or absent key gives `default`."""
+    if not isinstance(record, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(record).__name__}")
+    value = record.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        found = f"found {str(value)[:60]!r}" if key in record else "it is missing"
+        raise BadInput(f'{where}: key "{key}": expected {TYPE_NAMES[kind]}, {found}; the data '
+                       "set's schema may have changed")
+    return value
+
+
+def clean(text: str) -> str:
+    """Strip white space at both ends and drop lone surrogates, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "ignore").decode("utf-8").replace("\r\n", "\n").strip()

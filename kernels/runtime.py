@@ -1,0 +1,90 @@
+"""Where the kernels run: Triton or its absence, GPU or interpreter, and the checks that the operations share.
+
+Triton is optional. Without it `jit` leaves a kernel an ordinary function that nobody calls, and `impl="triton"`
+is an error that says so. TRITON_INTERPRET=1, set before Triton is imported, runs the kernels on CPU tensors in
+Triton's interpreter: slow, but step by step the program that a GPU would run. The interpreter is right in float32
+and float16; bfloat16 products are silently wrong there, so they are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not Linux, or not installed: the torch implementations do everything
+    triton = None
+    tl = None
+
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def jit(function: Callable) -> Any:
+    """`triton.jit` where Triton is installed; the bare function elsewhere."""
+    return function if triton is None else triton.jit(function)
+
+
+def choose(impl: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable:
+    """The implementation that `impl` names; "auto" is Triton on CUDA and torch elsewhere.
+
+    Raises ValueError for a name that is not in `impls` and for Triton where it cannot run on `tensor`.
+    """
+    if impl == "auto":
+        impl = "triton" if tensor.is_cuda and "triton" in impls and triton is not None else "torch"
+    if impl not in impls:
+        raise ValueError(f"impl {impl!r} is unknown; choose one of auto, {', '.join(impls)}")
+    if impl.startswith("triton"):
+        _check_triton(impl, tensor)
+    return impls[impl]
+
+
+def _check_triton(impl: str, tensor: Tensor) -> None:
+    if triton is None:
+        raise ValueError(f"impl {impl!r} needs Triton, which is not installed; install it or use impl='torch'")
+    if not INTERPRETED and not tensor.is_cuda:
+        raise ValueError(
+            f"impl {impl!r} got tensors on {tensor.device}; move them to CUDA, or set TRITON_INTERPRET=1 before "
+            "Python starts to run the kernels in Triton's interpreter, or use impl='torch'"
+        )
+    if INTERPRETED and tensor.dtype == torch.bfloat16:
+        raise ValueError(
+            f"impl {impl!r} got bfloat16 in Triton's interpreter, whose bfloat16 products are wrong; "
+            "use float32 or float16 there"
+        )
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """Check that all are floating point, on one device, of one dtype, with last stride 1.
+
+    Raises ValueError naming the argument, what it is and the remedy.
+    """
+    first_name, first = next(iter(tensors.items()))
+    if first.dtype not in FLOATS:
+        raise ValueError(f"{first_name} has dtype {first.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+    for name, x in tensors.items():
+        if x.dtype != first.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} but {first_name} has {first.dtype}; convert one of them")
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them")
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name} has last stride {x.stride(-1)}; expected 1: call .contiguous() on it")
+
+
+def check_lengths(lengths: Tensor, rows: int, longest: int, device: torch.device) -> None:
+    """Check `lengths`: (rows,) int32 on `device`; on the CPU, where reading is free, also 0 <= value <= longest."""
+    if lengths.shape != (rows,):
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({rows},), one length a row")
+    if lengths.dtype != torch.int32:
+        raise ValueError(f"lengths has dtype {lengths.dtype}; expected torch.int32: call .int() on it")
+    if lengths.device != device:
+        raise ValueError(f"lengths is on {lengths.device}; expected {device}, where the other tensors are")
+    if rows and not lengths.is_cuda:
+        low, high = (int(x) for x in lengths.aminmax())
+        if low < 0 or high > longest:
+            raise ValueError(f"lengths has value {low if low < 0 else high}; expected 0..{longest}")

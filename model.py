@@ -1,0 +1,618 @@
+"""GPT-2, its scalar-headed twin, sampling, and checkpoints: everything the three stages share.
+
+    GPT           tokens -> hidden states; log-probs of given tokens; sampling with a KV cache
+    ScalarModel   the same trunk with one number per position: reward model and value network
+    Checkpoints   what a run needs to go on after being killed, and what it hands to the next stage
+
+Dimensions: B batch, T tokens, C width, H heads, D = C / H head size, V vocabulary, S cache length.
+
+Sequences are right-padded and masks come from lengths, never from token ids. A causal model never
+looks to the right, so what stands behind a row's end cannot reach the row: training needs no
+attention mask, positions are a plain 0..T-1, and there is no pad token (any id may fill the tail).
+
+The architecture is GPT-2's (Radford et al. 2019), as GPT-3 and InstructGPT use it: pre-norm blocks,
+learned positions, tanh GELU, output embedding tied to the input embedding. GPT-3 alternates dense
+and banded attention layers (Brown et al. 2020, 2.1; the band is not published); here all are dense.
+Parameter names and layout are GPT-2's, so its weights load here and ours load elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import kernels
+from data import files
+from data.files import BadInput
+
+DOWNLOADS = Path(__file__).parent / "data" / "downloads"
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT; the field names are those of GPT-2's config.json."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    resid_pdrop: float = 0.0  # dropout on each residual branch and on the embeddings, in training
+    layer_norm_epsilon: float = 1e-5
+    eos_token_id: int = 50256
+    score_mod: str = "causal"  # a key of kernels.flash_attention.SCORE_MODS
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise BadInput(f"{name} is {value!r}; expected a whole number from 1")
+        if self.n_embd % self.n_head:
+            raise BadInput(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change either"
+            )
+        if not 0 <= self.resid_pdrop < 1:
+            raise BadInput(f"resid_pdrop is {self.resid_pdrop}; expected 0 or more, below 1")
+        if not 0 <= self.eos_token_id < self.vocab_size:
+            raise BadInput(
+                f"eos_token_id {self.eos_token_id} is not below vocab_size {self.vocab_size}"
+            )
+
+
+class Linear(nn.Module):
+    """y = x weight + bias with weight (in, out): the transpose of nn.Linear, as GPT-2 stores it."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], -1)
+
+
+class KVCache:
+    """Keys and values of every layer for the tokens seen so far, (B, H, S, D) each."""
+
+    def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor):
+        shape = (batch, config.n_head, size, config.n_embd // config.n_head)
+        self.keys = [like.new_empty(shape) for _ in range(config.n_layer)]
+        self.values = [like.new_empty(shape) for _ in range(config.n_layer)]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all but the given batch rows."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, impl: str):
+        super().__init__()
+        self.n_head, self.layer = config.n_head, layer
+        self.score_mod, self.impl = config.score_mod, impl
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor, lengths: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, C) -> (B, T, C); fills the first T places of the cache if one is given."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
+        if cache is not None:
+            cache.keys[self.layer][:, :, :T] = k
+            cache.values[self.layer][:, :, :T] = v
+        y = kernels.attention(q, k, v, lengths, score_mod=self.score_mod, impl=self.impl)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the kernel lays y out as (B, T, H, D): no copy
+        return self.dropout(self.c_proj(y))
+
+    def step(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """One new token a row: (B, C) at `positions` (B,) -> (B, C), its key and value cached."""
+        B, C = x.shape
+        q, k, v = self.c_attn(x).view(B, 3, self.n_head, C // self.n_head).unbind(1)  # (B, H, D)
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        rows = torch.arange(B, device=x.device)
+        keys[rows, :, positions] = k
+        values[rows, :, positions] = v
+        y = kernels.decode_attention(
+            q, keys, values, (positions + 1).int(), score_mod=self.score_mod, impl=self.impl
+        )
+        return self.c_proj(y.reshape(B, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # GPT-2's GELU is the tanh approximation; the exact one moves logits by up to 5e-4.
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, impl: str):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer, impl)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, lengths: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), lengths, cache)
+        return x + self.mlp(self.ln_2(x))
+
+    def step(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        x = x + self.attn.step(self.ln_1(x), positions, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A GPT-2. `impl` chooses the kernels: "auto" (Triton on CUDA, torch elsewhere), or either."""
+
+    def __init__(self, config: GPTConfig, impl: str = "auto"):
+        super().__init__()
+        self.config, self.impl = config, impl
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.h = nn.ModuleList(Block(config, layer, impl) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's: normal of std 0.02; projections onto the residual stream by 1/sqrt(2 n_layer),
+        so that the variance of the stream does not grow with depth (two branches a layer)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def unembedding(self) -> Tensor:
+        """(V, C): the output matrix, tied to the token embedding."""
+        return self.wte.weight
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self, tokens: Tensor, lengths: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Final hidden states: tokens (B, T) int64 -> (B, T, C), after the last layer norm.
+
+        `lengths` (B,) int32 spares work past each row's end (hidden states there are finite but
+        meaningless). Raises ValueError if T is over n_positions.
+        """
+        T = tokens.shape[1]
+        if T > self.config.n_positions:
+            raise ValueError(
+                f"sequence of {T} tokens, over n_positions {self.config.n_positions}: "
+                "shorten it or use a model with a longer context"
+            )
+        x = self.dropout(self.wte(tokens) + self.wpe.weight[:T])
+        for block in self.h:
+            x = block(x, lengths, cache)
+        return self.ln_f(x)
+
+    def logprobs(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob of each token given those before it, and the entropy of that choice, in nats.
+
+            logprobs[:, t] = log softmax(hidden[:, t-1] unembedding^T / temperature)[tokens[:, t]]
+
+        tokens (B, T) int64, mask (B, T) bool -> both (B, T) float32, 0 at t = 0. The head runs on
+        masked positions only (without a mask: on those within `lengths`); elsewhere both are 0.
+        """
+        if mask is None and lengths is not None:
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        hidden = self(tokens, lengths)[:, :-1]  # position t - 1 predicts token t
+        chosen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        chosen = chosen[:, 1:]
+        hidden, weight = hidden[chosen], self.unembedding
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        logprobs, entropy = kernels.logprobs(
+            hidden, weight, tokens[:, 1:][chosen], temperature=temperature, impl=self.impl
+        )
+        return _unmask(logprobs, chosen), _unmask(entropy, chosen)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Tensor,
+        prompt_lengths: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sample a response to each prompt, with a KV cache, until the end token or the limit.
+
+        prompts (B, P) int64 right-padded, prompt_lengths (B,) int32 -> tokens
+        (B, P + max_new_tokens) int64 and lengths (B,) int32. Each row is its prompt, then its
+        response without a gap, the tail filled with the end token; a length counts prompt, response
+        and end token. Temperature 0 takes the likeliest token. The randomness is one uniform number
+        per row and step, all drawn at the start: what a row gets does not depend on when other rows
+        end. Rows that ended leave the batch and cost no more time.
+        """
+        B, P = prompts.shape
+        device, end = prompts.device, self.config.eos_token_id
+        longest = int(prompt_lengths.max()) + max_new_tokens
+        if longest > self.config.n_positions:
+            raise ValueError(
+                f"prompt and max_new_tokens {max_new_tokens} come to {longest} tokens, over "
+                f"n_positions {self.config.n_positions}: lower max_prompt_tokens or max_new_tokens"
+            )
+        inside = torch.arange(P, device=device) < prompt_lengths[:, None]
+        tokens = prompts.new_full((B, P + max_new_tokens), end)
+        tokens[:, :P] = torch.where(inside, prompts, end)
+        lengths = prompt_lengths.to(torch.int64).clone()
+        if max_new_tokens == 0:
+            return tokens, lengths.int()
+        uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
+        weight = self.unembedding.float()  # float32 logits: 16-bit ones are off by 0.1 nats
+
+        cache = KVCache(self.config, B, longest, self.h[0].attn.c_attn.weight)
+        hidden = self(tokens[:, :P], prompt_lengths.int(), cache)
+        rows = torch.arange(B, device=device)  # rows of the batch that are still being written
+        hidden = hidden[rows, lengths - 1]
+        ended = torch.zeros(B, dtype=torch.bool, device=device)  # of those rows
+        # A look at `ended` waits for the device, so on a GPU it is rationed.
+        look_every = 1 if device.type == "cpu" else 8
+        for step in range(max_new_tokens):
+            new = _sample(hidden.float() @ weight.T, uniforms[rows, step], temperature)
+            new = torch.where(ended, end, new)
+            tokens[rows, lengths[rows]] = new
+            lengths[rows] += (~ended).long()
+            ended = ended | (new == end)
+            if step + 1 == max_new_tokens:
+                break
+            if step % look_every == look_every - 1:
+                going = (~ended).nonzero().squeeze(1)
+                if len(going) == 0:
+                    break
+                if len(going) < 0.9 * len(rows):  # below that, copying the cache pays
+                    cache.keep_rows(going)
+                    rows, new, ended = rows[going], new[going], ended[going]
+            # A row that ended but is still here rewrites its last place; nobody reads the result.
+            positions = lengths[rows] - 1
+            x = self.wte(new) + self.wpe(positions)
+            for block in self.h:
+                x = block.step(x, positions, cache)
+            hidden = self.ln_f(x)
+        return tokens, lengths.int()
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_dir: str | Path, *, impl: str = "auto", resid_pdrop: float = 0.0
+    ) -> GPT:
+        """Load a folder with config.json and model.safetensors: GPT-2's or one of this project's.
+
+        "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl" are looked up under data/downloads/. Keys
+        may begin with "transformer."; mask buffers and a tied lm_head are ignored. Dropout is set
+        by the caller, not by the file. Raises `BadInput` where the folder is not a language model.
+        """
+        folder = _find_model(name_or_dir)
+        config, _ = read_config(folder)
+        weights = _read_weights(folder)
+        if "score.weight" in weights:
+            raise BadInput(
+                f"{folder}: holds a scalar model (stage {read_info(folder).get('stage', '?')}), "
+                "expected a language model: give a checkpoint of train_sft.py or train_ppo.py"
+            )
+        config.resid_pdrop = resid_pdrop
+        with torch.device("meta"):
+            model = cls(config, impl)
+        _load(model, weights, folder)
+        return model
+
+
+def _sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Invert the distribution function: logits (N, V) float32, uniforms (N,) -> tokens (N,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    cdf = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+    point = uniforms[:, None] * cdf[:, -1:]  # rounding may leave the sum a little off 1
+    return torch.searchsorted(cdf, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+def _unmask(values: Tensor, chosen: Tensor) -> Tensor:
+    """Values at the chosen places of (B, T-1), as (B, T) float32 with 0 at t = 0 and elsewhere."""
+    full = values.new_zeros(chosen.shape, dtype=torch.float32)
+    full = full.masked_scatter(chosen, values.float())
+    return F.pad(full, (1, 0))
+
+
+class ScalarModel(nn.Module):
+    """A GPT whose unembedding is replaced by a linear head to one number (InstructGPT 3.5, C).
+
+    As the reward model, the number at a response's last token is the response's score. As the value
+    network, the number at position t - 1 is the value of the state before token t. The reward
+    model's shift, by which demonstrations score 0 on average, lives in the head's bias, so a value
+    network that starts from a reward model inherits it.
+    """
+
+    def __init__(self, config: GPTConfig, impl: str = "auto"):
+        super().__init__()
+        self.trunk = GPT(config, impl)
+        self.score = nn.Linear(config.n_embd, 1)
+        self._initialise_head()
+
+    def _initialise_head(self) -> None:
+        """Stiennon et al. 2020, B.1: std 1/sqrt(C + 1), zero bias, so first scores are O(1)."""
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(self.score.in_features + 1))
+        nn.init.zeros_(self.score.bias)
+
+    @property
+    def config(self) -> GPTConfig:
+        return self.trunk.config
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """One number per position: tokens (B, T) int64 -> (B, T) float32."""
+        hidden = self.trunk(tokens, lengths)
+        return self.score(hidden).squeeze(-1).float()
+
+    def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """One number per row, read at its last token: (B, T), (B,) -> (B,) float32."""
+        hidden = self.trunk(tokens, lengths)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self.score(hidden[rows, lengths.long() - 1]).squeeze(-1).float()
+
+    @classmethod
+    def from_gpt(cls, gpt: GPT, *, impl: str = "auto", resid_pdrop: float = 0.0) -> ScalarModel:
+        """A copy of a language model's trunk under a fresh head."""
+        config = GPTConfig(**asdict(gpt.config) | {"resid_pdrop": resid_pdrop})
+        model = cls(config, impl)
+        model.trunk.load_state_dict(gpt.state_dict())
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, impl: str = "auto", resid_pdrop: float = 0.0
+    ) -> ScalarModel:
+        """Load a checkpoint of train_rm.py. Raises `BadInput` where it is a language model."""
+        folder = Path(folder)
+        config, _ = read_config(folder)
+        weights = _read_weights(folder)
+        if "score.weight" not in weights:
+            raise BadInput(
+                f"{folder}: holds a language model (stage {read_info(folder).get('stage', '?')}), "
+                "expected a reward model: give a checkpoint of train_rm.py"
+            )
+        config.resid_pdrop = resid_pdrop
+        with torch.device("meta"):
+            model = cls(config, impl)
+        _load(model, weights, folder)
+        return model
+
+
+def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token lists -> tokens (B, T) int64, right-padded with `fill`, and lengths (B,) int32."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32)
+    tokens = torch.full((len(sequences), int(lengths.max())), fill)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+    return tokens.to(device), lengths.to(device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading and writing model folders
+
+
+def _find_model(name_or_dir: str | Path) -> Path:
+    if str(name_or_dir) in GPT2_NAMES and not Path(name_or_dir).is_dir():
+        folder = DOWNLOADS / str(name_or_dir)
+        if not folder.is_dir():
+            raise BadInput(
+                f"{folder}: no such folder; get the weights with "
+                f"`python -m data.prepare --download {name_or_dir}`"
+            )
+        return folder
+    return Path(name_or_dir)
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """All of a folder's config.json: the model's shape, and stage, data and settings of its run."""
+    path = Path(folder) / "config.json"
+    try:
+        info = files.parse_json(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise BadInput(
+            f"{path}: no such file; expected a checkpoint folder with config.json and "
+            "model.safetensors (has the stage before finished?)"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
+    if not isinstance(info, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(info).__name__}")
+    return info
+
+
+def read_config(folder: str | Path) -> tuple[GPTConfig, dict[str, Any]]:
+    """The model's shape from a folder's config.json, and the whole of that file."""
+    info = read_info(folder)
+    path = Path(folder) / "config.json"
+    if info.get("activation_function", "gelu_new") != "gelu_new":
+        raise BadInput(f'{path}: activation_function "{info["activation_function"]}", not GPT-2')
+    names = {field.name for field in fields(GPTConfig)}
+    values = {"n_positions": info.get("n_ctx")} | {k: v for k, v in info.items() if k in names}
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        if values.get(name) is None:
+            raise BadInput(f'{path}: key "{name}" is missing; expected a GPT-2 config')
+    values.setdefault("eos_token_id", values["vocab_size"] - 1)
+    try:
+        return GPTConfig(**values), info
+    except (BadInput, TypeError) as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of model.safetensors under this project's names."""
+    path = folder / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; expected weights beside config.json") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a readable safetensors file ({error})") from None
+    weights = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("transformer.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight":
+            weights[name] = tensor
+    return weights
+
+
+def _load(model: GPT | ScalarModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Give a model made on the meta device its weights, in float32."""
+    if isinstance(model, ScalarModel):
+        weights = {
+            name if name.startswith("score.") else f"trunk.{name}": tensor
+            for name, tensor in weights.items()
+        }
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    odd = sorted(set(expected) ^ set(weights))
+    odd += [name for name in expected if name in weights and weights[name].shape != expected[name]]
+    if odd:
+        raise BadInput(
+            f"{folder / 'model.safetensors'}: does not fit config.json; missing, unexpected or of "
+            f"another shape: {', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}"
+        )
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(True)
+
+
+def save_model(
+    folder: str | Path, model: GPT | ScalarModel, tokenizer_json: str, info: dict[str, Any]
+) -> None:
+    """Write config.json, tokenizer.json and, last, model.safetensors, each atomically.
+
+    `info` (stage, data, settings) goes into config.json beside the shape, under keys of its own.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = asdict(model.config) | {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel" if isinstance(model, GPT) else "ScalarModel"],
+        "activation_function": "gelu_new",
+        "bos_token_id": model.config.eos_token_id,
+        "tie_word_embeddings": True,
+    }
+    files.write_atomic(folder / "config.json", json.dumps(shape | info, indent=2) + "\n")
+    files.write_atomic(folder / "tokenizer.json", tokenizer_json)
+    weights = {
+        name.removeprefix("trunk."): tensor.detach().float().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    aside = folder / f".model.safetensors.{os.getpid()}.tmp"
+    try:
+        save_file(weights, aside, metadata={"format": "pt"})
+        with aside.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(aside, folder / "model.safetensors")
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class Checkpoints:
+    """The folder of one run: what it needs to go on (`checkpoints/<step>/`) and its result.
+
+    Every random draw of step i in the three scripts is a function of the seed and of i, and so is
+    every batch. So weights, optimizer states and the step are all there is to save, and a resumed
+    run is the uninterrupted run, bit for bit. An earlier result in the same folder stays until the
+    first checkpoint of the new run.
+    """
+
+    KEEP = 2
+
+    def __init__(self, out: str | Path, settings: dict[str, Any]):
+        """`settings`: everything that decides the run's numbers; a resume refuses other ones."""
+        self.out, self.folder, self.settings = Path(out), Path(out) / "checkpoints", settings
+        self.fresh = True
+        files.check_writable(self.out)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The state of the newest intact checkpoint, or None. Raises `BadInput` on other settings.
+
+        A damaged checkpoint (checksums) is passed over with a warning.
+        """
+        for folder in sorted(self.folder.glob("[0-9]*"), reverse=True):
+            if not files.folder_is_intact(folder):
+                warnings.warn(f"{folder} is damaged; using the one before", stacklevel=2)
+                continue
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            before = read_info(folder)["settings"]
+            differ = [k for k in self.settings if before.get(k) != self.settings[k]]
+            if differ:
+                raise BadInput(
+                    f"{folder}: --resume with other settings: "
+                    + ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in differ)
+                    + "; give the old ones, or start over without --resume"
+                )
+            self.fresh = False
+            return state
+        return None
+
+    def save(
+        self,
+        step: int,
+        model: GPT | ScalarModel,
+        tokenizer_json: str,
+        info: dict[str, Any],
+        state: dict[str, Any],
+    ) -> None:
+        """Write `checkpoints/<step>/` whole, then drop all but the newest `KEEP`."""
+
+        def write(aside: Path) -> None:
+            save_model(aside, model, tokenizer_json, info | {"settings": self.settings})
+            torch.save(state | {"step": step}, aside / "state.pt")
+
+        name = f"{step:08d}"
+        files.write_folder_atomic(self.folder / name, write)
+        if self.fresh:  # the first checkpoint of a new run: now the earlier run may go
+            for path in self.folder.iterdir():
+                if path.name != name:
+                    shutil.rmtree(path)
+            (self.out / "model.safetensors").unlink(missing_ok=True)
+            shutil.rmtree(self.out / "epochs", ignore_errors=True)
+            self.fresh = False
+        for folder in sorted(self.folder.glob("[0-9]*"))[: -self.KEEP]:
+            shutil.rmtree(folder)
+
+    def finish(
+        self, model: GPT | ScalarModel, tokenizer_json: str, info: dict[str, Any]
+    ) -> None:
+        """Write the run's result, which the next stage reads, beside `checkpoints/`."""
+        save_model(self.out, model, tokenizer_json, info | {"settings": self.settings})

@@ -1,0 +1,670 @@
+"""Step 3: reinforcement learning against the reward model with PPO, and PPO-ptx (InstructGPT 3.5).
+
+The objective (Eq. 2) is, over responses y to customer prompts x and pretraining text z,
+
+    E[ r(x, y) - kl_coef log(pi(y | x) / pi_ref(y | x)) ]  +  ptx_coef E[ log pi(z) ]
+
+PPO has ptx_coef 0; with ptx_coef > 0 it is PPO-ptx, the model the paper calls InstructGPT. An
+iteration draws prompts, samples a response to each, scores it once, charges the KL term token by
+token, and makes one pass of clipped policy-gradient updates over random minibatches.
+
+Four models: the policy pi; the reference pi_ref, a frozen copy of its start (--init, the C.3
+model); the reward model, frozen; the value network, a copy of the reward model with an optimizer of
+its own. The result is the exponential moving average of the policy's weights.
+
+Every per-token quantity is (B, T) and indexed by the token it is about. For the row
+"p0 p1 | r2 r3 end" (two prompt tokens, a response of three with its end token, then padding):
+
+    t                 0     1     2      3      4      5
+    tokens            p0    p1    r2     r3     end    (end)
+    response_mask     0     0     1      1      1      0
+    logprobs[t]       0     .     log pi(tokens[t] | tokens[:t]): from the hidden state at t - 1
+    values[t]         0     .     V before token t: the scalar output at t - 1
+    rewards[t]        0     0     -kl    -kl    -kl + score   0       kl = kl_coef * log-ratio[t]
+    advantages[t]     0     0     A(2)   A(3)   A(4)   0
+
+From the paper: sampling at temperature 1, no discount, clip 0.2, one inner epoch over 8 minibatches,
+constant learning rates after a warm-up of 10 iterations from a tenth, EMA 0.992 per update,
+pretraining gradients times ptx_coef accumulated before the same optimizer step, value network from
+the reward model. The paper is silent on, and the parents decide: lambda 0.95, advantages whitened
+over response tokens, clipped value loss (Ziegler et al. 2019), gradient clip 1, no entropy bonus, a
+fixed low score where the end token is missing (here --missing_eos_score). The miniature's own:
+kl_coef, ptx_coef with a *mean* token cross-entropy (the paper's 27.8 belongs to another scale of
+loss and batch), learning rates, sizes; the paper's values are in the help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.files import BadInput, Log, fingerprint, read_documents, read_jsonl, run_command
+from data.tokenizer import decode_response, encode_prompt, load_tokenizer
+from model import GPT, Checkpoints, ScalarModel, pad_right
+
+LOG = ["step", "episodes", "lr", "score", "score_std", "kl", "kl_coef", "reward", "entropy"]
+LOG += ["response_len", "eos_frac", "policy_loss", "value_loss", "ptx_loss", "approx_kl"]
+LOG += ["clipfrac", "vf_clipfrac", "ratio_max", "explained_variance", "grad_norm"]
+LOG += ["value_grad_norm", "val_score", "val_kl"]
+TIMING = ["step", "rollout_s", "score_s", "update_s", "step_s", "tok_per_s", "mem_gib"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="out/data/train/ppo_prompts.jsonl", help="prompts.jsonl of customers")
+    add("--val_data", help="prompts.jsonl for val_score and val_kl of the averaged weights")
+    add("--pretrain_data", help="pretrain.txt; needed with --ptx_coef over 0")
+    add("--init", default="out/init", help="checkpoint folder: the policy's start and reference")
+    add("--reward_model", default="out/rm", help="checkpoint folder of train_rm.py")
+    add("--out", default="out/ppo", help="folder of the run")
+    # The objective.
+    add("--kl_coef", type=float, default=0.2, help="beta of Eq. 2 (paper: 0.02)")
+    add("--ptx_coef", type=float, default=0.0, help="gamma of Eq. 2; 0: PPO (paper: 27.8)")
+    add("--ptx_ratio", type=float, default=1.0, help="pretraining sequences an episode (paper: 8)")
+    add("--ptx_tokens", type=int, default=64, help="tokens a pretraining sequence (paper: 2048)")
+    add("--missing_eos_score", type=float, default=-4.0, help="score of a response without end")
+    add("--gamma", type=float, default=1.0, help="discount (paper: none)")
+    add("--lam", type=float, default=0.95, help="lambda of GAE (not in the paper)")
+    add("--cliprange", type=float, default=0.2, help="of the policy's ratio (paper: 0.2)")
+    add("--cliprange_value", type=float, default=0.2, help="of the value (Ziegler: 0.2)")
+    add("--entropy_coef", type=float, default=0.0, help="entropy bonus (paper: none)")
+    add("--temperature", type=float, default=1.0, help="of sampling and log-probs (paper: 1)")
+    # Optimisation.
+    add("--epochs", type=int, default=2, help="passes over the prompts (paper: 8.2)")
+    add("--max_steps", type=int, default=0, help="iterations; 0: by --epochs (paper: 500)")
+    add("--batch_size", type=int, default=128, help="episodes an iteration (paper: 512)")
+    add("--num_minibatches", type=int, default=8, help="updates an iteration (paper: 8)")
+    add("--micro_batch_size", type=int, default=0, help="sequences a forward pass; 0: a minibatch")
+    add("--inner_epochs", type=int, default=1, help="passes over an iteration's batch (paper: 1)")
+    add("--lr", type=float, default=2e-4, help="of the policy (not printed in the paper)")
+    add("--value_lr", type=float, default=3e-4, help="of the value network (paper: 9e-6)")
+    add("--warmup_steps", type=int, default=10, help="iterations from a tenth of lr (paper: 10)")
+    add("--grad_clip", type=float, default=1.0, help="limit of each gradient's norm; 0: none")
+    add("--ema", type=float, default=0.992, help="decay of averaged weights, per update")
+    # Running.
+    add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped (paper: 1000)")
+    add("--max_new_tokens", type=int, default=32, help="limit of a response (paper: 1000)")
+    add("--eval_every", type=int, default=10, help="iterations between validations; 0: at the end")
+    add("--save_every", type=int, default=10, help="iterations between checkpoints; 0: at the end")
+    add("--print_samples", type=int, default=2, help="samples shown at each validation")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--seed", type=int, default=0, help="of all random draws")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    args = parser.parse_args(argv)
+
+    if args.ptx_coef and not args.pretrain_data:
+        parser.error("--ptx_coef over 0 needs --pretrain_data")
+    if args.batch_size % args.num_minibatches:
+        parser.error(
+            f"--batch_size {args.batch_size} is not a multiple of --num_minibatches "
+            f"{args.num_minibatches}: change either"
+        )
+    if args.temperature <= 0:
+        parser.error(f"--temperature {args.temperature}: expected over 0")
+    args.minibatch_size = args.batch_size // args.num_minibatches
+    args.micro_batch_size = args.micro_batch_size or args.minibatch_size
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_prompts(path: str, encoding, args: argparse.Namespace) -> list[list[int]]:
+    """Prompts as tokens. Says what was dropped."""
+    records = read_jsonl(path, "prompts")
+    prompts = [encode_prompt(encoding, record["prompt"]) for record in records]
+    kept = [prompt for prompt in prompts if len(prompt) <= args.max_prompt_tokens]
+    print(
+        f"{path}: {len(kept)} prompts; dropped {len(prompts) - len(kept)} over "
+        f"{args.max_prompt_tokens} tokens"
+    )
+    if not kept:
+        raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {args.max_prompt_tokens}")
+    return kept
+
+
+def load_pretraining(path: str, encoding, length: int) -> Tensor:
+    """Documents joined by the end token and cut into sequences: (N, length) int64."""
+    stream: list[int] = []
+    for document in read_documents(path):
+        stream += [*encoding.encode_ordinary(document), encoding.eot_token]
+    if len(stream) < length:
+        raise BadInput(f"{path}: {len(stream)} tokens, fewer than --ptx_tokens {length}")
+    whole = len(stream) // length * length
+    return torch.tensor(stream[:whole]).view(-1, length)
+
+
+def prompts_of_step(num_prompts: int, step: int, args: argparse.Namespace) -> list[int]:
+    """Indices of iteration `step` = 1, 2, ...: shuffled passes, a function of (seed, step)."""
+    first = (step - 1) * args.batch_size
+    chosen = []
+    for place in range(first, first + args.batch_size):
+        epoch, offset = divmod(place, num_prompts)
+        if not chosen or offset == 0:
+            order = np.random.default_rng([args.seed, epoch]).permutation(num_prompts)
+        chosen.append(int(order[offset]))
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------
+# Rollout: sample, score, and compute advantages
+
+
+@dataclass
+class Minibatch:
+    """Episodes of one update; all tensors (B, T), but `lengths`, `prompt_lengths`, `scores` (B,)."""
+
+    tokens: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    response_mask: Tensor
+    logprobs: Tensor  # of the policy that sampled
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    scores: Tensor
+    ended: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def response_mask_of(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+    """1 for response tokens, the first end token included: (B, T) bool."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    return (places >= prompt_lengths[:, None]) & (places < lengths[:, None])
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over the places where mask is 1; 0 if there is none."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def values_before(value_network: ScalarModel, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """V of the state before each token: values[:, t] is the scalar output at t - 1; 0 at t = 0."""
+    outputs = value_network(tokens, lengths)
+    return torch.nn.functional.pad(outputs[:, :-1], (1, 0))
+
+
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, lengths: Tensor,
+    kl_coef: float,
+) -> Tensor:  # fmt: skip
+    """Per-token rewards (Eq. 2): -kl_coef log(pi / pi_ref) of each response token, end token
+    included, and the response's score on the last of them. Returns (B, T)."""
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rows = torch.arange(len(scores), device=scores.device)
+    rewards[rows, lengths.long() - 1] += scores
+    return rewards
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016), 0 outside the response:
+
+        delta_t = r_t + gamma V_{t+1} - V_t,     A_t = delta_t + gamma lam A_{t+1}
+
+    with V = A = 0 after a row's last response token: the episode is over there.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        inside = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(inside, delta + gamma * lam * next_advantage, 0.0)
+        next_value = torch.where(inside, values[:, t], 0.0)
+        advantages[:, t] = next_advantage
+    return advantages
+
+
+def whiten(minibatches: list[Minibatch]) -> None:
+    """Give the advantages of the iteration's response tokens mean 0 and standard deviation 1."""
+    everything = torch.cat([mb.advantages[mb.response_mask] for mb in minibatches])
+    mean, std = everything.mean(), everything.std(correction=0)
+    for mb in minibatches:
+        mb.advantages = (mb.advantages - mean) / (std + 1e-8) * mb.response_mask
+
+
+@torch.no_grad()
+def sample(
+    policy: GPT, prompts: list[list[int]], seed: int, args: argparse.Namespace,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One response to each prompt: tokens (B, T), prompt_lengths (B,), lengths (B,)."""
+    device = torch.device(args.device)
+    generator = torch.Generator(device).manual_seed(seed)
+    padded, prompt_lengths = pad_right(prompts, policy.config.eos_token_id, device)
+    with autocast(args):
+        tokens, lengths = policy.generate(
+            padded, prompt_lengths, args.max_new_tokens, temperature=temperature,
+            generator=generator,
+        )  # fmt: skip
+    return tokens, prompt_lengths, lengths
+
+
+@torch.no_grad()
+def score(
+    tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, models: dict[str, torch.nn.Module],
+    args: argparse.Namespace,
+) -> Minibatch:  # fmt: skip
+    """Everything about a minibatch that is fixed while the policy is updated.
+
+    The log-probs of the policy are recomputed here by the forward pass that training uses, on the
+    very tensors of the minibatch: so the ratio of the first update is exactly 1.
+    """
+    tokens = tokens[:, : int(lengths.max())]
+    mask = response_mask_of(tokens, prompt_lengths, lengths)
+    with autocast(args):
+        logprobs, entropy = policy_logprobs(models["policy"], tokens, lengths, mask, args)
+        ref_logprobs, _ = policy_logprobs(models["reference"], tokens, lengths, mask, args)
+        scores = models["reward_model"].scores(tokens, lengths)
+        values = values_before(models["value_network"], tokens, lengths) * mask
+    last = tokens.gather(1, lengths[:, None].long() - 1).squeeze(1)
+    ended = last == models["policy"].config.eos_token_id
+    scores = torch.where(ended, scores, args.missing_eos_score)
+    rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, lengths, args.kl_coef)
+    advantages = gae(rewards, values, mask, args.gamma, args.lam)
+    return Minibatch(
+        tokens, lengths, prompt_lengths, mask, logprobs, ref_logprobs, entropy, values, scores,
+        ended, rewards, advantages, returns=advantages + values,
+    )  # fmt: skip
+
+
+def policy_logprobs(
+    model: GPT, tokens: Tensor, lengths: Tensor, mask: Tensor, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the response tokens, micro-batch by micro-batch: (B, T) each.
+
+    The same cut into micro-batches as in the update, or the first ratio would not be exactly 1.
+    """
+    parts = [
+        model.logprobs(tokens[rows], lengths[rows], mask=mask[rows], temperature=args.temperature)
+        for rows in micro_batches(len(tokens), args)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def micro_batches(num_rows: int, args: argparse.Namespace) -> list[slice]:
+    size = args.micro_batch_size
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+
+
+def policy_loss(
+    new_logprobs: Tensor, mb: Minibatch, rows: slice, cliprange: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate (Schulman et al. 2017), summed over response tokens:
+
+        -min(ratio A, clip(ratio, 1 - cliprange, 1 + cliprange) A),   ratio = pi_new / pi_old
+
+    and sums over the same tokens of what the log reports.
+    """
+    mask, advantages = mb.response_mask[rows], mb.advantages[rows]
+    log_ratio = torch.where(mask, new_logprobs - mb.logprobs[rows], 0.0)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = -torch.min(ratio * advantages, clipped * advantages) * mask
+    with torch.no_grad():
+        metrics = {
+            "approx_kl": ((ratio - 1 - log_ratio) * mask).sum(),  # k3: KL(old || new), in nats
+            "clipfrac": (((ratio - 1).abs() > cliprange) & mask).float().sum(),
+            "ratio_max": ratio.max(),
+        }
+    return loss.sum(), metrics
+
+
+def value_loss(
+    values: Tensor, mb: Minibatch, rows: slice, cliprange_value: float
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error against the returns, the larger of plain and clipped (Ziegler et al.
+    2019), summed over response tokens; and the number of tokens where the clipped one is larger."""
+    mask, old, returns = mb.response_mask[rows], mb.values[rows], mb.returns[rows]
+    clipped = old + (values - old).clamp(-cliprange_value, cliprange_value)
+    plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    loss = 0.5 * (torch.max(plain_error, clipped_error) * mask).sum()
+    return loss, ((clipped_error > plain_error) & mask).float().sum()
+
+
+def ptx_backward(policy: GPT, sequences: Tensor, args: argparse.Namespace) -> float:
+    """Add ptx_coef x (mean of -log p per pretraining token) to the gradients; return the mean."""
+    total, counted = 0.0, sequences.numel() - len(sequences)  # a first token has no context
+    for rows in micro_batches(len(sequences), args):
+        with autocast(args):
+            logprobs, _ = policy.logprobs(sequences[rows])
+        loss = -logprobs.sum() / counted
+        (args.ptx_coef * loss).backward()
+        total += loss.item()
+    return total
+
+
+def update(
+    mb: Minibatch, models: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer],
+    ptx_sequences: Tensor | None, args: argparse.Namespace,
+) -> dict[str, float]:  # fmt: skip
+    """One optimizer step of policy and value network on a minibatch; returns its metrics.
+
+    Losses are means over the minibatch's response tokens, whatever the micro-batches.
+    """
+    policy, value_network = models["policy"], models["value_network"]
+    counted = mb.response_mask.sum()
+    sums: dict[str, float] = dict.fromkeys(
+        ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "vf_clipfrac"), 0.0
+    )
+    ratio_max = 0.0
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    for rows in micro_batches(len(mb.tokens), args):
+        tokens, lengths, mask = mb.tokens[rows], mb.lengths[rows], mb.response_mask[rows]
+        with autocast(args):
+            new_logprobs, entropy = policy.logprobs(
+                tokens, lengths, mask=mask, temperature=args.temperature
+            )
+        loss, metrics = policy_loss(new_logprobs, mb, rows, args.cliprange)
+        total = loss - args.entropy_coef * entropy.sum() if args.entropy_coef else loss
+        (total / counted).backward()
+
+        with autocast(args):
+            values = values_before(value_network, tokens, lengths)
+        vf_loss, vf_clipped = value_loss(values, mb, rows, args.cliprange_value)
+        (vf_loss / counted).backward()
+
+        ratio_max = max(ratio_max, metrics.pop("ratio_max").item())
+        metrics |= {"policy_loss": loss, "value_loss": vf_loss, "vf_clipfrac": vf_clipped}
+        for name, value in (metrics | {"entropy": entropy.sum()}).items():
+            sums[name] += value.item() / counted.item()
+    # C.4: pretraining gradients go into the same buffers, before the same optimizer step.
+    ptx_loss = ptx_backward(policy, ptx_sequences, args) if ptx_sequences is not None else None
+    norms = {
+        name: torch.nn.utils.clip_grad_norm_(
+            models[name].parameters(), args.grad_clip or math.inf
+        ).item()
+        for name in optimizers
+    }
+    if all(math.isfinite(norm) for norm in norms.values()):
+        for optimizer in optimizers.values():
+            optimizer.step()
+    return sums | {
+        "ratio_max": ratio_max, "ptx_loss": ptx_loss,
+        "grad_norm": norms["policy"], "value_grad_norm": norms["value_network"],
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def update_ema(ema: GPT, policy: GPT, decay: float) -> None:
+    """ema <- decay ema + (1 - decay) policy."""
+    for average, parameter in zip(ema.parameters(), policy.parameters(), strict=True):
+        average.lerp_(parameter, 1 - decay)
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """bfloat16 computation on float32 weights, or plain float32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
+    """Of iteration 1, 2, ...: from a tenth to 1 over the warm-up, then constant (C.4)."""
+    return min(1.0, 0.1 + 0.9 * (step - 1) / max(1, args.warmup_steps))
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    policy: GPT, prompts: list[list[int]], models: dict[str, torch.nn.Module], encoding,
+    args: argparse.Namespace,
+) -> dict[str, float] | None:  # fmt: skip
+    """Mean score and KL to the reference of `policy` on validation prompts, and a few samples.
+
+    The same random numbers each time, so that differences are the policy's.
+    """
+    if not prompts:
+        return None
+    scores, kls, shown = [], [], []
+    for start in range(0, len(prompts), args.batch_size):
+        part = prompts[start : start + args.batch_size]
+        tokens, prompt_lengths, lengths = sample(policy, part, args.seed, args, args.temperature)
+        mb = score(tokens, lengths, prompt_lengths, models | {"policy": policy}, args)
+        scores.append(mb.scores)
+        kls.append((mb.logprobs - mb.ref_logprobs).sum(1))
+        for row in range(min(len(part), args.print_samples - len(shown))):
+            length, first = int(lengths[row]), int(prompt_lengths[row])
+            prompt = encoding.decode(part[row]).strip()
+            response = decode_response(encoding, tokens[row, first:length].tolist())
+            shown.append(
+                f"    score {mb.scores[row]:+.2f} | kl {kls[-1][row]:.2f} | {prompt!r} -> "
+                f"{response!r}{'' if mb.ended[row] else ' (cut)'}"
+            )
+    print("\n".join(shown), flush=True)
+    return {"val_score": torch.cat(scores).mean().item(), "val_kl": torch.cat(kls).mean().item()}
+
+
+def rollout_metrics(minibatches: list[Minibatch]) -> dict[str, float]:
+    """What the iteration's episodes were like; KL and reward in nats and score units a response."""
+    scores = torch.cat([mb.scores for mb in minibatches])
+    kl = torch.cat([(mb.logprobs - mb.ref_logprobs).sum(1) for mb in minibatches])
+    reward = torch.cat([mb.rewards.sum(1) for mb in minibatches])
+    returns = torch.cat([mb.returns[mb.response_mask] for mb in minibatches])
+    values = torch.cat([mb.values[mb.response_mask] for mb in minibatches])
+    entropy = torch.cat([mb.entropy[mb.response_mask] for mb in minibatches])
+    return {
+        "score": scores.mean().item(),
+        "score_std": scores.std().item(),
+        "kl": kl.mean().item(),
+        "reward": reward.mean().item(),
+        "entropy": entropy.mean().item(),
+        "response_len": torch.cat([mb.response_mask.sum(1) for mb in minibatches]).float().mean().item(),
+        "eos_frac": torch.cat([mb.ended for mb in minibatches]).float().mean().item(),
+        "explained_variance": (1 - (returns - values).var() / returns.var()).item(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Main
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args(argv)
+    out, device = Path(args.out), torch.device(args.device)
+    torch.manual_seed(args.seed)
+
+    # Models. No dropout anywhere in RL: it would make old and new log-probs differ.
+    tokenizer_path = Path(args.init) / "tokenizer.json"
+    encoding = load_tokenizer(tokenizer_path)
+    policy = GPT.from_pretrained(args.init, impl=args.kernels).to(device)
+    reward_model = ScalarModel.from_pretrained(args.reward_model, impl=args.kernels).to(device)
+    for other in (Path(args.reward_model) / "tokenizer.json",):
+        if other.read_bytes() != tokenizer_path.read_bytes():
+            raise BadInput(f"{other} differs from {tokenizer_path}: they must share a tokenizer")
+    models: dict[str, torch.nn.Module] = {
+        "policy": policy,
+        "reference": copy.deepcopy(policy),
+        "reward_model": reward_model,
+        "value_network": copy.deepcopy(reward_model),
+    }
+    ema = copy.deepcopy(policy)
+    for model in (*models.values(), ema):
+        model.eval()
+    for frozen in (models["reference"], reward_model, ema):
+        frozen.requires_grad_(False)
+    context = min(policy.config.n_positions, reward_model.config.n_positions)
+    if args.max_prompt_tokens + args.max_new_tokens > context:
+        raise BadInput(
+            f"--max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
+            f"{args.max_new_tokens} come to more than the context of {context}: lower one"
+        )
+
+    # Data.
+    prompts = load_prompts(args.data, encoding, args)
+    val_prompts = load_prompts(args.val_data, encoding, args) if args.val_data else []
+    pretraining = None
+    if args.ptx_coef:
+        pretraining = load_pretraining(args.pretrain_data, encoding, args.ptx_tokens)
+    num_ptx = round(args.ptx_ratio * args.minibatch_size)  # sequences an update
+
+    total_steps = args.max_steps or max(1, args.epochs * len(prompts) // args.batch_size)
+    adam = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "policy": torch.optim.AdamW(policy.parameters(), lr=args.lr, **adam),
+        "value_network": torch.optim.AdamW(
+            models["value_network"].parameters(), lr=args.value_lr, **adam
+        ),
+    }
+    peak = {"policy": args.lr, "value_network": args.value_lr}
+
+    # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
+    settings["data_sha256"] = {
+        k: fingerprint(getattr(args, k)) for k in ("data", "pretrain_data") if getattr(args, k)
+    }
+    info = {"stage": "ppo", "data": [args.data], "reference": args.init}
+    tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
+    checkpoints = Checkpoints(out, settings)
+    step = 0
+    if args.resume and (state := checkpoints.latest()):
+        policy.load_state_dict(state["policy"])
+        models["value_network"].load_state_dict(state["value_network"])
+        ema.load_state_dict(state["ema"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        step = state["step"]
+    log = Log(out / "log.csv", LOG, resume_at=step if step else None)
+    timing = Log(out / "timing.csv", TIMING, resume_at=step if step else None)
+
+    stop: list[int] = []  # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
+
+    def on_signal(number: int, _) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    print(
+        f"ppo: policy {policy.num_parameters:,} and reward model "
+        f"{reward_model.num_parameters:,} parameters, {args.device}, {args.dtype}, kernels "
+        f"{args.kernels}; {total_steps} iterations of {args.batch_size} episodes, from {step}"
+    )
+    while step < total_steps:
+        started = time.perf_counter()
+        step += 1
+        rng = np.random.default_rng([args.seed, 1, step])  # all draws of a step: see Checkpoints
+        factor = learning_rate_factor(step, args)
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * peak[name]
+
+        # Rollout.
+        batch = [prompts[i] for i in prompts_of_step(len(prompts), step, args)]
+        seed = args.seed * 1_000_003 + step
+        tokens, prompt_lengths, lengths = sample(policy, batch, seed, args, args.temperature)
+        sampled = time.perf_counter()
+
+        # Score: minibatches are drawn first, and everything is computed on their tensors.
+        order = torch.from_numpy(rng.permutation(args.batch_size)).to(device)
+        minibatches = [
+            score(tokens[rows], lengths[rows], prompt_lengths[rows], models, args)
+            for rows in order.split(args.minibatch_size)
+        ]
+        whiten(minibatches)
+        scored = time.perf_counter()
+
+        # Update.
+        updates = []
+        for _ in range(args.inner_epochs):
+            for mb in minibatches:
+                ptx_sequences = None
+                if pretraining is not None:
+                    draw = rng.integers(len(pretraining), size=num_ptx)
+                    ptx_sequences = pretraining[torch.from_numpy(draw)].to(device)
+                updates.append(update(mb, models, optimizers, ptx_sequences, args))
+                update_ema(ema, policy, args.ema)
+        finished = time.perf_counter()
+
+        # Means over all updates of the iteration; maximum for the ratio.
+        row = rollout_metrics(minibatches)
+        for name in updates[0]:
+            values = [metrics[name] for metrics in updates]
+            if name == "entropy":
+                continue  # the rollout's is logged
+            row[name] = None if None in values else sum(values) / len(values)
+        row["ratio_max"] = max(metrics["ratio_max"] for metrics in updates)
+        bad = [name for name, value in row.items() if value is not None and math.isnan(value)]
+        if bad or not math.isfinite(row["grad_norm"] + row["value_grad_norm"]):
+            print(
+                f"error: iteration {step}: not finite: {', '.join(bad) or 'gradient norm'}; the "
+                "last checkpoint is kept; lower --lr or --value_lr",
+                file=sys.stderr,
+            )
+            return 1
+        last = step == total_steps
+        looks = last or (args.eval_every and step % args.eval_every == 0)
+        val = evaluate(ema, val_prompts, models, encoding, args) if looks else None
+        row |= {
+            "step": step, "episodes": step * args.batch_size, "lr": factor * args.lr,
+            "kl_coef": args.kl_coef, "val_score": val and val["val_score"],
+            "val_kl": val and val["val_kl"],
+        }  # fmt: skip
+        log.write(row)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        new_tokens = int((lengths - prompt_lengths).sum())
+        timing.write({
+            "step": step, "rollout_s": sampled - started, "score_s": scored - sampled,
+            "update_s": finished - scored, "step_s": time.perf_counter() - started,
+            "tok_per_s": new_tokens / (sampled - started),
+            "mem_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else memory,
+        })  # fmt: skip
+        shown = ["score", "kl", "reward", "response_len", "policy_loss", "value_loss", "ptx_loss"]
+        shown += ["approx_kl", "clipfrac", "explained_variance", "val_score", "val_kl"]
+        print(
+            f"ppo {step:04d}/{total_steps} | "
+            + " | ".join(f"{k} {row[k]:+.3f}" for k in shown if row[k] is not None)
+            + f" | rollout_s {sampled - started:.2f} | score_s {scored - sampled:.2f}"
+            + f" | update_s {finished - scored:.2f}",
+            flush=True,
+        )
+        if stop or last or (args.save_every and step % args.save_every == 0):
+            state = {
+                "policy": policy.state_dict(),
+                "value_network": models["value_network"].state_dict(),
+                "ema": ema.state_dict(),
+                "optimizers": {name: opt.state_dict() for name, opt in optimizers.items()},
+            }
+            checkpoints.save(step, ema, tokenizer_json, info, state)
+            log.keep()
+            timing.keep()
+        if stop and not last:
+            print(f"stopped by a signal after iteration {step}; --resume goes on", file=sys.stderr)
+            return 128 + stop[0]
+
+    checkpoints.finish(ema, tokenizer_json, info)
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,437 @@
+"""Step 2: the reward model, trained on rankings of K = 4..9 responses (InstructGPT 3.5, C.2).
+
+The model is the SFT model with the unembedding replaced by a linear head; a response's score r is
+read at its last token. A labeler's ranking of K responses gives up to C(K, 2) pairs, winner w and
+loser l, and the loss of one prompt is the mean over its pairs (Eq. 1):
+
+    loss = - 1 / #pairs  sum_{(w, l)} log sigmoid(r_w - r_l),   averaged over the batch's prompts
+
+All pairs of a prompt are one batch element with one forward pass per response: K passes, not
+C(K, 2), and each response enters one update only (shuffled pairs overfit within one epoch, 3.5).
+Tied pairs are dropped, and the mean is over the pairs that are left (the paper leaves open whether
+the divisor counts ties). One epoch, cosine to 10 % of the peak, no dropout. At the end the head's
+bias is shifted so that demonstrations score 0 on average. The learning rate and batch size are the
+miniature's; the paper's are in the help.
+
+Names: B rows (all responses of a batch of prompts), T tokens, K responses a prompt. `tokens` (B, T)
+is right-padded, `scores` (B,).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.files import BadInput, Log, fingerprint, read_jsonl, run_command, write_atomic
+from data.tokenizer import encode_prompt, encode_response, load_tokenizer
+from model import GPT, Checkpoints, ScalarModel, pad_right
+
+LOG = ["step", "epoch", "lr", "loss", "accuracy", "margin", "chosen_score", "rejected_score"]
+LOG += ["grad_norm", "tokens", "val_loss", "val_accuracy"]
+TIMING = ["step", "step_s", "tok_per_s", "mem_gib"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="out/data/train/comparisons.jsonl", help="comparisons.jsonl")
+    add("--val_data", help="comparisons.jsonl on held-out prompts")
+    add("--held_out_data", help="comparisons.jsonl of labelers who gave no training data")
+    add("--demonstrations", help="demonstrations.jsonl that are to score 0 on average")
+    add("--init", default="out/sft", help="checkpoint folder of the SFT model")
+    add("--out", default="out/rm", help="folder of the run")
+    # Optimisation.
+    add("--epochs", type=int, default=1, help="passes over --data (paper: 1; more overfits)")
+    add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
+    add("--batch_size", type=int, default=16, help="prompts a step, all responses each (paper: 64)")
+    add("--micro_batch_size", type=int, default=0, help="prompts a forward pass; 0: all")
+    add("--lr", type=float, default=1e-3, help="peak (paper: 9e-6 for 6B)")
+    add("--warmup_steps", type=int, default=0, help="linear warm-up (not in the paper)")
+    add("--weight_decay", type=float, default=0.0, help="decoupled, on matrices")
+    add("--grad_clip", type=float, default=1.0, help="limit of the gradient's norm; 0: none")
+    # Running.
+    add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped (paper: 1000)")
+    add("--max_new_tokens", type=int, default=32, help="longer responses are cut (paper: 1000)")
+    add("--eval_every", type=int, default=100, help="steps between validations; 0: at the end only")
+    add("--save_every", type=int, default=200, help="steps between checkpoints; 0: at the end only")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--seed", type=int, default=0, help="of all random draws")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    args = parser.parse_args(argv)
+
+    if args.epochs < 1 or args.batch_size < 1:
+        parser.error("--epochs and --batch_size must be at least 1")
+    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass
+class Comparison:
+    """One batch element: K responses to a prompt, and the pairs (winner, loser) among them."""
+
+    sequences: list[list[int]]  # prompt and response tokens, K of them
+    pairs: list[tuple[int, int]]
+
+
+def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comparison]:
+    """Rankings as tokens and pairs without ties. Says what was dropped or cut."""
+    comparisons, too_long, all_tied, cut, ties, pairs = [], 0, 0, 0, 0, 0
+    for record in read_jsonl(path, "comparisons"):
+        prompt = encode_prompt(encoding, record["prompt"])
+        if len(prompt) > args.max_prompt_tokens:
+            too_long += 1
+            continue
+        ended = record.get("ended", [True] * len(record["responses"]))
+        sequences = []
+        for response, end in zip(record["responses"], ended, strict=True):
+            response = encode_response(encoding, response, ended=end)
+            cut += len(response) > args.max_new_tokens
+            sequences.append(prompt + response[: args.max_new_tokens])
+        comparison = Comparison(sequences, untied_pairs(record["ranks"]))
+        ties += math.comb(len(sequences), 2) - len(comparison.pairs)
+        pairs += len(comparison.pairs)
+        all_tied += not comparison.pairs
+        if comparison.pairs:
+            comparisons.append(comparison)
+    print(
+        f"{path}: {len(comparisons)} prompts, {pairs} pairs and {ties} ties; dropped {too_long} "
+        f"with a prompt over {args.max_prompt_tokens} tokens and {all_tied} with ties only, cut "
+        f"{cut} responses over {args.max_new_tokens}"
+    )
+    if not comparisons:
+        raise BadInput(f"{path}: no prompt with a pair that is not tied is left")
+    return comparisons
+
+
+def untied_pairs(ranks: list[int]) -> list[tuple[int, int]]:
+    """(winner, loser) for every two responses of different rank; rank 1 is best."""
+    return [
+        (i, j) if ranks[i] < ranks[j] else (j, i)
+        for i, j in combinations(range(len(ranks)), 2)
+        if ranks[i] != ranks[j]
+    ]
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """A shuffled pass over the data: indices of each batch, a function of (seed, epoch) alone.
+
+    Neighbourhoods of 8 batches are sorted by length before they are cut, so that little padding is
+    computed; the batches are then shuffled again, so that length says nothing about when.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    pool = 8 * batch_size
+    order = np.concatenate(
+        [
+            part[np.argsort(lengths[part], kind="stable")]
+            for part in np.split(order, range(pool, len(order), pool))
+        ]
+    )
+    batches = np.split(order, range(batch_size, len(order), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+
+
+def rm_loss(scores: Tensor, groups: list[Comparison]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over prompts of the mean over its pairs of -log sigmoid(r_w - r_l) (Eq. 1).
+
+    scores (B,): those of all responses of `groups`, in order. Returns the sum, and the scores of
+    the winner and of the loser of every pair, (#pairs,) each.
+    """
+    winners, losers, weights, first = [], [], [], 0
+    for group in groups:
+        winners += [first + winner for winner, _ in group.pairs]
+        losers += [first + loser for _, loser in group.pairs]
+        weights += [1 / len(group.pairs)] * len(group.pairs)
+        first += len(group.sequences)
+    chosen, rejected = scores[winners], scores[losers]
+    loss = -(scores.new_tensor(weights) * F.logsigmoid(chosen - rejected)).sum()
+    return loss, chosen, rejected
+
+
+def score_all(model: ScalarModel, groups: list[Comparison], args: argparse.Namespace) -> Tensor:
+    """One forward pass for each response: scores (B,) of all responses of `groups`, in order."""
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    end, device = model.config.eos_token_id, torch.device(args.device)
+    with autocast(args):
+        return model.scores(*pad_right(sequences, end, device))
+
+
+def backward(
+    model: ScalarModel, groups: list[Comparison], args: argparse.Namespace
+) -> dict[str, float]:
+    """Add the gradient of the mean loss over the batch's prompts; return the batch's metrics.
+
+    The divisor is the whole batch's count, so micro-batches of any size give the same gradient.
+    """
+    total, all_chosen, all_rejected = 0.0, [], []
+    for start in range(0, len(groups), args.micro_batch_size):
+        part = groups[start : start + args.micro_batch_size]
+        loss, chosen, rejected = rm_loss(score_all(model, part, args), part)
+        loss = loss / len(groups)
+        loss.backward()
+        total += loss.item()
+        all_chosen.append(chosen.detach())
+        all_rejected.append(rejected.detach())
+    chosen, rejected = torch.cat(all_chosen), torch.cat(all_rejected)
+    return {
+        "loss": total,
+        "accuracy": (chosen > rejected).float().mean().item(),
+        "margin": (chosen - rejected).mean().item(),
+        "chosen_score": chosen.mean().item(),
+        "rejected_score": rejected.mean().item(),
+    }
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """bfloat16 computation on float32 weights, or plain float32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:
+    """Of step 1, 2, ...: linear warm-up, then a cosine from the peak to 10 % of it (C.2)."""
+    if step <= args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    progress = (step - 1 - args.warmup_steps) / max(1, total_steps - 1 - args.warmup_steps)
+    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    model: ScalarModel, groups: list[Comparison], args: argparse.Namespace
+) -> dict[str, float] | None:
+    """Loss and, over all pairs, accuracy, margin and calibration; None without comparisons.
+
+    Accuracy is the share of pairs whose winner scores higher, equal scores counting one half.
+    calibration_error is the expected calibration error over ten bins of the predicted probability
+    p = sigmoid(|margin|): sum over bins of share x |accuracy - mean p|.
+    """
+    if not groups:
+        return None
+    model.eval()
+    total, margins = 0.0, []
+    groups = sorted(groups, key=lambda group: max(map(len, group.sequences)))
+    for start in range(0, len(groups), 4 * args.micro_batch_size):
+        part = groups[start : start + 4 * args.micro_batch_size]
+        loss, chosen, rejected = rm_loss(score_all(model, part, args), part)
+        total += loss.item()
+        margins.append(chosen - rejected)
+    model.train()
+    margin = torch.cat(margins).double()
+    correct = (margin > 0).double() + 0.5 * (margin == 0).double()
+    predicted = torch.sigmoid(margin.abs())
+    error = 0.0
+    for bin_start in np.arange(0.5, 1.0, 0.05):
+        inside = (predicted >= bin_start) & (predicted < bin_start + 0.05 + (bin_start > 0.94))
+        if inside.any():
+            gap = correct[inside].mean() - predicted[inside].mean()
+            error += inside.double().mean().item() * abs(gap.item())
+    return {
+        "loss": total / len(groups),
+        "accuracy": correct.mean().item(),
+        "margin": margin.mean().item(),
+        "calibration_error": error,
+        "prompts": len(groups),
+        "pairs": len(margin),
+    }
+
+
+@torch.no_grad()
+def center_on_demonstrations(model: ScalarModel, encoding, args: argparse.Namespace) -> float:
+    """Shift the head's bias so that demonstrations score 0 on average (3.5); return the shift."""
+    sequences = []
+    for record in read_jsonl(args.demonstrations, "demonstrations"):
+        prompt = encode_prompt(encoding, record["prompt"])
+        response = encode_response(encoding, record["response"])
+        if len(prompt) <= args.max_prompt_tokens and len(response) <= args.max_new_tokens:
+            sequences.append(prompt + response)
+    if not sequences:
+        raise BadInput(f"{args.demonstrations}: none is within the token limits")
+    sequences.sort(key=len)
+    model.eval()
+    scores = []
+    for start in range(0, len(sequences), 64):
+        batch = Comparison(sequences[start : start + 64], [])
+        scores.append(score_all(model, [batch], args))
+    shift = torch.cat(scores).mean()
+    model.score.bias -= shift
+    return shift.item()
+
+
+# ------------------------------------------------------------------------------------------------
+# Main
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args(argv)
+    out, device = Path(args.out), torch.device(args.device)
+    torch.manual_seed(args.seed)
+
+    # Model: the SFT model under a fresh scalar head, without dropout.
+    tokenizer_path = Path(args.init) / "tokenizer.json"
+    sft = GPT.from_pretrained(args.init, impl=args.kernels)
+    model = ScalarModel.from_gpt(sft, impl=args.kernels).to(device).train()
+    encoding = load_tokenizer(tokenizer_path)
+    context = model.config.n_positions
+    if args.max_prompt_tokens + args.max_new_tokens > context:
+        raise BadInput(
+            f"--max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
+            f"{args.max_new_tokens} come to more than the context of {context}: lower one"
+        )
+
+    # Data: one element is a prompt with its K responses.
+    groups = load_comparisons(args.data, encoding, args)
+    val_groups = load_comparisons(args.val_data, encoding, args) if args.val_data else []
+    held_out = load_comparisons(args.held_out_data, encoding, args) if args.held_out_data else []
+    if args.demonstrations:
+        read_jsonl(args.demonstrations, "demonstrations")  # bad input shows before the work
+    lengths = np.array([max(map(len, group.sequences)) for group in groups])
+
+    steps_per_epoch = math.ceil(len(groups) / args.batch_size)
+    total_steps = args.max_steps or args.epochs * steps_per_epoch
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True,
+    )  # fmt: skip
+
+    # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
+    settings["data_sha256"] = {
+        k: fingerprint(getattr(args, k)) for k in ("data", "demonstrations") if getattr(args, k)
+    }
+    info = {"stage": "rm", "data": [args.data]}
+    tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
+    checkpoints = Checkpoints(out, settings)
+    step = 0
+    if args.resume and (state := checkpoints.latest()):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    log = Log(out / "log.csv", LOG, resume_at=step if step else None)
+    timing = Log(out / "timing.csv", TIMING, resume_at=step if step else None)
+
+    stop: list[int] = []  # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
+
+    def on_signal(number: int, _) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    print(
+        f"rm: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, kernels "
+        f"{args.kernels}; {total_steps} steps of {args.batch_size} prompts, from step {step}"
+    )
+    batches, batches_epoch = [], -1
+    while step < total_steps:
+        started = time.perf_counter()
+        epoch = step // steps_per_epoch
+        if epoch != batches_epoch:
+            batches = epoch_batches(lengths, args.batch_size, args.seed, epoch)
+            batches_epoch = epoch
+        batch = [groups[i] for i in batches[step % steps_per_epoch]]
+        step += 1
+        lr = learning_rate(step, total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        optimizer.zero_grad(set_to_none=True)
+        metrics = backward(model, batch, args)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            model.parameters(), args.grad_clip or math.inf
+        ).item()
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
+            print(
+                f"error: step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; the "
+                f"weights of step {step - 1} are kept; lower --lr or look at this batch of "
+                f"{args.data}",
+                file=sys.stderr,
+            )
+            return 1
+        optimizer.step()
+
+        # Validate; report; save.
+        last = step == total_steps
+        looks = last or (args.eval_every and step % args.eval_every == 0)
+        val = evaluate(model, val_groups, args) if looks else None
+        row = metrics | {
+            "step": step, "epoch": epoch + 1, "lr": lr, "grad_norm": grad_norm,
+            "tokens": sum(len(s) for group in batch for s in group.sequences),
+            "val_loss": val and val["loss"], "val_accuracy": val and val["accuracy"],
+        }  # fmt: skip
+        log.write(row)
+        seconds = time.perf_counter() - started
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        timing.write({
+            "step": step, "step_s": seconds, "tok_per_s": row["tokens"] / seconds,
+            "mem_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else memory,
+        })  # fmt: skip
+        if looks or step % 50 == 0:
+            shown = [f"rm {step:05d}/{total_steps}", f"lr {lr:.2e}"]
+            shown += [f"{k} {row[k]:.3f}" for k in ("loss", "accuracy", "margin")]
+            shown += [f"{k} {row[k]:.3f}" for k in ("val_loss", "val_accuracy") if row[k]]
+            print(" | ".join([*shown, f"tok_per_s {row['tokens'] / seconds:,.0f}"]), flush=True)
+        if stop or last or (args.save_every and step % args.save_every == 0):
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoints.save(step, model, tokenizer_json, info, state)
+            log.keep()
+            timing.keep()
+        if stop and not last:
+            print(f"stopped by a signal after step {step}; --resume goes on", file=sys.stderr)
+            return 128 + stop[0]
+
+    # Demonstrations score 0 from here on; pairs do not notice.
+    if args.demonstrations:
+        shift = center_on_demonstrations(model, encoding, args)
+        print(f"shifted by {-shift:+.3f}: {args.demonstrations} scores 0 on average")
+    report = {
+        name: evaluate(model, of, args)
+        for name, of in (("val", val_groups), ("held_out", held_out))
+        if of
+    }
+    for name, result in report.items():
+        print(f"{name}: " + " | ".join(f"{k} {v:.4g}" for k, v in result.items()))
+    write_atomic(out / "metrics.json", json.dumps(report, indent=2) + "\n")
+    checkpoints.finish(model, tokenizer_json, info | {"metrics": report})
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,386 @@
+"""Step 1: supervised fine-tuning on demonstrations (InstructGPT 3.5, C.1); and pretraining.
+
+SFT minimises the mean negative log-likelihood of the demonstrated responses, end token included:
+
+    loss = - sum_{t in response} log p(token_t | tokens before t) / number of response tokens
+
+The prompt's tokens are context and not in the loss. Three uses of one script:
+
+    python train_sft.py --pretrain_data FILE --tokenizer FILE ...  pretraining: every token counts
+    python train_sft.py --init out/base --data FILE ...            SFT
+    python train_sft.py --init out/base --data FILE --pretrain_data FILE --pretrain_fraction 0.1
+                                         the model that PPO starts from (C.3): SFT with a share of
+                                         pretraining data, loss = 0.9 SFT + 0.1 pretraining
+
+From the paper: 16 epochs, cosine to 10 % of the peak, no warm-up, residual dropout 0.2, Adam
+(0.9, 0.95), a checkpoint per epoch of which the reward model later chooses one. Not in the paper:
+the prompt mask, gradient clipping at 1 (GPT-3's), batches of similar length. The learning rate and
+batch size are the miniature's; the paper's are in the help.
+
+Names: B batch, T tokens. `tokens` (B, T) is right-padded, `loss_mask` (B, T) marks counted tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.files import BadInput, Log, fingerprint, read_documents, read_jsonl, run_command
+from data.tokenizer import encode_prompt, encode_response, load_tokenizer
+from model import GPT, Checkpoints, GPTConfig, pad_right, save_model
+
+LOG = ["step", "epoch", "lr", "loss", "pretrain_loss", "grad_norm", "tokens"]
+LOG += ["val_loss", "val_pretrain_loss"]
+TIMING = ["step", "step_s", "tok_per_s", "mem_gib"]
+Example = tuple[list[int], int]  # tokens, and how many of them, at the start, are not in the loss
+
+
+# ------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", help="demonstrations.jsonl; absent with --pretrain_data: pretraining")
+    add("--val_data", help="demonstrations.jsonl for the validation loss")
+    add("--pretrain_data", help="pretrain.txt; with --data it is mixed in")
+    add("--val_pretrain_data", help="pretrain.txt for the validation loss on pretraining text")
+    add("--pretrain_fraction", type=float, default=0.1, help="weight of mixed-in pretraining data")
+    add("--init", help="checkpoint folder to start from; without it, a new model")
+    add("--tokenizer", default="out/data/tokenizer.json", help="for a new model")
+    add("--out", default="out/sft", help="folder of the run")
+    # The new model, when there is no --init.
+    add("--n_layer", type=int, default=3, help="layers")
+    add("--n_head", type=int, default=4, help="attention heads")
+    add("--n_embd", type=int, default=128, help="width")
+    add("--n_positions", type=int, default=128, help="context, tokens (paper: 2048)")
+    add("--score_mod", default="causal", help="attention function of a new model")
+    # Optimisation.
+    add("--epochs", type=int, default=16, help="passes over --data, or --pretrain_data without it")
+    add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
+    add("--batch_size", type=int, default=32, help="sequences a step (paper: 32; 175B: 8)")
+    add("--micro_batch_size", type=int, default=0, help="sequences a forward pass; 0: all")
+    add("--lr", type=float, default=5e-4, help="peak (paper: 9.65e-6 for 1.3B and 6B)")
+    add("--warmup_steps", type=int, default=0, help="linear warm-up (paper: none in SFT)")
+    add("--weight_decay", type=float, default=0.0, help="decoupled, on matrices")
+    add("--grad_clip", type=float, default=1.0, help="limit of the gradient's norm; 0: none")
+    add("--resid_pdrop", type=float, default=0.2, help="residual dropout (paper: 0.2)")
+    # Running.
+    add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped (paper: 1000)")
+    add("--max_new_tokens", type=int, default=32, help="longer responses are cut (paper: 1000)")
+    add("--save_every", type=int, default=200, help="steps between checkpoints; 0: each epoch only")
+    add("--epoch_checkpoints", action=argparse.BooleanOptionalAction, default=True,
+        help="keep the model of each epoch under OUT/epochs/, for evaluate.py --select")  # fmt: skip
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--seed", type=int, default=0, help="of all random draws")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    args = parser.parse_args(argv)
+
+    if not (args.data or args.pretrain_data):
+        parser.error("give --data, --pretrain_data or both")
+    if args.epochs < 1 or args.batch_size < 1:
+        parser.error("--epochs and --batch_size must be at least 1")
+    if not 0 < args.pretrain_fraction < 1:
+        parser.error(f"--pretrain_fraction {args.pretrain_fraction}: expected between 0 and 1")
+    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_demonstrations(path: str, encoding, args: argparse.Namespace) -> list[Example]:
+    """Demonstrations as tokens: prompt, response, end token. Says what was dropped or cut."""
+    examples, too_long, cut = [], 0, 0
+    for record in read_jsonl(path, "demonstrations"):
+        prompt = encode_prompt(encoding, record["prompt"])
+        response = encode_response(encoding, record["response"])
+        too_long += len(prompt) > args.max_prompt_tokens
+        if len(prompt) <= args.max_prompt_tokens:
+            cut += len(response) > args.max_new_tokens
+            examples.append((prompt + response[: args.max_new_tokens], len(prompt)))
+    print(
+        f"{path}: {len(examples)} demonstrations; dropped {too_long} with a prompt over "
+        f"{args.max_prompt_tokens} tokens, cut {cut} responses over {args.max_new_tokens}"
+    )
+    if not examples:
+        raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {args.max_prompt_tokens}")
+    return examples
+
+
+def load_pretraining(path: str, encoding, length: int) -> list[Example]:
+    """Documents joined by the end token and cut into sequences of `length` tokens, all counted."""
+    stream: list[int] = []
+    for document in read_documents(path):
+        stream += [*encoding.encode_ordinary(document), encoding.eot_token]
+    starts = range(0, len(stream) - length + 1, length)
+    if not starts:
+        raise BadInput(f"{path}: {len(stream)} tokens, fewer than the context of {length}")
+    print(f"{path}: {len(stream):,} tokens in {len(starts):,} sequences of {length}")
+    return [(stream[start : start + length], 1) for start in starts]  # token 0 has no context
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """A shuffled pass over the data: indices of each batch, a function of (seed, epoch) alone.
+
+    Neighbourhoods of 8 batches are sorted by length before they are cut, so that little padding is
+    computed; the batches are then shuffled again, so that length says nothing about when.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    pool = 8 * batch_size
+    order = np.concatenate(
+        [
+            part[np.argsort(lengths[part], kind="stable")]
+            for part in np.split(order, range(pool, len(order), pool))
+        ]
+    )
+    batches = np.split(order, range(batch_size, len(order), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def collate(examples: list[Example], end: int, device: torch.device) -> tuple[Tensor, ...]:
+    """-> tokens (B, T) int64, lengths (B,) int32, loss_mask (B, T) bool."""
+    tokens, lengths = pad_right([tokens for tokens, _ in examples], end, device)
+    skipped = torch.tensor([skip for _, skip in examples], device=device)
+    places = torch.arange(tokens.shape[1], device=device)
+    return tokens, lengths, (places >= skipped[:, None]) & (places < lengths[:, None])
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+
+
+def sft_loss(model: GPT, tokens: Tensor, lengths: Tensor, loss_mask: Tensor) -> Tensor:
+    """Sum over the counted tokens of -log p(token | tokens before it), in nats."""
+    logprobs, _ = model.logprobs(tokens, lengths, mask=loss_mask)
+    return -logprobs.sum()
+
+
+def backward(model: GPT, examples: list[Example], weight: float, args: argparse.Namespace) -> float:
+    """Add weight x (mean loss per counted token of `examples`) to the gradients; return the mean.
+
+    The divisor is the whole batch's count, so micro-batches of any size give the same gradient.
+    """
+    end, device = model.config.eos_token_id, torch.device(args.device)
+    counted = sum(len(tokens) - skipped for tokens, skipped in examples)
+    total = 0.0
+    for start in range(0, len(examples), args.micro_batch_size):
+        batch = collate(examples[start : start + args.micro_batch_size], end, device)
+        with autocast(args):
+            loss = sft_loss(model, *batch) / counted
+        (weight * loss).backward()
+        total += loss.item()
+    return total
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """bfloat16 computation on float32 weights, or plain float32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:
+    """Of step 1, 2, ...: linear warm-up, then a cosine from the peak to 10 % of it (C.1)."""
+    if step <= args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    progress = (step - 1 - args.warmup_steps) / max(1, total_steps - 1 - args.warmup_steps)
+    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model: GPT, examples: list[Example], args: argparse.Namespace) -> float | None:
+    """Mean loss per counted token, in nats, without dropout; None without examples."""
+    if not examples:
+        return None
+    model.eval()
+    examples = sorted(examples, key=lambda example: len(example[0]))
+    end, device = model.config.eos_token_id, torch.device(args.device)
+    total = 0.0
+    for start in range(0, len(examples), 4 * args.micro_batch_size):
+        batch = collate(examples[start : start + 4 * args.micro_batch_size], end, device)
+        with autocast(args):
+            total += sft_loss(model, *batch).item()
+    model.train()
+    return total / sum(len(tokens) - skipped for tokens, skipped in examples)
+
+
+# ------------------------------------------------------------------------------------------------
+# Main
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args(argv)
+    out, device = Path(args.out), torch.device(args.device)
+    torch.manual_seed(args.seed)
+
+    # Model: a checkpoint, or a new one that fits the tokenizer.
+    tokenizer_path = Path(args.init) / "tokenizer.json" if args.init else Path(args.tokenizer)
+    encoding = load_tokenizer(tokenizer_path)
+    if args.init:
+        model = GPT.from_pretrained(args.init, impl=args.kernels, resid_pdrop=args.resid_pdrop)
+    else:
+        config = GPTConfig(
+            vocab_size=encoding.n_vocab, n_positions=args.n_positions, n_embd=args.n_embd,
+            n_layer=args.n_layer, n_head=args.n_head, resid_pdrop=args.resid_pdrop,
+            eos_token_id=encoding.eot_token, score_mod=args.score_mod,
+        )  # fmt: skip
+        model = GPT(config, impl=args.kernels)
+    model.to(device).train()
+    context = model.config.n_positions
+    if args.data and args.max_prompt_tokens + args.max_new_tokens > context:
+        raise BadInput(
+            f"--max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
+            f"{args.max_new_tokens} come to more than the context of {context}: lower one"
+        )
+
+    # Data: the examples of an epoch, and pretraining sequences to mix in.
+    mixing = bool(args.data and args.pretrain_data)
+    pretraining = (
+        load_pretraining(args.pretrain_data, encoding, context) if args.pretrain_data else []
+    )
+    examples = load_demonstrations(args.data, encoding, args) if args.data else pretraining
+    val_examples = load_demonstrations(args.val_data, encoding, args) if args.val_data else []
+    val_pretraining = (
+        load_pretraining(args.val_pretrain_data, encoding, context)
+        if args.val_pretrain_data
+        else []
+    )
+    lengths = np.array([len(tokens) for tokens, _ in examples])
+    # A fraction f of the data is pretraining: f / (1 - f) sequences for each demonstration.
+    num_mixed = round(args.batch_size * args.pretrain_fraction / (1 - args.pretrain_fraction))
+
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    total_steps = args.max_steps or args.epochs * steps_per_epoch
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True,
+    )  # fmt: skip
+
+    # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
+    settings["data_sha256"] = {
+        k: fingerprint(getattr(args, k)) for k in ("data", "pretrain_data") if getattr(args, k)
+    }
+    stage = "sft" if args.data else "base"
+    info = {"stage": stage, "data": [p for p in (args.data, args.pretrain_data) if p]}
+    tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
+    checkpoints = Checkpoints(out, settings)
+    step = 0
+    if args.resume and (state := checkpoints.latest()):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    log = Log(out / "log.csv", LOG, resume_at=step if step else None)
+    timing = Log(out / "timing.csv", TIMING, resume_at=step if step else None)
+
+    stop: list[int] = []  # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
+
+    def on_signal(number: int, _) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    print(
+        f"{stage}: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, kernels "
+        f"{args.kernels}; {total_steps} steps of {args.batch_size} sequences, from step {step}"
+    )
+    batches, batches_epoch = [], -1
+    while step < total_steps:
+        started = time.perf_counter()
+        epoch = step // steps_per_epoch
+        if epoch != batches_epoch:
+            batches = epoch_batches(lengths, args.batch_size, args.seed, epoch)
+            batches_epoch = epoch
+        batch = [examples[i] for i in batches[step % steps_per_epoch]]
+        step += 1
+        # Dropout and the pretraining draw of a step depend on (seed, step) alone: see Checkpoints.
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        lr = learning_rate(step, total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # Gradients: demonstrations, then the mixed-in pretraining data, into the same buffers.
+        optimizer.zero_grad(set_to_none=True)
+        loss = backward(model, batch, 1 - args.pretrain_fraction if mixing else 1.0, args)
+        pretrain_loss = None
+        if mixing:
+            draw = np.random.default_rng([args.seed, 1, step]).integers(
+                len(pretraining), size=num_mixed
+            )
+            mixed = [pretraining[i] for i in draw]
+            pretrain_loss = backward(model, mixed, args.pretrain_fraction, args)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            model.parameters(), args.grad_clip or math.inf
+        ).item()
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            print(
+                f"error: step {step}: loss {loss}, gradient norm {grad_norm}; the weights of step "
+                f"{step - 1} are kept; lower --lr or look at this batch of {args.data}",
+                file=sys.stderr,
+            )
+            return 1
+        optimizer.step()
+
+        # Validate and keep the model at the end of each epoch; report; save.
+        epoch_ends = step % steps_per_epoch == 0 or step == total_steps
+        row = {
+            "step": step, "epoch": epoch + 1, "lr": lr, "loss": loss,
+            "pretrain_loss": pretrain_loss, "grad_norm": grad_norm,
+            "tokens": sum(len(tokens) for tokens, _ in batch),
+            "val_loss": evaluate(model, val_examples, args) if epoch_ends else None,
+            "val_pretrain_loss": evaluate(model, val_pretraining, args) if epoch_ends else None,
+        }  # fmt: skip
+        log.write(row)
+        seconds = time.perf_counter() - started
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        timing.write({
+            "step": step, "step_s": seconds, "tok_per_s": row["tokens"] / seconds,
+            "mem_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else memory,
+        })  # fmt: skip
+        if epoch_ends or step % 50 == 0:
+            shown = [f"{stage} {step:05d}/{total_steps}", f"epoch {epoch + 1}", f"lr {lr:.2e}"]
+            shown += [f"{k} {v:.3f}" for k, v in row.items() if "loss" in k and v is not None]
+            print(" | ".join([*shown, f"tok_per_s {row['tokens'] / seconds:,.0f}"]), flush=True)
+        if stop or epoch_ends or (args.save_every and step % args.save_every == 0):
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoints.save(step, model, tokenizer_json, info, state)
+            log.keep()
+            timing.keep()
+            if epoch_ends and args.epoch_checkpoints and args.data:
+                extra = {"epoch": epoch + 1, "val_loss": row["val_loss"]}
+                save_model(out / f"epochs/{epoch + 1:02d}", model, tokenizer_json, info | extra)
+        if stop and step < total_steps:
+            print(f"stopped by a signal after step {step}; --resume goes on", file=sys.stderr)
+            return 128 + stop[0]
+
+    checkpoints.finish(model, tokenizer_json, info)
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
