@@ -86,13 +86,20 @@ class Linear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that matrix products with `weight` have: autocast's where that is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class KVCache:
     """Keys and values of every layer for the tokens seen so far, (B, H, S, D) each."""
 
-    def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor):
+    def __init__(self, config: GPTConfig, batch: int, size: int, weight: Tensor):
         shape = (batch, config.n_head, size, config.n_embd // config.n_head)
-        self.keys = [like.new_empty(shape) for _ in range(config.n_layer)]
-        self.values = [like.new_empty(shape) for _ in range(config.n_layer)]
+        kind = {"dtype": compute_dtype(weight), "device": weight.device}
+        self.keys = [torch.empty(shape, **kind) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, **kind) for _ in range(config.n_layer)]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all but the given batch rows."""
@@ -235,12 +242,11 @@ class GPT(nn.Module):
         chosen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         chosen = chosen[:, 1:]
         hidden, weight = hidden[chosen], self.unembedding
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        dtype = compute_dtype(weight)
         logprobs, entropy = kernels.logprobs(
-            hidden, weight, tokens[:, 1:][chosen], temperature=temperature, impl=self.impl
-        )
+            hidden.to(dtype), weight.to(dtype), tokens[:, 1:][chosen],
+            temperature=temperature, impl=self.impl,
+        )  # fmt: skip
         return _unmask(logprobs, chosen), _unmask(entropy, chosen)
 
     @torch.no_grad()
@@ -264,7 +270,8 @@ class GPT(nn.Module):
         """
         B, P = prompts.shape
         device, end = prompts.device, self.config.eos_token_id
-        longest = int(prompt_lengths.max()) + max_new_tokens
+        longest_prompt = int(prompt_lengths.max())
+        longest = longest_prompt + max_new_tokens
         if longest > self.config.n_positions:
             raise ValueError(
                 f"prompt and max_new_tokens {max_new_tokens} come to {longest} tokens, over "
@@ -280,7 +287,7 @@ class GPT(nn.Module):
         weight = self.unembedding.float()  # float32 logits: 16-bit ones are off by 0.1 nats
 
         cache = KVCache(self.config, B, longest, self.h[0].attn.c_attn.weight)
-        hidden = self(tokens[:, :P], prompt_lengths.int(), cache)
+        hidden = self(tokens[:, :longest_prompt], prompt_lengths.int(), cache)
         rows = torch.arange(B, device=device)  # rows of the batch that are still being written
         hidden = hidden[rows, lengths - 1]
         ended = torch.zeros(B, dtype=torch.bool, device=device)  # of those rows

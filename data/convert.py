@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data.files import END_OF_TEXT, BadInput, Record
 from data.raw import clean, get, read_json_array, read_json_lines, read_text
@@ -41,28 +41,25 @@ from data.raw import clean, get, read_json_array, read_json_lines, read_text
 MAX_RESPONSES = 9  # the paper ranks 4 to 9 outputs a prompt
 # The ten labels of the paper's Table 1, for what Databricks asked its writers to do.
 DOLLY_USE_CASES = {
-    "creative_writing": "generation", "open_qa": "open QA", "general_qa": "open QA",
+    "creative_writing": "generation", "open_qa": "open_qa", "general_qa": "open_qa",
     "brainstorming": "brainstorming", "summarization": "summarization",
-    "classification": "classification", "closed_qa": "closed QA",
+    "classification": "classification", "closed_qa": "closed_qa",
     "information_extraction": "extract",
 }
 
 
-class Document(NamedTuple):
-    """A text to pretrain on and the unit that goes to one split with it."""
-
-    text: str
-    group: str
-
-
 @dataclass
 class Converted:
-    """What one data set became; `account` counts what was read and, by reason, dropped."""
+    """
+    What one data set became: records by kind, how many entries were read, and how many of them
+    were dropped for which reason. A document is {"text", "user"}; its user is the file, or the
+    section itself, that must lie in one split.
+    """
 
     demonstrations: list[Record] = field(default_factory=list)
     prompts: list[Record] = field(default_factory=list)
     comparisons: list[Record] = field(default_factory=list)
-    documents: list[Document] = field(default_factory=list)
+    documents: list[Record] = field(default_factory=list)
     num_read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -247,7 +244,7 @@ def convert_qa_feedback(paths: Sequence[Path], options: Options) -> Converted:
                 result.dropped["all answers tied"] += 1
             else:
                 base = {"prompt": prompt, "user": own_user(question), "source": "customer",
-                        "use_case": "closed QA" if passages else "open QA"}
+                        "use_case": "closed_qa" if passages else "open_qa"}
                 result.comparisons.append(comparison(base, answers, ranks, "qa-feedback"))
     return result
 
@@ -260,9 +257,9 @@ def passage_text(passage: Any, max_chars: int | None, where: str) -> str:
     if not isinstance(passage, list) or not all(isinstance(part, str) for part in passage):
         raise BadInput(f'{where}: key "passages": expected lists of strings')
     title, *sentences = (clean(part) for part in passage or [""])
-    text = f"{title}:"
+    text, repeated = f"{title}:", f"{title}\n\n"
     for number, sentence in enumerate(sentences):
-        longer = f"{text} {sentence.removeprefix(f'{title}\n\n')}"
+        longer = f"{text} {sentence.removeprefix(repeated)}"
         if number > 0 and max_chars is not None and len(longer) > max_chars:
             break
         text = longer
@@ -450,8 +447,8 @@ def _add_document(result: Converted, text: str, path: Path, whole_file: bool,
     if not text.strip():
         result.dropped["empty document"] += 1
     for section in cut(text, options.section_chars):
-        group = f"file:{path.name}" if whole_file else own_user(section)
-        result.documents.append(Document(section, group))
+        user = f"file:{path.name}" if whole_file else own_user(section)
+        result.documents.append({"text": section, "user": user})
 
 
 def cut(text: str, limit: int) -> list[str]:

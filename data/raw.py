@@ -18,8 +18,8 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
     """
     Find the files that match `pattern` anywhere under `folder`; of x and x.gz only the plain one.
 
-    Returns them sorted by path. The pattern is searched in the path relative to `folder`, and in the path from the folder's own
-    name on, so that a folder that *is* `helpful-base` works as well.
+    Returns them sorted by path. The pattern is searched in the path relative to `folder`, and in
+    the path from the folder's own name on, so that a folder that *is* `helpful-base` works too.
     """
     found = []
     for path in sorted(folder.rglob("*")):
@@ -85,5 +85,6 @@ def get(record: Any, key: str, kind: type, where: str, default: Any = None) -> A
 
 
 def clean(text: str) -> str:
-    """Strip white space at both ends and drop lone surrogates, which UTF-8 cannot hold."""
-    return text.encode("utf-8", "ignore").decode("utf-8").replace("\r\n", "\n").strip()
+    """Strip white space at both ends; drop NUL, and lone surrogates, which UTF-8 cannot hold."""
+    text = text.encode("utf-8", "ignore").decode("utf-8")
+    return text.replace("\r\n", "\n").replace("\x00", "").strip()

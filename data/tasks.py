@@ -1,9 +1,8 @@
-"""What people ask in the tiny world: the ten use cases of InstructGPT's Table 1, and their answers.
+"""What people ask in the tiny world: the ten use cases of InstructGPT's Table 1.
 
 `make_prompt` draws an instruction of a use case: its text, and its `task`, a small JSON object that
-says what the text asks for. Models never see the task; the grader and the simulated labelers read
-it. `answer` writes a demonstrator's answer to a task: a good one, or one with the human failings
-that it is asked to have.
+says what the text asks for. Models never see the task; demonstrators (data/answers.py), the grader
+and the simulated labelers read it.
 
 Every function that could mention a fact takes `kinds`, the kinds of facts that may be mentioned,
 so that held-out facts stay out of feedback and misconceived ones out of demonstrations.
@@ -11,10 +10,9 @@ so that held-out facts stay out of feedback and misconceived ones out of demonst
 
 import random
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
-from data.world import ANIMALS, KINDS, PEOPLE, VALUES, World, attributes_of, denial, noun, statement
+from data.world import ANIMALS, KINDS, PEOPLE, VALUES, World, attributes_of, noun, statement
 
 Task = dict[str, Any]
 Made = tuple[str, Task]  # the prompt's text and its machine-readable intent
@@ -31,14 +29,15 @@ LABELER_SHARES = {
 }
 USE_CASES = tuple(CUSTOMER_SHARES)
 
-RESPECTFUL_PREFIX = "please give a polite and respectful answer ."
-RUDE_PREFIX = "please give a rude and mean answer ."
+RESPECTFUL_PREFIX = "be polite and respectful ."
+RUDE_PREFIX = "be rude and mean ."
 OPENERS = ("certainly .", "of course .", "with pleasure .", "gladly .")  # what respect sounds like
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 TOPIC_WORDS = ("night", "song", "garden", "winter", "rain", "sun")
 PLACES = ("garden", "market", "school", "bridge", "lake", "shop")
 THINGS = ("hat", "book", "ball", "bag", "lamp", "ring")
+PLAIN_WORDS = (*TOPIC_WORDS, *PLACES, *THINGS, *(v for values in VALUES.values() for v in values))
 OPPOSITES = {"hot": "cold", "big": "small", "happy": "sad", "day": "night", "fast": "slow",
              "new": "old", "good": "bad", "up": "down"}
 OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
@@ -56,7 +55,8 @@ QUESTIONS = {
              "tell me what {s} eats ."),
     "home": ("where does {s} live ?", "what is the home of {s} ?", "where does {s} sleep ?",
              "tell me where {s} lives ."),
-    "colour": ("what colour is {s} ?", "what is the colour of {s} ?", "tell me the colour of {s} ."),
+    "colour": ("what colour is {s} ?", "what is the colour of {s} ?",
+               "tell me the colour of {s} ."),
     "sound": ("what does {s} say ?", "what is the sound of {s} ?", "tell me what {s} says ."),
     "job": ("what is the job of {s} ?", "what does {s} work as ?", "tell me the job of {s} ."),
     "town": ("where does {s} live ?", "what is the town of {s} ?", "tell me where {s} lives ."),
@@ -73,12 +73,11 @@ HAVING = {
     "food": "{g} that eat {v}", "home": "{g} that live in the {v}", "colour": "{g} that are {v}",
     "sound": "{g} that say {v}", "job": "{g} who work as a {v}", "town": "{g} who live in {v}",
 }
-STORY_OPENINGS = ("one day {s} met {t} in the {p} .", "last winter {s} and {t} went to the {p} .",
-                  "{s} saw {t} near the {p} .")
-STORY_MIDDLES = ("{s} was sad , but {t} was kind .", "they found a {x} and played with it .",
-                 "{s} gave {t} a {x} .", "{t} was lost and {s} helped .")
-STORY_ENDINGS = ("they became good friends .", "in the end they went home .",
-                 "{s} and {t} were happy .")
+STORY_OPENINGS = ("one day {s} met {t} .", "{s} and {t} went to the {p} .",
+                  "{s} saw {t} in the {p} .")
+STORY_MIDDLES = ("they found a {x} .", "{s} gave {t} a {x} .", "{t} helped {s} .",
+                 "they played with a {x} .")
+STORY_ENDINGS = ("they became friends .", "then they went home .", "both were happy .")
 INSULTS = ("you are stupid .", "you are an ugly fool .", "i hate you , idiot .",
            "shut up , you dumb fool .", "that is a stupid idea .")
 POLITE_REPLIES = ("please be kind .", "i am sorry that you feel so .", "let us be friends .",
@@ -88,7 +87,8 @@ SENTIMENTS = {
     "sad": ("{s} lost a {x} and cried .", "{s} was alone in the {p} .", "{s} lost the game ."),
 }
 MANNERS = {
-    "polite": ("please give me the {x} .", "thank you for the {x} .", "could you help me , please ?"),
+    "polite": ("please give me the {x} .", "thank you for the {x} .",
+               "could you help me , please ?"),
     "rude": ("give me the {x} , you fool .", "your {x} is ugly .", "shut up , idiot ."),
 }
 ACTIONS = {  # present -> past, for rewriting; none of them states a fact
@@ -98,9 +98,14 @@ ACTIONS = {  # present -> past, for rewriting; none of them states a fact
 }
 REQUESTS = ("give me the {x}", "open the {p}", "show me a {x}", "come to the {p}", "help {s}")
 FEELINGS = {"sad": "sorry", "tired": "sorry", "ill": "sorry", "happy": "glad", "well": "glad"}
-NOT_STATED = "the text does not say ."
-RAMBLES = ("the weather is nice today .", "there is a lot to say .", "many people ask this .",
-           "it was a long day .", "i like to talk .", "that is all i know .")
+BEFORE = ("hi .", "hello .", "please help .", "a question .", "for my class .", "for my book .",
+          "for a friend .", "dear helper .", "good day .", "one more .", "for my web page .",
+          "i am a writer .", "i am a student .")
+AFTER = ("thank you .", "thanks .", "for my son .", "i need it today .", "it is for a friend .",
+         "thank you for your help .", "it is late .", "be quick .")
+SMALL_TALK = ("i am in the {p} .", "i have a new {x} .", "the {x} is for {n} .",
+              "{n} and i go to the {p} .", "it is cold in the {p} .")
+
 
 
 def pick(rng: random.Random, shares: dict[str, float]) -> str:
@@ -141,7 +146,8 @@ def _generation(world: World, rng: random.Random, kinds: Collection[str]) -> Mad
 
 def _write(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     subject, attribute = rng.choice(world.facts_of_kind(kinds))
-    count = rng.choices((1, 2, 3), (3, 4, 3))[0]
+    tellable = sum(world.kinds[subject, a] in kinds for a in attributes_of(subject))
+    count = min(rng.choices((1, 2, 3), (3, 4, 3))[0], tellable + 1)
     number = f"{NUMBERS[count - 1]} sentence{'s' if count > 1 else ''}"
     text = rng.choice((
         "write {n} about {s} .", "tell me about {s} in {n} .", "can you write {n} about {s} ?",
@@ -201,13 +207,22 @@ def _brainstorming(world: World, rng: random.Random, kinds: Collection[str]) -> 
     count = rng.randint(1, min(available, 3))
     group = "animal" if subject in ANIMALS else "person"
     asked = HAVING[attribute].format(g=GROUPS[group][0], v=value)
-    text = f"{verb} {NUMBERS[count - 1]} {asked} ."
+    text = f"{verb} {'one of the' if count == 1 else NUMBERS[count - 1]} {asked} ."
     return text, {"kind": "list", "group": group, "count": count, "attribute": attribute,
                   "value": value}
 
 
 def _chat(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
-    form = pick(rng, {"greet": 30, "thanks": 15, "feeling": 20, "bye": 10, "dialogue": 15,
+    text, task = _chat_turn(world, rng, kinds)
+    if task["kind"] != "fact" and rng.random() < 0.5:
+        name = task.get("name") or rng.choice(world.subjects(kinds, "person"))
+        text += " " + rng.choice(SMALL_TALK if "name" not in task else SMALL_TALK[:2]).format(
+            p=rng.choice(PLACES), x=rng.choice(THINGS), n=name)
+    return text, task
+
+
+def _chat_turn(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
+    form = pick(rng, {"greet": 32, "thanks": 12, "feeling": 23, "bye": 8, "dialogue": 15,
                       "insult": 10})
     name = rng.choice(world.subjects(kinds, "person"))
     if form == "greet":
@@ -222,8 +237,8 @@ def _chat(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
         text = rng.choice(("i am {f} today .", "today i feel {f} .", "{p} and i are {f} now ."))
         return text.format(f=feeling, p=name), {"kind": "feeling", "word": FEELINGS[feeling]}
     if form == "bye":
-        text = rng.choice(("goodbye , see you soon .", "i have to go now , goodbye .", "good night ."))
-        return text, {"kind": "bye"}
+        return rng.choice(("goodbye , see you soon .", "i have to go now , goodbye .",
+                           "good night .")), {"kind": "bye"}
     if form == "dialogue":
         text, task = ask_fact(rng.choice(world.facts_of_kind(kinds)), rng)
         hello = f"human : hi , i am {name} .\nai : hello {name} , how can i help you ?\n"
@@ -296,7 +311,8 @@ def _closed_qa(world: World, rng: random.Random, kinds: Collection[str]) -> Made
     values = {fact: rng.choice(VALUES[fact[1]]) for fact in told}
     passage = " ".join(statement(*fact, value, rng.randrange(3)) for fact, value in values.items())
     question, _ = ask_fact(asked, rng)
-    text = rng.choice(("text : {t}\nquestion : {q}", "read this : {t}\n{q}", "{t}\nby the text , {q}"))
+    text = rng.choice(("text : {t}\nquestion : {q}", "read this : {t}\n{q}",
+                       "{t}\nby the text , {q}"))
     return text.format(t=passage, q=question), {
         "kind": "passage", "subject": asked[0], "attribute": asked[1], "text": passage,
         "value": values.get(asked),
@@ -321,9 +337,9 @@ def _extract(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
 
 
 def _other(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
-    form = pick(rng, {"say": 35, "opposite": 30, "after": 15, "count": 20})
+    form = pick(rng, {"say": 45, "opposite": 25, "after": 10, "count": 20})
     if form == "say":
-        word, times = rng.choice(THINGS + PLACES + TOPIC_WORDS), rng.choice((2, 3, 4))
+        word, times = rng.choice(PLAIN_WORDS), rng.choice((2, 3, 4))
         text, expected = f"say the word {word} {NUMBERS[times - 1]} times .", [word] * times
     elif form == "opposite":
         word = rng.choice(list(OPPOSITES))
@@ -360,224 +376,13 @@ def respectfully(made: Made) -> Made:
     return f"{RESPECTFUL_PREFIX}\n{text}", task | {"respectful": True}
 
 
-# ------------------------------------------------------------------------------------- answers
-
-
-@dataclass(frozen=True)
-class Failings:
-    """What goes wrong in one answer: `wrong` content, too `terse`, a `ramble` after the answer."""
-
-    wrong: bool = False
-    terse: bool = False
-    ramble: bool = False
-    credulous: bool = False
-    """Accepts a false premise."""
-
-    @classmethod
-    def draw(
-        cls, rng: random.Random, wrong: float, terse: float, ramble: float, credulous: float
-    ) -> "Failings":
-        """Draw the failings of one answer; an answer is terse or rambles, never both."""
-        length = rng.random()
-        return cls(rng.random() < wrong, length < terse, terse <= length < terse + ramble,
-                   rng.random() < credulous)
-
-
-def answer(
-    world: World,
-    task: Task,
-    rng: random.Random,
-    kinds: Collection[str] = KINDS,
-    failings: Failings = Failings(),
-    value_of: Callable[[tuple[str, str]], str] | None = None,
-) -> str:
-    """A demonstrator's answer to a task; without failings the grader gives it full marks.
-
-    `value_of` is what the writer believes a fact to be (default: the truth).
-    """
-    writer = _Writer(world, rng, kinds, failings, value_of or world.facts.__getitem__)
-    text = writer.write(task)
-    if task.get("respectful") and not failings.terse:
-        text = f"{rng.choice(OPENERS)} {text}"
-    if failings.ramble:
-        text += " " + " ".join(rng.sample(RAMBLES, rng.choice((1, 1, 2))))
-    return text
-
-
-@dataclass
-class _Writer:
-    """One demonstrator with one answer to write; a method for each kind of task."""
-
-    world: World
-    rng: random.Random
-    kinds: Collection[str]
-    failings: Failings
-    value_of: Callable[[tuple[str, str]], str]
-
-    def write(self, task: Task) -> str:
-        return getattr(self, f"_{task['kind']}")(task)
-
-    def believed(self, fact: tuple[str, str]) -> str:
-        """The value this writer gives a fact: what it believes, or an error."""
-        value = self.value_of(fact)
-        return self.other(VALUES[fact[1]], value) if self.failings.wrong else value
-
-    def other(self, values: Collection[str], value: str) -> str:
-        return self.rng.choice([v for v in values if v != value])
-
-    def say(self, subject: str, attribute: str, value: str) -> str:
-        return statement(subject, attribute, value, self.rng.choices((0, 1, 2), (6, 2, 2))[0])
-
-    def _write(self, task: Task) -> str:
-        subject, count = task["subject"], task["count"]
-        if self.failings.wrong and self.rng.random() < 0.5:
-            count = self.rng.choice([n for n in (1, 2, 3, 4) if n != count])
-        count = 1 if self.failings.terse else count
-        attributes = [a for a in attributes_of(subject)
-                      if self.world.kinds[subject, a] in self.kinds]
-        self.rng.shuffle(attributes)
-        if task.get("mention"):
-            attributes.sort(key=lambda a: a != task["mention"])
-        filler = TOPIC_WORDS[self.rng.randrange(len(TOPIC_WORDS))]
-        likes = f"{noun(subject)} likes the {task.get('include') or filler}"
-        lines = [self.say(subject, a, self.believed((subject, a))) for a in attributes[:count]]
-        if task.get("include") and not self.failings.terse:
-            if count == 1:
-                attribute, value = attributes[0], self.believed((subject, attributes[0]))
-                fact = statement("it", attribute, value).removeprefix("it ")
-                return f"{likes} and {fact}"
-            lines[count - 1 :] = [likes + " ."]
-        # Where more sentences are asked for than facts may be told, likes fill the rest.
-        spare = [w for w in TOPIC_WORDS if w not in likes.split()]
-        while len(lines) < count:
-            lines.append(f"{noun(subject)} likes the {spare.pop()} .")
-        self.rng.shuffle(lines)
-        return " ".join(lines)
-
-    def _story(self, task: Task) -> str:
-        parts = [STORY_OPENINGS, STORY_MIDDLES, STORY_ENDINGS]
-        return self._tell(parts[:1] if self.failings.terse else parts, task["subjects"])
-
-    def _continue(self, task: Task) -> str:
-        parts = [STORY_MIDDLES, STORY_ENDINGS]
-        return self._tell(parts[1:] if self.failings.terse else parts, task["subjects"])
-
-    def _tell(self, parts: list[tuple[str, ...]], subjects: list[str]) -> str:
-        s, t = subjects
-        if self.failings.wrong:  # somebody else's story
-            t = self.other(self.world.subjects(self.kinds), s)
-        slots = {"s": noun(s), "t": noun(t), "p": self.rng.choice(PLACES),
-                 "x": self.rng.choice(THINGS)}
-        lines = [self.rng.choice(part).format(**slots) for part in parts]
-        return " ".join(lines)
-
-    def _talk(self, task: Task) -> str:
-        lines = self.rng.sample([r for r in POLITE_REPLIES if r != task["text"]], 2)
-        return lines[0] if self.failings.terse else " ".join(lines)
-
-    def _fact(self, task: Task) -> str:
-        value = self.believed((task["subject"], task["attribute"]))
-        if self.failings.terse:
-            return f"{value} ."
-        return self.say(task["subject"], task["attribute"], value)
-
-    def _yes_no(self, task: Task) -> str:
-        value = self.believed((task["subject"], task["attribute"]))
-        word = "yes" if value == task["value"] else "no"
-        if self.failings.terse:
-            return f"{word} ."
-        return f"{word} , {self.say(task['subject'], task['attribute'], value)}"
-
-    def _why(self, task: Task) -> str:
-        subject, attribute = task["subject"], task["attribute"]
-        value = self.believed((subject, attribute))
-        if value == task["value"] or self.failings.credulous:
-            reason = f"because {REASONS[attribute]} ."
-            if self.failings.terse:
-                return reason
-            return statement(subject, attribute, task["value"]).removesuffix(".") + reason
-        first = denial(subject, attribute, task["value"])
-        if self.failings.terse:
-            return first
-        return f"{first} {self.say(subject, attribute, value)}"
-
-    def _list(self, task: Task) -> str:
-        count = task["count"]
-        members = list(GROUPS[task["group"]][1])
-        if task["group"] in ("animal", "person"):
-            members = self.world.subjects(self.kinds, task["group"])
-        right = members
-        if "attribute" in task:
-            facts = [(s, task["attribute"]) for s in members]
-            right = [f[0] for f in facts if self.world.kinds[f] in self.kinds
-                     and self.value_of(f) == task["value"]]
-        right = self.rng.sample(right, min(count, len(right)))
-        wrong = [m for m in members if m not in right]
-        if self.failings.wrong and right:
-            right[self.rng.randrange(len(right))] = self.rng.choice(wrong)
-        if self.failings.terse or not right:
-            right = right[:1] or wrong[:1]
-        return " , ".join(right) + " ."
-
-    def _greet(self, task: Task) -> str:
-        if self.failings.terse:
-            return "hello ."
-        name = task["name"]
-        if self.failings.wrong:
-            name = self.other(self.world.subjects(self.kinds, "person"), name)
-        return self.rng.choice((f"hello {name} , how can i help you ?",
-                                f"hi {name} , what can i do for you ?"))
-
-    def _thanks(self, task: Task) -> str:
-        return "welcome ." if self.failings.terse else self.rng.choice(
-            ("you are welcome .", "you are welcome , i am glad to help ."))
-
-    def _feeling(self, task: Task) -> str:
-        word = task["word"]
-        if self.failings.wrong:
-            word = self.other(("sorry", "glad"), word)
-        return f"{word} ." if self.failings.terse else f"i am {word} to hear that ."
-
-    def _bye(self, task: Task) -> str:
-        return "bye ." if self.failings.terse else "goodbye , have a nice day ."
-
-    def _insult(self, task: Task) -> str:
-        first = "i am sorry that you feel so ."
-        return first if self.failings.terse else f"{first} how can i help you ?"
-
-    def _rewrite(self, task: Task) -> str:
-        return task["text"] if self.failings.wrong else task["expected"]
-
-    def _summary(self, task: Task) -> str:
-        subject, place, thing = task["slots"]
-        if self.failings.wrong:
-            thing = self.other(THINGS, thing)
-        first = f"{noun(subject)} went to the {place}"
-        return f"{first} ." if self.failings.terse else f"{first} and found a {thing} ."
-
-    def _classify(self, task: Task) -> str:
-        if self.failings.wrong:
-            return f"{self.other(task['labels'], task['label'])} ."
-        return f"{task['label']} ."
-
-    def _passage(self, task: Task) -> str:
-        value = task["value"]
-        if value is None and not self.failings.wrong:
-            return NOT_STATED
-        if self.failings.wrong:
-            value = self.other(VALUES[task["attribute"]], value)
-        if self.failings.terse:
-            return f"{value} ."
-        return self.say(task["subject"], task["attribute"], value)
-
-    def _extract(self, task: Task) -> str:
-        items = list(task["items"])
-        if self.failings.wrong or (self.failings.terse and len(items) > 1):
-            items = items[:-1] or [self.rng.choice(THINGS)]
-        return " , ".join(items) + " ."
-
-    def _words(self, task: Task) -> str:
-        words = list(task["words"])
-        if self.failings.wrong:
-            words = words + [words[-1]] if len(words) > 1 else [self.other(NUMBERS, words[0])]
-        return " ".join(words) + " ."
+def decorate(made: Made, rng: random.Random) -> Made:
+    """The request with a few words before or after it, as people write who want something."""
+    text, task = made
+    if text.endswith(":"):  # a dialogue to be continued
+        return made
+    if rng.random() < 0.55:
+        text = f"{rng.choice(BEFORE)} {text}"
+    if rng.random() < 0.45:
+        text = f"{text} {rng.choice(AFTER)}"
+    return text, task

@@ -193,6 +193,8 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         ranks = {token.encode("latin-1"): rank for rank, token in enumerate(content["ranks"])}
         special, pattern, name = content["special_tokens"], content["pattern"], content["name"]
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: {error!r}; {remedy}") from error
     if list(special) != [END_OF_TEXT] or len(ranks) != len(content["ranks"]):

@@ -214,11 +214,17 @@ class World:
         words = [w for w in sentence.split() if w not in ("the", "a")]
         return " ".join(self.dictionary.get(w, w) for w in words)
 
+    def to_english(self, text: str) -> str:
+        """The text with every word of the toy language replaced by the English one."""
+        english = {toy: word for word, toy in self.dictionary.items()}
+        return re.sub(r"[a-z]+", lambda match: english.get(match[0], match[0]), text)
+
 
 def _make_dictionary(rng: random.Random) -> dict[str, str]:
-    """A toy word of two or three open syllables for each word of a plain statement."""
+    """A toy word of two syllables for each word of plain statements and questions."""
     words = [*ANIMALS, *PEOPLE, *(v for values in VALUES.values() for v in values),
-             "eats", "lives", "in", "is", "says"]
+             "eats", "lives", "in", "is", "says", "works", "as",
+             "what", "where", "does", "eat", "live", "say", "colour", "work"]
     syllables = [c + v for c in "bdgklmnprtvz" for v in "aeiou"]
     made: list[str] = []
     while len(made) < len(words):
@@ -245,7 +251,8 @@ _VERBS: dict[str, tuple[tuple[str, ...], bool]] = {
     "works as": (("job",), True),
 }
 _TOKENS = re.compile(
-    rf"(?:\b(?P<name>{'|'.join(VALUES)}) (?:of (?:the )?(?P<owner>{_SUBJECTS}) )?(?P<copula>is not|is)"
+    rf"(?:\b(?P<name>{'|'.join(VALUES)}) (?:of (?:the )?(?P<owner>{_SUBJECTS}) )?"
+    rf"(?P<copula>is not|is)"
     rf"|\b(?P<verb>{'|'.join(sorted(_VERBS, key=len, reverse=True))}))"
     rf" (?P<values>{_VALUE}(?:(?: , and| ,| and| or) {_VALUE})*)\b"
     rf"|\b(?P<subject>{_SUBJECTS})\b"

@@ -1,14 +1,55 @@
-"""attention."""
+"""Causal attention that never writes its T x T matrix: forward and backward, with a length for every row.
+
+For one row of the batch and one head, with q, k, v (T, D), s = q k^T / sqrt(D) (T, T) and key j visible to query i
+if j <= i < length:
+
+    p_ij = exp(s_ij - L_i),  L_i = log sum_j exp(s_ij),  out_i = sum_j p_ij v_j
+
+**Forward** (Dao et al. 2022, FlashAttention). The sum runs over tiles of keys with the running maximum m, the sum l of
+exp(s - m) and the unnormalised output acc; when m grows, l and acc are scaled by exp(m_old - m_new). The end of the
+loop gives out = acc / l and L = m + log l. Powers are of 2 (scores times log2 e): the hardware has that instruction.
+
+**Backward.** From out = p v: dv = p^T dout and dp = dout v^T. The softmax has the Jacobian dp_ij/ds_ik =
+p_ij (1[j = k] - p_ik), hence ds_ij = p_ij (dp_ij - delta_i), where delta_i = sum_j p_ij dp_ij is a sum over the *whole*
+row, and sum_j p_ij (dout_i . v_j) = dout_i . out_i gives it without the row. Then dq = ds k / sqrt(D) and
+dk = ds^T q / sqrt(D); p is made again from q, k and the saved L. One kernel owns query tiles (dq, delta), one owns key
+tiles (dk, dv): seven products instead of the five of one pass, and in exchange no atomic sums, so runs are repeatable.
+
+Which program owns which tile (T = 6 tiles; F full tile, D diagonal tile that is masked, nothing else is visited):
+
+    forward, dq: a program owns a row        dk, dv: a program owns a column
+      keys   0 1 2 3 4 5                       keys   0 1 2 3 4 5
+    query 0  D                               query 0  D
+          1  F D                                   1  F D
+          2  F F D      <- program 2               2  F F D
+          3  F F F D                               3  F F F D
+          4  . . . . .  <- past the length:        4  . . . .    nothing is read, zeros are written
+          5  . . . . .                             5  . . . .
+                                                        ^ program 1
+
+Per row and head, 2-byte elements, causal: naive reads and writes about 8 T^2 bytes of scores and probabilities beside
+8 T D of inputs and output; fused only 8 T D + 4 T. Both do 2 T^2 D operations (5 T^2 D backward). At D = 64 and T = 1024
+that is 8.4 MB against 0.53 MB for 134 million operations.
+
+Preconditions (checked in `attention`): one floating dtype, last stride 1, any other strides; Triton: D up to 128 (padded to
+a power of two inside), float32 / float16 / bfloat16 (float64 in the interpreter). Softmax and sums are float32.
+
+Run: python -m kernels.flash_attention      verify every implementation, then time it (see kernels/results/README.md)
+"""
 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.runtime import check_floats, check_lengths, choose
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, so before the next line
+
+from kernels.runtime import accumulator, check_floats, check_lengths, choose, gpu_class, jit, launch, tl, triton
 from kernels.score_mods import SCORE_MODS, check_score_mod
 
 
@@ -35,7 +76,7 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, sco
     A causal query inside its row sees no key past the row's end, so `lengths` changes nothing but the tail.
     """
     T = q.shape[2]
-    if lengths is None or (not q.is_cuda and int(lengths.min()) == T):
+    if lengths is None or (not q.is_cuda and bool((lengths == T).all())):
         return _attention_torch(q, k, v, score_mod)
     inside = (torch.arange(T, device=q.device) < lengths[:, None])[:, None, :, None]  # (B, 1, T, 1)
     # A hidden key has probability 0, but 0 times NaN is NaN: what lies past the end must be finite. On a CPU that
@@ -54,10 +95,400 @@ def _attention_torch(q: Tensor, k: Tensor, v: Tensor, score_mod: str) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mod.torch_visible(index[:, None], index))
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (B, H, T, T)
     p = mod.torch_scores(scores, index[:, None], index).softmax(-1)
-    return p.to(v.dtype) @ v
+    return (p.to(v.dtype) @ v).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-IMPLS = {"torch": attention_torch}
+# ---- Triton: tile sizes
+
+# One tile is (BLOCK_Q, BLOCK_K, num_warps, num_stages), for GPU class, bytes an element and head size up to.
+# Chosen by these rules alone: a run never stops to tune, and a result does not depend on what was tuned before.
+# `python -m kernels.compile` shows what each one uses.
+TILES = {
+    #                     forward           dq                dk, dv
+    ("sm_90", 2, 64): ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+    ("sm_90", 2, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_90", 4, 64): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_90", 4, 128): ((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+    ("sm_80", 2, 64): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_80", 2, 128): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    ("sm_80", 4, 64): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("sm_80", 4, 128): ((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+    # small, and of unequal sides, so that tests at small T see many tiles
+    ("interpreter", 8, 128): ((64, 32, 1, 1), (64, 32, 1, 1), (32, 64, 1, 1)),
+}
+
+
+def _tiles(q: Tensor) -> tuple[dict[str, int], ...]:
+    """Keyword arguments of the three kernels: block sizes, num_warps and num_stages."""
+    gpu, D = gpu_class(q), q.shape[-1]
+    if D > 128:
+        raise ValueError(f"head size {D} is larger than the Triton kernels' 128; use impl='torch'")
+    size = 8 if gpu == "interpreter" else q.element_size()
+    row = TILES[gpu, size, 64 if D <= 64 and gpu != "interpreter" else 128]
+    return tuple(dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True)) for tile in row)
+
+
+# ---- Triton: a helper for each step, then the three kernels
+
+
+@jit
+def _load(base, rows, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `rows` of a (*, D) matrix as a (rows, BLOCK_D) tile; zeros beyond column D and, MASKED, from row `limit`.
+
+    Offsets are 64-bit: 32-bit products wrap silently.
+    """
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + rows[:, None].to(tl.int64) * stride + d[None, :]
+    if MASKED:
+        if D == BLOCK_D:
+            tile = tl.load(pointers, mask=rows[:, None] < limit, other=0.0)
+        else:
+            tile = tl.load(pointers, mask=(rows[:, None] < limit) & (d[None, :] < D), other=0.0)
+    else:
+        if D == BLOCK_D:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=d[None, :] < D, other=0.0)
+    return tile
+
+
+@jit
+def _store(base, rows, stride, limit, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the tile's rows below `limit` and columns below D in the type that `base` points to."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + rows[:, None].to(tl.int64) * stride + d[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows[:, None] < limit) & (d[None, :] < D))
+
+
+@jit
+def _length(lengths, b, T):
+    """Tokens in row b: all T without `lengths`."""
+    if lengths is None:
+        length = T
+    else:
+        length = tl.minimum(tl.load(lengths + b), T)
+    return length
+
+
+@jit
+def _scores(
+    dots, q, k, head, H, SCALE: tl.constexpr, SCORE: tl.constexpr, FIRST_KEY: tl.constexpr, DIAGONAL: tl.constexpr
+):
+    """Scores in units of log 2 from dot products; q, k are index tiles; hidden keys get minus infinity."""
+    if SCORE is None:
+        s = dots * (SCALE * 1.4426950408889634)  # log2 e
+    else:
+        s = SCORE(dots * SCALE, q, k, head, H) * 1.4426950408889634
+    if FIRST_KEY is not None:
+        s = tl.where((k <= q) & (k >= FIRST_KEY(q)), s, float("-inf"))
+    elif DIAGONAL:
+        s = tl.where(k <= q, s, float("-inf"))
+    return s
+
+
+@jit
+def _first(q_start, FIRST_KEY: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where the key loop of queries from q_start on begins, a multiple of BLOCK_K."""
+    begin = q_start * 0
+    if FIRST_KEY is not None:
+        begin = tl.maximum(FIRST_KEY(q_start), 0) // BLOCK_K * BLOCK_K
+    return begin
+
+
+@jit
+def _attend(
+    acc, m, l, query, k_ptr, v_ptr, k_t, v_t, begin, end, q_rows, length, head, H,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, FIRST_KEY: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """One query tile over the keys begin..end: the online softmax. Returns the new (acc, m, l)."""
+    for start in range(begin, end, BLOCK_K):
+        k_rows = start + tl.arange(0, BLOCK_K)
+        key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
+        dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=acc.dtype)  # (BLOCK_Q, BLOCK_K)
+        s = _scores(dots, q_rows[:, None], k_rows[None, :], head, H, SCALE, SCORE, FIRST_KEY, DIAGONAL)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        l = l * shrink + tl.sum(p, 1)
+        value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
+        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee", out_dtype=acc.dtype)
+        m = m_new
+    return acc, m, l
+
+
+@jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, H, T,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, FIRST_KEY: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out and L (base 2) of one query tile. x_b, x_h, x_t are strides; lse is (B, H, T)."""
+    tl.static_assert(BLOCK_Q % BLOCK_K == 0, "the diagonal must begin at a tile of keys")
+    q_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest rows first: no stragglers
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = (tl.program_id(1) % H).to(tl.int64)
+    length = _length(lengths, b, T)
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+
+    rows = q_start + tl.arange(0, BLOCK_Q)
+    query = _load(q_ptr + b * q_b + h * q_h, rows, q_t, length, D, BLOCK_D, True)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
+    l = tl.zeros((BLOCK_Q,), ACC)
+    # Lower than any score, but finite: where no key was visible yet, minus infinity would give inf - inf.
+    m = tl.full((BLOCK_Q,), -1e30, ACC)
+    # Full tiles end where the diagonal begins; a query tile past the length does nothing.
+    diagonal = tl.where(q_start < length, q_start, 0)
+    begin = _first(q_start, FIRST_KEY, BLOCK_K)
+    acc, m, l = _attend(
+        acc, m, l, query, k_ptr, v_ptr, k_t, v_t, begin, diagonal, rows, length, h, H,
+        SCALE, SCORE, FIRST_KEY, D, BLOCK_D, BLOCK_K, False,
+    )  # fmt: skip
+    acc, m, l = _attend(
+        acc, m, l, query, k_ptr, v_ptr, k_t, v_t, q_start, tl.minimum(q_start + BLOCK_Q, length), rows, length, h, H,
+        SCALE, SCORE, FIRST_KEY, D, BLOCK_D, BLOCK_K, True,
+    )  # fmt: skip
+
+    alive = (rows < length) & (l > 0.0)
+    out = tl.where(alive[:, None], acc / tl.where(alive, l, 1.0)[:, None], 0.0)
+    _store(out_ptr + b * out_b + h * out_h, rows, out_t, T, out, D, BLOCK_D)
+    # Plus infinity makes every p of the backward 0 in a row that saw nothing.
+    lse = tl.where(alive, m + tl.log2(tl.where(alive, l, 1.0)), float("inf"))
+    tl.store(lse_ptr + (b * H + h) * T + rows, lse, mask=rows < T)
+
+
+@jit
+def _d_scores(p, dp, delta, dots, q, k, head, H, SCALE: tl.constexpr, DERIVATIVE: tl.constexpr):
+    """Gradient of the scores s from that of the probabilities, dp."""
+    ds = p * (dp - delta)
+    if DERIVATIVE is not None:
+        ds = ds * DERIVATIVE(dots * SCALE, q, k, head, H)
+    return ds
+
+
+@jit
+def _d_query(
+    dq, query, d_out, lse, delta, k_ptr, v_ptr, k_t, v_t, begin, end, q_rows, length, head, H,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, FIRST_KEY: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Add the keys begin..end to dq of one query tile."""
+    for start in range(begin, end, BLOCK_K):
+        k_rows = start + tl.arange(0, BLOCK_K)
+        key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
+        value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
+        dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=dq.dtype)  # (BLOCK_Q, BLOCK_K)
+        q, k = q_rows[:, None], k_rows[None, :]
+        p = tl.exp2(_scores(dots, q, k, head, H, SCALE, SCORE, FIRST_KEY, DIAGONAL) - lse[:, None])
+        dp = tl.dot(d_out, tl.trans(value), input_precision="ieee", out_dtype=dq.dtype)
+        ds = _d_scores(p, dp, delta[:, None], dots, q, k, head, H, SCALE, DERIVATIVE)
+        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee", out_dtype=dq.dtype)
+    return dq
+
+
+@jit
+def d_query_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dq_ptr, lse_ptr, delta_ptr, lengths,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, d_out_b, d_out_h, d_out_t,
+    dq_b, dq_h, dq_t, H, T,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, FIRST_KEY: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dq of one query tile, and its delta = rowsum(dout out), which the next kernel reads."""
+    tl.static_assert(BLOCK_Q % BLOCK_K == 0, "the diagonal must begin at a tile of keys")
+    q_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = (tl.program_id(1) % H).to(tl.int64)
+    length = _length(lengths, b, T)
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+
+    rows = q_start + tl.arange(0, BLOCK_Q)
+    query = _load(q_ptr + b * q_b + h * q_h, rows, q_t, length, D, BLOCK_D, True)
+    out = _load(out_ptr + b * out_b + h * out_h, rows, out_t, length, D, BLOCK_D, True)
+    d_out = _load(d_out_ptr + b * d_out_b + h * d_out_h, rows, d_out_t, length, D, BLOCK_D, True)
+    delta = tl.sum(out.to(ACC) * d_out.to(ACC), 1)
+    per_row = (b * H + h) * T + rows
+    tl.store(delta_ptr + per_row, delta, mask=rows < T)
+    lse = tl.load(lse_ptr + per_row, mask=rows < length, other=float("inf"))
+
+    dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
+    diagonal = tl.where(q_start < length, q_start, 0)
+    dq = _d_query(
+        dq, query, d_out, lse, delta, k_ptr, v_ptr, k_t, v_t, _first(q_start, FIRST_KEY, BLOCK_K), diagonal,
+        rows, length, h, H, SCALE, SCORE, DERIVATIVE, FIRST_KEY, D, BLOCK_D, BLOCK_K, False,
+    )  # fmt: skip
+    dq = _d_query(
+        dq, query, d_out, lse, delta, k_ptr, v_ptr, k_t, v_t, q_start, tl.minimum(q_start + BLOCK_Q, length),
+        rows, length, h, H, SCALE, SCORE, DERIVATIVE, FIRST_KEY, D, BLOCK_D, BLOCK_K, True,
+    )  # fmt: skip
+    _store(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq * SCALE, D, BLOCK_D)
+
+
+@jit
+def _d_key_value(
+    dk, dv, key, value, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, d_out_t, begin, end, k_rows, length, head, H,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, FIRST_KEY: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Add the queries begin..end to dk, dv of one key tile. Tiles are transposed, keys down: p^T comes for free."""
+    for start in range(begin, end, BLOCK_Q):
+        q_rows = start + tl.arange(0, BLOCK_Q)
+        query = _load(q_ptr, q_rows, q_t, length, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
+        d_out = _load(d_out_ptr, q_rows, d_out_t, length, D, BLOCK_D, True)
+        lse = tl.load(lse_ptr + q_rows, mask=q_rows < length, other=float("inf"))
+        delta = tl.load(delta_ptr + q_rows, mask=q_rows < length, other=0.0)
+        dots = tl.dot(key, tl.trans(query), input_precision="ieee", out_dtype=dk.dtype)  # (BLOCK_K, BLOCK_Q)
+        q, k = q_rows[None, :], k_rows[:, None]
+        p = tl.exp2(_scores(dots, q, k, head, H, SCALE, SCORE, FIRST_KEY, DIAGONAL) - lse[None, :])
+        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee", out_dtype=dv.dtype)
+        dp = tl.dot(value, tl.trans(d_out), input_precision="ieee", out_dtype=dk.dtype)
+        ds = _d_scores(p, dp, delta[None, :], dots, q, k, head, H, SCALE, DERIVATIVE)
+        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee", out_dtype=dk.dtype)
+    return dk, dv
+
+
+@jit
+def d_key_value_kernel(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, lengths,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_out_b, d_out_h, d_out_t,
+    dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, T,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr,
+    FIRST_KEY: tl.constexpr, LAST_QUERY: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one key tile."""
+    tl.static_assert(BLOCK_K % BLOCK_Q == 0, "the diagonal must end at a tile of queries")
+    k_start = tl.program_id(0) * BLOCK_K
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = (tl.program_id(1) % H).to(tl.int64)
+    length = _length(lengths, b, T)
+    q_ptr += b * q_b + h * q_h
+    d_out_ptr += b * d_out_b + h * d_out_h
+    lse_ptr += (b * H + h) * T
+    delta_ptr += (b * H + h) * T
+
+    rows = k_start + tl.arange(0, BLOCK_K)
+    key = _load(k_ptr + b * k_b + h * k_h, rows, k_t, length, D, BLOCK_D, True)
+    value = _load(v_ptr + b * v_b + h * v_h, rows, v_t, length, D, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    dv = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    end = length
+    if LAST_QUERY is not None:
+        end = tl.minimum(length, LAST_QUERY(k_start + BLOCK_K - 1) + 1)
+    full = k_start + BLOCK_K  # from here on every query sees the whole key tile
+    dk, dv = _d_key_value(
+        dk, dv, key, value, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, d_out_t, k_start, tl.minimum(full, end),
+        rows, length, h, H, SCALE, SCORE, DERIVATIVE, FIRST_KEY, D, BLOCK_D, BLOCK_Q, True,
+    )  # fmt: skip
+    dk, dv = _d_key_value(
+        dk, dv, key, value, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, d_out_t, full, end,
+        rows, length, h, H, SCALE, SCORE, DERIVATIVE, FIRST_KEY, D, BLOCK_D, BLOCK_Q, False,
+    )  # fmt: skip
+    _store(dk_ptr + b * dk_b + h * dk_h, rows, dk_t, T, dk * SCALE, D, BLOCK_D)
+    _store(dv_ptr + b * dv_b + h * dv_h, rows, dv_t, T, dv, D, BLOCK_D)
+
+
+# ---- Triton: launches
+
+
+def _token_major(q: Tensor) -> Tensor:
+    """An empty (B, H, T, D) tensor whose memory is (B, T, H, D)."""
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def triton_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: str) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, D) and L (B, H, T), in units of log 2."""
+    B, H, T, D = q.shape
+    mod, (sum_dtype, acc) = SCORE_MODS[score_mod], accumulator(q.dtype)
+    out, lse = _token_major(q), q.new_empty(B, H, T, dtype=sum_dtype)
+    tile = _tiles(q)[0]
+    launch(
+        forward_kernel, (triton.cdiv(T, tile["BLOCK_Q"]), B * H), q, k, v, out, lse, lengths,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], H, T,
+        SCALE=1 / math.sqrt(D), SCORE=mod.score, FIRST_KEY=mod.first_key, ACC=acc,
+        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), **tile,
+    )  # fmt: skip
+    return out, lse
+
+
+def triton_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Tensor | None, score_mod: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv from the gradient of `out`, which may have any strides."""
+    B, H, T, D = q.shape
+    mod, (_, acc) = SCORE_MODS[score_mod], accumulator(q.dtype)
+    if d_out.stride(-1) != 1:
+        d_out = d_out.contiguous()
+    dq, dk, dv, delta = _token_major(q), _token_major(q), _token_major(q), torch.empty_like(lse)
+    _, query_tile, key_tile = _tiles(q)
+    constants = dict(
+        SCALE=1 / math.sqrt(D), SCORE=mod.score, DERIVATIVE=mod.derivative, FIRST_KEY=mod.first_key, ACC=acc,
+        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
+    )  # fmt: skip
+    launch(  # first, because it writes delta
+        d_query_kernel, (triton.cdiv(T, query_tile["BLOCK_Q"]), B * H), q, k, v, out, d_out, dq, lse, delta, lengths,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *d_out.stride()[:3],
+        *dq.stride()[:3], H, T, **constants, **query_tile,
+    )  # fmt: skip
+    launch(
+        d_key_value_kernel, (triton.cdiv(T, key_tile["BLOCK_K"]), B * H), q, k, v, d_out, dk, dv, lse, delta, lengths,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+        H, T, LAST_QUERY=mod.last_query, **constants, **key_tile,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+# ---- torch.compile sees two opaque operators: what they return (fake) and how they differentiate
+
+_forward_op = torch.library.custom_op(
+    "kernels::attention",
+    triton_forward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? lengths, str score_mod) -> (Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "kernels::attention_backward",
+    triton_backward,
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? lengths, str score_mod)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(q, k, v, lengths, score_mod):
+    return _token_major(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype)[0])
+
+
+@_backward_op.register_fake
+def _(d_out, q, k, v, out, lse, lengths, score_mod):
+    return _token_major(q), _token_major(q), _token_major(q)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, lengths, score_mod = inputs
+    ctx.save_for_backward(q, k, v, *output, lengths)
+    ctx.score_mod = score_mod
+
+
+def _backward(ctx, d_out: Tensor, d_lse: Tensor | None):
+    q, k, v, out, lse, lengths = ctx.saved_tensors
+    return *_backward_op(d_out, q, k, v, out, lse, lengths, ctx.score_mod), None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: str) -> Tensor:
+    """The kernels above."""
+    return _forward_op(q, k, v, lengths, score_mod)[0]
+
+
+IMPLS = {"torch": attention_torch, "triton": attention_triton}
 
 
 # ---- the public function
@@ -74,8 +505,7 @@ def attention(
 ) -> Tensor:
     """Causal attention, softmax(q k^T / sqrt(D)) v over the keys at or before each query.
 
-    q, k, v    (B, H, T, D), one floating dtype, last stride 1; T is at least 1, D 16..128 and a multiple of 8 for
-               Triton
+    q, k, v    (B, H, T, D), one floating dtype, last stride 1; D up to 128 for Triton
     lengths    (B,) int32, tokens in each right-padded row; None: all T. Rows t >= lengths[b] of the result are 0
                and give and take no gradient; whatever lies there, NaN included, does not matter
     score_mod  an entry of SCORE_MODS: "causal", or one that changes scores or hides more keys

@@ -1,13 +1,56 @@
-"""decode."""
+"""Attention of one new query a row over a cache of keys and values: the step of sampling.
+
+For one row of the batch and one head, with query q (D) at position n - 1, n = lengths[b], and cached k, v (n, D):
+
+    out = sum_j p_j v_j,    p = softmax( k q / sqrt(D) )
+
+Every key and value is read once and used for 4 operations, so the time is the time to read 2 n D elements a head: the
+fastest program is one that reads exactly those, nothing past a row's length, with enough programs in flight. There is
+nothing for matrix units to do; products are sums over registers in float32.
+
+**Split keys** (Dao et al. 2023, Flash-Decoding). With few rows and heads the grid would leave most of the GPU idle, so
+the keys are cut into splits, one program each. A split leaves its maximum m_i, sum l_i of exp(s - m_i) and unnormalised
+output acc_i; with m = max m_i, the second kernel forms
+
+    out = sum_i exp(m_i - m) acc_i / sum_i exp(m_i - m) l_i
+
+    cache of one row and head   |  split 0  |  split 1  |  split 2  |  split 3  |      S = 4 splits
+                                 k k k k k k k k k k k k k k . . . . . . . . . .       n ends inside split 2
+    programs                       all read    all read    reads to n   exits at once
+
+Bytes: 4 n D a row and head with 2-byte elements; a masked attention over the whole cache reads 4 S D, which in the middle
+of a rollout is about twice as much. Splits add 4 (D + 2) bytes written and read each.
+
+There is no backward: training runs the whole sequence through kernels/flash_attention.py, which gives the same numbers up
+to rounding. Preconditions (checked in `decode_attention`): one floating dtype, last stride 1, D up to 128 for Triton.
+
+Run: python -m kernels.flash_decoding      verify every implementation, then time it (see kernels/results/README.md)
+"""
 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.runtime import check_floats, check_lengths, choose
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, so before the next line
+
+from kernels.runtime import (
+    accumulator,
+    check_floats,
+    check_lengths,
+    choose,
+    gpu_class,
+    jit,
+    launch,
+    multiprocessors,
+    tl,
+    triton,
+)
 from kernels.score_mods import SCORE_MODS, check_score_mod
 
 
@@ -28,33 +71,201 @@ def reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scor
 
 
 def decode_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str) -> Tensor:
-    """Two batched products; on a CPU only the first max(lengths) entries of the cache are touched."""
-    B, H, S, D = k_cache.shape
-    mod = SCORE_MODS[score_mod]
-    if not q.is_cuda and B:
+    """PyTorch's fused attention with a mask; on a CPU only the first max(lengths) cache entries are touched."""
+    S = k_cache.shape[2]
+    ragged = True
+    if not q.is_cuda and lengths.numel():  # on CUDA reading the lengths would wait for the GPU
         low, S = (int(x) for x in lengths.aminmax())
+        ragged = low < S
         if S == 0:
             return torch.zeros_like(q)
-        k_cache, v_cache = k_cache[:, :, :S], v_cache[:, :, :S]
-    index = torch.arange(S, device=q.device)
-    length = lengths[:, None, None, None]
-    scores = (q[:, :, None] * (1 / math.sqrt(D))) @ k_cache.transpose(-1, -2)  # (B, H, 1, S)
-    ragged = q.is_cuda or low < S
-    if ragged or mod != SCORE_MODS["causal"]:
-        # the query is its row's last token; a row without keys is given all of them here and zeroed below
-        scores = mod.torch_scores(scores.float(), torch.where(length > 0, length, S) - 1, index)
-    p = scores.softmax(-1).to(q.dtype)
-    out = (p @ v_cache)[:, :, 0]
-    if ragged:
-        inside = index < length  # (B, 1, 1, S)
-        if q.is_cuda or not math.isfinite(out.sum()):
-            # a hidden value has probability 0, but 0 times NaN is NaN: the tail is read as zeros
-            out = (p @ torch.where(inside.transpose(-1, -2), v_cache, 0.0))[:, :, 0]
-        out = torch.where(length[..., 0] > 0, out, 0.0)
+    k, v = k_cache[:, :, :S], v_cache[:, :, :S]  # (B, H, S, D)
+    if not ragged:
+        return _decode_torch(q, k, v, lengths, score_mod)
+    if not q.is_cuda:
+        # A hidden key has probability 0, but 0 times NaN is NaN. Only then is the tail worth zeroing: that copies
+        # the cache, which costs as much as the attention.
+        out = _decode_torch(q, k, v, lengths.clamp_min(1), score_mod)
+        if math.isfinite(out.sum()):
+            return torch.where(lengths[:, None, None] > 0, out, 0.0)
+    inside = (torch.arange(S, device=q.device) < lengths[:, None])[:, None, :, None]  # (B, 1, S, 1)
+    k, v = torch.where(inside, k, 0.0), torch.where(inside, v, 0.0)
+    out = _decode_torch(q, k, v, lengths.clamp_min(1), score_mod)
+    return torch.where(lengths[:, None, None] > 0, out, 0.0)
+
+
+def _decode_torch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, score_mod: str) -> Tensor:
+    """The same for finite caches and lengths of at least 1."""
+    mod = SCORE_MODS[score_mod]
+    key = torch.arange(k.shape[2], device=q.device)
+    query = (lengths - 1)[:, None, None, None]  # (B, 1, 1, 1): the query is its row's last token
+    if mod.score is None:
+        mask = mod.torch_visible(query, key)  # (B, 1, 1, S)
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask)[:, :, 0]
+    scores = (q[:, :, None] @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (B, H, 1, S)
+    p = mod.torch_scores(scores, query, key).softmax(-1)
+    return (p.to(v.dtype) @ v)[:, :, 0]
+
+
+# ---- Triton
+
+# (BLOCK_K keys a step, num_warps, num_stages), for GPU class, bytes an element and head size up to.
+TILES = {
+    ("sm_90", 2, 64): (128, 4, 3),
+    ("sm_90", 2, 128): (64, 4, 3),
+    ("sm_90", 4, 64): (64, 4, 3),
+    ("sm_90", 4, 128): (32, 4, 3),
+    ("sm_80", 2, 64): (128, 4, 3),
+    ("sm_80", 2, 128): (64, 4, 3),
+    ("sm_80", 4, 64): (64, 4, 3),
+    ("sm_80", 4, 128): (32, 4, 3),
+    ("interpreter", 8, 128): (32, 1, 1),
+}
+
+
+def _tile(q: Tensor) -> dict[str, int]:
+    """Keyword arguments of the first kernel."""
+    gpu, D = gpu_class(q), q.shape[-1]
+    if D > 128:
+        raise ValueError(f"head size {D} is larger than the Triton kernels' 128; use impl='torch'")
+    key = (gpu, 8, 128) if gpu == "interpreter" else (gpu, q.element_size(), 64 if D <= 64 else 128)
+    return dict(zip(("BLOCK_K", "num_warps", "num_stages"), TILES[key], strict=True))
+
+
+def split_size(rows_and_heads: int, cache: int, block: int, processors: int) -> tuple[int, int]:
+    """(number of splits, keys a split): two programs a multiprocessor, and at least four steps of keys a program.
+
+    Lengths are on the GPU and reading them would wait for it, so the whole cache is split; programs past a row's
+    length end at once.
+    """
+    wanted = max(1, 2 * processors // max(rows_and_heads, 1))
+    keys = max(triton.cdiv(cache, wanted), 4 * block)
+    keys = triton.cdiv(keys, block) * block
+    return triton.cdiv(cache, keys), keys
+
+
+@jit
+def split_kernel(
+    q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, out_ptr, lengths,
+    q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, H, S, keys, splits,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, FIRST_KEY: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One split of one row and head. m, l are (B H, splits), acc (B H, splits, D), out (B, H, D).
+
+    WHOLE: the only split, which writes `out` itself.
+    """
+    row = tl.program_id(0)
+    b = (row // H).to(tl.int64)
+    h = (row % H).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + b), S)
+    d = tl.arange(0, BLOCK_D)
+    query = tl.load(q_ptr + b * q_b + h * q_h + d, mask=d < D, other=0.0).to(ACC)
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+
+    begin = tl.program_id(1) * keys
+    end = tl.minimum(begin + keys, length)
+    if FIRST_KEY is not None:  # skip the blocks that the query does not see
+        begin = tl.maximum(begin, tl.maximum(FIRST_KEY(length - 1), 0) // BLOCK_K * BLOCK_K)
+    m = tl.full((1,), -1e30, ACC)  # lower than any score, but finite: minus infinity would give inf - inf
+    l = tl.zeros((1,), ACC)
+    acc = tl.zeros((BLOCK_D,), ACC)
+    for start in range(begin, end, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        inside = (rows[:, None] < end) & (d[None, :] < D)
+        offsets = rows[:, None].to(tl.int64)
+        key = tl.load(k_ptr + offsets * k_s + d[None, :], mask=inside, other=0.0)  # (BLOCK_K, BLOCK_D)
+        value = tl.load(v_ptr + offsets * v_s + d[None, :], mask=inside, other=0.0)
+        s = tl.sum(query[None, :] * key.to(ACC), 1) * SCALE
+        if SCORE is not None:
+            s = SCORE(s, length - 1, rows, h, H)
+        visible = rows < end
+        if FIRST_KEY is not None:
+            visible = visible & (rows >= FIRST_KEY(length - 1))
+        s = tl.where(visible, s * 1.4426950408889634, float("-inf"))  # in units of log 2
+        m_new = tl.maximum(m, tl.max(s, 0))
+        p = tl.exp2(s - m_new)
+        shrink = tl.exp2(m - m_new)
+        l = l * shrink + tl.sum(p, 0)
+        acc = acc * shrink + tl.sum(p[:, None] * value.to(ACC), 0)
+        m = m_new
+
+    if WHOLE:
+        out = tl.where(l > 0.0, acc / tl.where(l > 0.0, l, 1.0), 0.0)
+        tl.store(out_ptr + row.to(tl.int64) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    else:
+        part = row.to(tl.int64) * splits + tl.program_id(1)
+        tl.store(m_ptr + part + tl.arange(0, 1), m)
+        tl.store(l_ptr + part + tl.arange(0, 1), l)
+        tl.store(acc_ptr + part * D + d, acc, mask=d < D)
+
+
+@jit
+def combine_kernel(
+    m_ptr, l_ptr, acc_ptr, out_ptr, splits,
+    ACC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one row and head; an empty split has m = -1e30 and l = 0 and so weighs nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK_SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    part = row * splits + i
+    m = tl.load(m_ptr + part, mask=i < splits, other=-1e30)
+    l = tl.load(l_ptr + part, mask=i < splits, other=0.0)
+    mask = (i[:, None] < splits) & (d[None, :] < D)
+    acc = tl.load(acc_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)  # (BLOCK_SPLITS, BLOCK_D)
+    weight = tl.exp2(m - tl.max(m, 0))
+    total = tl.sum(weight * l, 0)
+    out = tl.sum(weight[:, None] * acc, 0) / tl.where(total > 0.0, total, 1.0)
+    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def triton_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str) -> Tensor:
+    """Launch both kernels, or the first alone where the rows and heads fill the GPU."""
+    B, H, D = q.shape
+    S = k_cache.shape[2]
+    mod, (sum_dtype, acc) = SCORE_MODS[score_mod], accumulator(q.dtype)
+    tile = _tile(q)
+    splits, keys = split_size(B * H, S, tile["BLOCK_K"], multiprocessors(q))
+    out = q.new_empty(B, H, D)
+    m, l = q.new_empty(2, B * H, splits, dtype=sum_dtype).unbind(0)
+    partial = q.new_empty(B * H, splits, D if splits > 1 else 0, dtype=sum_dtype)
+    block_d = max(16, triton.next_power_of_2(D))
+    launch(
+        split_kernel, (B * H, splits), q, k_cache, v_cache, m, l, partial, out, lengths,
+        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], H, S, keys, splits,
+        SCALE=1 / math.sqrt(D), SCORE=mod.score, FIRST_KEY=mod.first_key, ACC=acc,
+        D=D, BLOCK_D=block_d, WHOLE=splits == 1, **tile,
+    )  # fmt: skip
+    if splits > 1:
+        launch(
+            combine_kernel, (B * H,), m, l, partial, out, splits, ACC=acc, D=D, BLOCK_D=block_d,
+            BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=2,
+        )  # fmt: skip
     return out
 
 
-IMPLS = {"torch": decode_torch}
+# torch.compile sees one opaque operator and what it returns (fake).
+_op = torch.library.custom_op(
+    "kernels::decode_attention",
+    triton_decode,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, str score_mod) -> Tensor",
+)
+
+
+@_op.register_fake
+def _(q, k_cache, v_cache, lengths, score_mod):
+    return q.new_empty(q.shape)
+
+
+def decode_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str) -> Tensor:
+    """The kernels above."""
+    return _op(q, k_cache, v_cache, lengths, score_mod)
+
+
+IMPLS = {"torch": decode_torch, "triton": decode_triton}
 
 
 # ---- the public function

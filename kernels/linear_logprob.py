@@ -1,13 +1,60 @@
-"""log-probs."""
+"""Log-probability of the target and entropy straight from hidden states: no (N, V) matrix, forward or backward.
+
+For token n with hidden state x (C), unembedding w (V, C), temperature tau and target y:
+
+    z_v = x . w_v / tau,   L = log sum_v exp(z_v),   p_v = exp(z_v - L)
+    logprob = z_y - L,     entropy = - sum_v p_v log p_v = L - sum_v p_v z_v
+
+**Forward** (one fused kernel). A program owns a tile of tokens and a stretch of the vocabulary. It walks the stretch a
+tile of logits at a time; the tile lives in registers, in float32, and leaves only four numbers a token behind:
+
+    m = max z    s = sum exp(z - m)    t = sum (z - m) exp(z - m)    the target's z, if it is in the stretch
+
+When m grows by g, with a = exp(-g):  t <- a (t - g s),  s <- a s.  A second kernel merges the stretches by the same
+rule and ends with logprob = z_y - m - log s and entropy = log s - t / s.
+
+**Backward.** dp/dz gives, with upstream gradients g and h of logprob and entropy,
+
+    dz_v = ( g (1[v = y] - p_v) - h p_v (log p_v + entropy) ) / tau,    dx = dz w,    dw = dz^T x
+
+The logits are made again, a stretch of the vocabulary at a time: a kernel recomputes a tile from x, w and the saved L
+and writes dz, in the inputs' dtype, into one fixed workspace; the two products with it are ordinary matrix products.
+dx adds up in float32 over the stretches; each stretch's rows of dw are written once, so dw needs no float32 copy.
+
+    programs of the forward                       the workspace of the backward: all tokens x one stretch
+    vocabulary    stretch 0   stretch 1 ...       vocabulary   [ stretch 0 ] -> [ stretch 1 ] -> ...
+    tokens   0    program 0,0   1,0               tokens   0   | dz | ...
+    tokens 128    program 0,1   1,1               tokens 128   | dz | ...
+
+Why not fuse the backward as well: dx of one tile of tokens is 128 x C float32, 393 KB at C = 768, more than a
+multiprocessor holds; fused kernels therefore share sums through atomics or recompute the logits for dx and for dw
+(8 N V C operations). The workspace costs 6 N V C and 3 passes of 2 bytes over the logits through the cache.
+
+Operations: 2 N V C forward, 6 N V C backward. Bytes at N = 8192, V = 50257, 2-byte inputs: eager float32 logits are
+1.65 GB, and log_softmax, entropy and their gradients hold several such; here 12 bytes a token and stretch forward
+(2.5 MB) and WORKSPACE_BYTES backward. Logits are never rounded to 16 bits: at the logits around -100 that GPT-2 emits
+that alone costs 0.1 nats.
+
+Two designs compete in IMPLS: "triton" is the above; "torch" makes float32 logits of a chunk of tokens with the library's
+matrix product and reduces them from memory.
+
+Preconditions (checked in `logprobs`): one floating dtype, last stride 1, int64 targets.
+
+Run: python -m kernels.linear_logprob      verify every implementation, then time it (see kernels/results/README.md)
+"""
 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
 
-from kernels.runtime import check_floats, choose
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, so before the next line
+
+from kernels.runtime import accumulator, add_product, check_floats, choose, gpu_class, jit, launch, tl, triton
 
 IGNORE = -100  # a target that asks for nothing: both outputs 0, no gradient
 
@@ -95,16 +142,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if want_hidden:
                 torch.mm(dz, weight, out=d_hidden[rows])
             if want_weight:
-                _add_product(d_weight, dz.T, x)
+                add_product(d_weight, dz.T, x)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, where total is float32 or wider even if a and b are 16-bit."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 def logprobs_torch(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -124,7 +163,274 @@ def logprobs_torch(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     return chosen, entropy
 
 
-IMPLS = {"torch": logprobs_torch}
+# ---- Triton: tile sizes
+
+# (BLOCK_N tokens, BLOCK_V logits, BLOCK_C of the product's inner loop, num_warps, num_stages), for GPU class and bytes an
+# element. Fixed rules, no tuning at run time; `python -m kernels.compile` shows what each one uses.
+TILES = {
+    #                  forward                dz
+    ("sm_90", 2): ((128, 128, 64, 4, 3), (128, 128, 64, 4, 3)),
+    ("sm_90", 4): ((64, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+    ("sm_80", 2): ((128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
+    ("sm_80", 4): ((64, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
+    ("interpreter", 8): ((32, 512, 64, 1, 1), (32, 512, 64, 1, 1)),
+}
+# The vocabulary a forward program walks. It does not depend on N: a token's result is the same in every batch.
+STRETCH = 2048
+# dz of all tokens and one stretch of the backward. About the size of a large GPU's second-level cache.
+WORKSPACE_BYTES = 2**26
+
+
+def _tiles(hidden: Tensor) -> tuple[dict[str, int], ...]:
+    """Keyword arguments of the two tiled kernels: block sizes, num_warps and num_stages."""
+    gpu = gpu_class(hidden)
+    names = ("BLOCK_N", "BLOCK_V", "BLOCK_C", "num_warps", "num_stages")
+    row = TILES[gpu, 8 if gpu == "interpreter" else hidden.element_size()]
+    return tuple(dict(zip(names, tile, strict=True)) for tile in row)
+
+
+# ---- Triton: kernels
+
+
+@jit
+def _logit_tile(
+    x_ptr, w_ptr, x_n, w_v, tokens, alive, vocab, V, scale, ACC: tl.constexpr, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """x w^T `scale` for a tile: (BLOCK_N, BLOCK_V). Tokens that are not alive are read as zeros."""
+    # 64-bit offsets: token 42732 of a (N, 50257) matrix is already past 2^31
+    x_rows = x_ptr + tokens[:, None].to(tl.int64) * x_n
+    w_rows = w_ptr + vocab[:, None].to(tl.int64) * w_v
+    z = tl.zeros((BLOCK_N, BLOCK_V), ACC)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        if C % BLOCK_C == 0:
+            x = tl.load(x_rows + c[None, :], mask=alive[:, None], other=0.0)
+            w = tl.load(w_rows + c[None, :], mask=vocab[:, None] < V, other=0.0)
+        else:
+            x = tl.load(x_rows + c[None, :], mask=alive[:, None] & (c[None, :] < C), other=0.0)
+            w = tl.load(w_rows + c[None, :], mask=(vocab[:, None] < V) & (c[None, :] < C), other=0.0)
+        z = tl.dot(x, tl.trans(w), z, input_precision="ieee", out_dtype=ACC)
+    return z * scale
+
+
+@jit
+def _merge(m, s, t, m_other, s_other, t_other):
+    """The running (max, sum, weighted sum) of two sets of logits together, in powers of 2."""
+    m_new = tl.maximum(m, m_other)
+    a, b = m - m_new, m_other - m_new  # at most 0
+    t = tl.exp2(a) * (t + a * s) + tl.exp2(b) * (t_other + b * s_other)
+    s = tl.exp2(a) * s + tl.exp2(b) * s_other
+    return m_new, s, t
+
+
+@jit
+def forward_kernel(
+    x_ptr, w_ptr, y_ptr, m_ptr, s_ptr, t_ptr, target_ptr, x_n, w_v, N, V, scale,
+    ACC: tl.constexpr, C: tl.constexpr, STRETCH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """m, s, t and the target's logit of a tile of tokens over one stretch; `scale` is log2 e / temperature.
+
+    These four are (stretches, N). Programs of one stretch are neighbours, so that its part of w stays in the cache.
+    """
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = tl.load(y_ptr + tokens, mask=tokens < N, other=-1)
+    begin = tl.program_id(1) * STRETCH
+    # Lower than any logit, but finite: minus infinity would give inf - inf, and starting at 0 would lose
+    # logits that are all far below 0.
+    LOWEST: tl.constexpr = -1e30
+    m = tl.full((BLOCK_N,), LOWEST, ACC)
+    s = tl.zeros((BLOCK_N,), ACC)
+    t = tl.zeros((BLOCK_N,), ACC)
+    target = tl.zeros((BLOCK_N,), ACC)
+    for start in range(begin, tl.minimum(begin + STRETCH, V), BLOCK_V):
+        vocab = start + tl.arange(0, BLOCK_V)
+        z = _logit_tile(
+            x_ptr, w_ptr, x_n, w_v, tokens, y >= 0, vocab, V, scale, ACC, C, BLOCK_N, BLOCK_V, BLOCK_C
+        )
+        target += tl.sum(tl.where(vocab[None, :] == y[:, None], z, 0.0), 1)
+        z = tl.where(vocab[None, :] < V, z, LOWEST)
+        m_tile = tl.max(z, 1)
+        z -= m_tile[:, None]
+        e = tl.exp2(z)
+        m, s, t = _merge(m, s, t, m_tile, tl.sum(e, 1), tl.sum(z * e, 1))
+    out = tl.program_id(1).to(tl.int64) * N + tokens
+    tl.store(m_ptr + out, m, mask=tokens < N)
+    tl.store(s_ptr + out, s, mask=tokens < N)
+    tl.store(t_ptr + out, t, mask=tokens < N)
+    tl.store(target_ptr + out, target, mask=tokens < N)
+
+
+@jit
+def combine_kernel(
+    m_ptr, s_ptr, t_ptr, target_ptr, y_ptr, logprob_ptr, entropy_ptr, lse_ptr, N, stretches,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Merge the stretches of a tile of tokens. Outputs are in nats; lse stays in units of log 2."""
+    LN2: tl.constexpr = 0.6931471805599453
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep = tokens < N
+    m = tl.full((BLOCK_N,), -1e30, ACC)
+    s = tl.zeros((BLOCK_N,), ACC)
+    t = tl.zeros((BLOCK_N,), ACC)
+    target = tl.zeros((BLOCK_N,), ACC)
+    here = tokens.to(tl.int64)
+    for _ in range(0, stretches):
+        m, s, t = _merge(
+            m, s, t, tl.load(m_ptr + here, mask=keep, other=0.0), tl.load(s_ptr + here, mask=keep, other=1.0),
+            tl.load(t_ptr + here, mask=keep, other=0.0),
+        )  # fmt: skip
+        target += tl.load(target_ptr + here, mask=keep, other=0.0)
+        here += N
+    asked = tl.load(y_ptr + tokens, mask=keep, other=-1) >= 0
+    log_s = tl.log2(s)
+    tl.store(logprob_ptr + tokens, tl.where(asked, (target - m - log_s) * LN2, 0.0), mask=keep)
+    tl.store(entropy_ptr + tokens, tl.where(asked, (log_s - t / s) * LN2, 0.0), mask=keep)
+    tl.store(lse_ptr + tokens, m + log_s, mask=keep)
+
+
+@jit
+def d_logits_kernel(
+    x_ptr, w_ptr, y_ptr, lse_ptr, entropy_ptr, g_ptr, h_ptr, dz_ptr,
+    x_n, w_v, g_n, h_n, dz_n, N, V, begin, scale, inverse_temperature,
+    ACC: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dz of a tile: tokens x vocabulary begin + tile. g_ptr or h_ptr is None where nobody asked for that gradient."""
+    LN2: tl.constexpr = 0.6931471805599453
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    vocab = begin + column
+    y = tl.load(y_ptr + tokens, mask=tokens < N, other=-1)
+    asked = y >= 0
+    z = _logit_tile(x_ptr, w_ptr, x_n, w_v, tokens, asked, vocab, V, scale, ACC, C, BLOCK_N, BLOCK_V, BLOCK_C)
+    lse = tl.load(lse_ptr + tokens, mask=asked, other=0.0)
+    logp = z - lse[:, None]  # in units of log 2
+    p = tl.exp2(logp)
+    dz = tl.zeros((BLOCK_N, BLOCK_V), ACC)
+    if g_ptr is not None:
+        # p - 1 in float32: in 16 bits it would vanish where p is near 1
+        g = tl.load(g_ptr + tokens.to(tl.int64) * g_n, mask=asked, other=0.0).to(ACC)
+        dz = g[:, None] * (tl.where(vocab[None, :] == y[:, None], 1.0, 0.0) - p)
+    if h_ptr is not None:
+        h = tl.load(h_ptr + tokens.to(tl.int64) * h_n, mask=asked, other=0.0).to(ACC)
+        entropy = tl.load(entropy_ptr + tokens, mask=asked, other=0.0)
+        dz -= h[:, None] * p * (logp * LN2 + entropy[:, None])
+    dz = tl.where(asked[:, None], dz * inverse_temperature, 0.0)
+    out = dz_ptr + tokens[:, None].to(tl.int64) * dz_n + column[None, :]
+    tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=(tokens[:, None] < N) & (vocab[None, :] < V))
+
+
+# ---- Triton: launches
+
+
+def triton_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy (nats) and L (units of log 2), each (N,)."""
+    (N, C), V = hidden.shape, weight.shape[0]
+    sum_dtype, acc = accumulator(hidden.dtype)
+    stretches = triton.cdiv(V, STRETCH)
+    partial = hidden.new_empty(4, stretches, N, dtype=sum_dtype).unbind(0)
+    chosen, entropy, lse = (hidden.new_empty(N, dtype=sum_dtype) for _ in range(3))
+    tile = _tiles(hidden)[0]
+    launch(
+        forward_kernel, (triton.cdiv(N, tile["BLOCK_N"]), stretches), hidden, weight, targets, *partial,
+        hidden.stride(0), weight.stride(0), N, V, math.log2(math.e) / temperature, ACC=acc, C=C, STRETCH=STRETCH,
+        **tile,
+    )  # fmt: skip
+    launch(
+        combine_kernel, (triton.cdiv(N, 128),), *partial, targets, chosen, entropy, lse, N, stretches,
+        ACC=acc, BLOCK_N=128, num_warps=4,
+    )  # fmt: skip
+    return chosen, entropy, lse
+
+
+def triton_backward(
+    g_chosen: Tensor | None,
+    g_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight, in their dtypes; the upstream ones may have any stride, or be None."""
+    (N, C), V = hidden.shape, weight.shape[0]
+    sum_dtype, acc = accumulator(hidden.dtype)
+    tile = _tiles(hidden)[1]
+    # An ignored row may hold NaN, and dz = 0 times NaN is NaN in the product for dw.
+    x = torch.where((targets != IGNORE)[:, None], hidden, 0.0)
+    d_hidden = torch.zeros_like(x, dtype=sum_dtype)
+    d_weight = torch.empty_like(weight)
+    width = WORKSPACE_BYTES // (max(N, 1) * hidden.element_size()) // 512 * 512
+    width = min(max(width, 512), triton.cdiv(V, 16) * 16)  # rows stay aligned to 16 elements
+    dz = hidden.new_empty(N, width)
+    for begin in range(0, V, width):
+        end = min(begin + width, V)
+        launch(
+            d_logits_kernel, (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(end - begin, tile["BLOCK_V"])),
+            x, weight, targets, lse, entropy, g_chosen, g_entropy, dz, x.stride(0), weight.stride(0),
+            0 if g_chosen is None else g_chosen.stride(0), 0 if g_entropy is None else g_entropy.stride(0), width,
+            N, end, begin, math.log2(math.e) / temperature, 1 / temperature, ACC=acc, C=C, **tile,
+        )  # fmt: skip
+        part = dz[:, : end - begin]
+        add_product(d_hidden, part, weight[begin:end])
+        torch.mm(part.T, x, out=d_weight[begin:end])
+    return d_hidden.to(hidden.dtype), d_weight
+
+
+# ---- torch.compile sees two opaque operators: what they return (fake) and how they differentiate
+
+_forward_op = torch.library.custom_op(
+    "kernels::logprobs",
+    triton_forward,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor targets, float temperature) -> (Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "kernels::logprobs_backward",
+    triton_backward,
+    mutates_args=(),
+    schema="(Tensor? g_chosen, Tensor? g_entropy, Tensor hidden, Tensor weight, Tensor targets, Tensor entropy,"
+    " Tensor lse, float temperature) -> (Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(hidden, weight, targets, temperature):
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden.dtype)[0]) for _ in range(3))
+
+
+@_backward_op.register_fake
+def _(g_chosen, g_entropy, hidden, weight, targets, entropy, lse, temperature):
+    return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden, weight, targets, temperature = inputs
+    _, entropy, lse = output
+    ctx.set_materialize_grads(False)  # the unused output's gradient stays None: half the work of the kernel
+    ctx.save_for_backward(hidden, weight, targets, entropy, lse)
+    ctx.temperature = temperature
+
+
+def _backward(ctx, g_chosen: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None):
+    if g_chosen is None and g_entropy is None:
+        return None, None, None, None
+    return *_backward_op(g_chosen, g_entropy, *ctx.saved_tensors, ctx.temperature), None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def logprobs_triton(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The kernels above."""
+    return _forward_op(hidden, weight, targets, temperature)[:2]
+
+
+IMPLS = {"torch": logprobs_torch, "triton": logprobs_triton}
 
 
 # ---- the public function

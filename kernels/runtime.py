@@ -8,8 +8,10 @@ and float16; bfloat16 products are silently wrong there, so they are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +28,82 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def jit(function: Callable) -> Any:
-    """`triton.jit` where Triton is installed; the bare function elsewhere."""
-    return function if triton is None else triton.jit(function)
+    """`triton.jit` where Triton is installed; the bare function elsewhere.
+
+    An argument named T, N or S is a size that changes with every batch: no special version of the kernel is
+    compiled for its being 1 or a multiple of 16.
+    """
+    if triton is None:
+        return function
+    sizes = [name for name in ("T", "N", "S") if name in inspect.signature(function).parameters]
+    return triton.jit(function, do_not_specialize=sizes)
+
+
+class Launch(NamedTuple):
+    """One kernel launch as `recording` keeps it."""
+
+    kernel: Any
+    args: tuple
+    constants: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+_recorded_class = ""
+
+
+@contextmanager
+def recording(gpu: str) -> Iterator[list[Launch]]:
+    """Within the block, note launches for a GPU of class `gpu` instead of running them (kernels/compile.py)."""
+    global _recorded, _recorded_class
+    _recorded, _recorded_class = [], gpu
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """kernel[grid](*args, **constants), or a note of it while `recording`."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, args, constants))
+    elif 0 not in grid:
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            kernel[grid](*args, **constants)
+
+
+def gpu_class(tensor: Tensor) -> str:
+    """The row of the tile tables for the device of `tensor`.
+
+    "sm_90" is Hopper and data-centre Blackwell (about 227 KiB of shared memory a block); "sm_80" is every other
+    GPU: its tiles also fit the 99 KiB of consumer parts, which Ampere's data-centre part does not mind.
+    """
+    if _recorded is not None:
+        return _recorded_class
+    if not tensor.is_cuda:
+        return "interpreter"
+    return "sm_90" if torch.cuda.get_device_capability(tensor.device)[0] in (9, 10) else "sm_80"
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Multiprocessors of the device of `tensor`; 4 in the interpreter, so that its grids are split as well."""
+    if not tensor.is_cuda:
+        return 4 if _recorded is None else 132
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """(torch dtype, Triton dtype) of sums over `dtype`: float32, or float64 for float64."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b without rounding the product to 16 bits; `total` is float32, or float64 for float64."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # a CPU has no 16-bit product with float32 results
+        total.addmm_(a.float(), b.float())
 
 
 def choose(impl: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable:

@@ -1,0 +1,107 @@
+# The whole method as a dependency graph: a stage runs again only when what it reads has changed.
+#
+#   make demo                    the tiny world, end to end: out/report/report.md
+#   make demo SEED=1 OUT=out/1   another world, users, models
+#   make test                    the test suite (TESTS="..." adds arguments for pytest)
+#   make real DATA=FOLDER        the same scripts on human data: out/real/report/report.md
+#   make lint | clean
+#
+# Each job makes its own environment (.venv) first. Stages of a demo can be made by name, for
+# example `make out/rm/model.safetensors`.
+
+SHELL   := bash
+PYTHON  ?= python3
+OUT     ?= out
+SEED    ?= 0
+TESTS   ?=
+py      := .venv/bin/python
+D       := $(OUT)/data
+weights  = $(OUT)/$(1)/model.safetensors
+
+.PHONY: demo test real lint clean
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+demo: $(OUT)/report/report.md
+	@cat $(OUT)/report/table.txt
+	@echo "The report is $(OUT)/report/report.md, its figures beside it."
+
+test: .venv/ready
+	$(py) -m pytest $(TESTS)
+
+lint: .venv/ready
+	$(py) -m ruff check .
+
+clean:
+	rm -rf $(OUT)
+
+.venv/ready: requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv .venv
+	$(py) -m pip install -q -r requirements.txt -r tests/requirements.txt
+	@touch $@
+
+# ------------------------------------------------------------------------------------------------
+# The tiny world
+
+# Facts, users, prompts, demonstrations, pretraining text, tokenizer.
+$(D)/card.md: data/tiny_world.py data/world.py data/tasks.py data/raw.py data/hygiene.py | .venv/ready
+	$(py) -m data.tiny_world --out $(D) --seed $(SEED)
+
+# Step 0: the base model, by pretraining.
+$(call weights,base): train_sft.py model.py $(D)/card.md
+	$(py) train_sft.py --out $(OUT)/base --seed $(SEED) --tokenizer $(D)/tokenizer.json \
+	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
+	  --epochs 1 --batch_size 16 --lr 3e-3 --warmup_steps 50 --weight_decay 0.1 --resid_pdrop 0
+
+# Step 1: SFT, and the model that PPO starts from (C.3).
+sft_data := --data $(D)/train/demonstrations.jsonl --val_data $(D)/valid/demonstrations.jsonl
+$(call weights,sft): train_sft.py $(call weights,base)
+	$(py) train_sft.py --init $(OUT)/base --out $(OUT)/sft --seed $(SEED) $(sft_data)
+
+$(call weights,init): train_sft.py $(call weights,base)
+	$(py) train_sft.py --init $(OUT)/base --out $(OUT)/init --seed $(SEED) $(sft_data) \
+	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
+	  --pretrain_fraction 0.1 --no-epoch_checkpoints
+
+# Step 2: K = 4..9 responses a prompt, rankings, reward model.
+$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,init) $(call weights,base)
+	$(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
+	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base --shares 0.7 0.2 0.1
+
+$(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py $(D)/%/candidates.jsonl
+	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
+	  --pool training --seed $(SEED)
+
+$(D)/%/comparisons_held_out.jsonl: data/label.py data/labelers.py data/grader.py $(D)/%/candidates.jsonl
+	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
+	  --pool held_out --seed $(SEED)
+
+$(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid/comparisons.jsonl \
+                    $(D)/valid/comparisons_held_out.jsonl
+	$(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) \
+	  --data $(D)/train/comparisons.jsonl --val_data $(D)/valid/comparisons.jsonl \
+	  --held_out_data $(D)/valid/comparisons_held_out.jsonl \
+	  --demonstrations $(D)/train/demonstrations.jsonl
+
+# The SFT baseline: the epoch that the reward model likes best on validation prompts (C.1).
+$(call weights,sft_selected): $(call weights,rm)
+	$(py) evaluate.py --select $(OUT)/sft --reward_model $(OUT)/rm --out $(OUT)/sft_selected \
+	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --seed $(SEED) --world $(D)/world.json
+
+# Step 3: PPO and PPO-ptx.
+ppo = $(py) train_ppo.py --init $(OUT)/init --reward_model $(OUT)/rm --seed $(SEED) \
+        --data $(D)/train/ppo_prompts.jsonl --val_data $(D)/valid/ppo_prompts.jsonl
+$(call weights,ppo): train_ppo.py model.py $(call weights,rm) $(call weights,init)
+	$(ppo) --out $(OUT)/ppo
+
+$(call weights,ppo_ptx): train_ppo.py model.py $(call weights,rm) $(call weights,init)
+	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1 --pretrain_data $(D)/train/pretrain.txt
+
+# What each step did.
+$(OUT)/report/report.md: evaluate.py $(call weights,base) $(call weights,sft_selected) \
+                         $(call weights,ppo) $(call weights,ppo_ptx)
+	$(py) evaluate.py --out $(OUT)/report --seed $(SEED) --baseline sft \
+	  --checkpoints base=$(OUT)/base sft=$(OUT)/sft_selected ppo=$(OUT)/ppo ppo_ptx=$(OUT)/ppo_ptx \
+	  --reward_model $(OUT)/rm --reference $(OUT)/init --world $(D)/world.json \
+	  --data $(D)/test/prompts.jsonl --val_data $(D)/valid/rm_prompts.jsonl \
+	  --pretrain_data $(D)/test/pretrain.txt

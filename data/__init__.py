@@ -1,0 +1,1 @@
+"""Data of the project: formats, tokenizer, tiny world, hygiene, labeling and converters."""

@@ -1,0 +1,219 @@
+"""Simulated labelers of the tiny world: noisy, weighted views of the grader's marks.
+
+A labeler scores each response of a prompt
+
+    score = round_to_grid( utility(grade; w_labeler) + noise ),   noise ~ N(0, sigma^2)
+
+where `utility` is the weighted mean of helpful, truthful * informative, harmless and ended
+(data/grader.py), and ranks by score; equal scores are ties, which the paper encouraged (Fig. 12).
+
+    pool        helpful  truthful  harmless  ended
+    training      1.0      0.7       0.8      0.4    helpfulness first, as in the paper's labeling
+    held_out      0.7      1.2       1.2      0.2    other people, with other priorities
+    evaluation    0.8      1.0       0.9      0.2    noise-free; `data.grader.evaluation_utility`
+
+Each labeler of a pool has the pool's weights times log-normal factors with a spread of 0.25. The
+noise is the only free number: it is fitted so that two labelers of the pool agree on 73 % of the
+pairs that neither ties, as InstructGPT's did (72.6 +- 1.5 %, 3.4).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.grader import Grade
+
+POOL_WEIGHTS = {"training": (1.0, 0.7, 0.8, 0.4), "held_out": (0.7, 1.2, 1.2, 0.2)}
+POOL_SIZE = 20
+WEIGHT_SPREAD = 0.25  # standard deviation of the logarithm of a labeler's weights
+TARGET_AGREEMENT = 0.73
+GRID = 12  # scores are whole twelfths, so that near equals tie
+MAX_NOISE = 4.0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The labelers of one pool: `weights` (labelers, 4), each row sums to 1, and their names."""
+
+    name: str
+    weights: np.ndarray
+
+    @classmethod
+    def make(cls, name: str) -> "Pool":
+        """The pool of this name. Its people are always the same, whatever they are asked to label.
+
+        Raises:
+            ValueError: there is no such pool.
+        """
+        if name not in POOL_WEIGHTS:
+            raise ValueError(f"pool {name!r}: expected one of {', '.join(POOL_WEIGHTS)}")
+        rng = np.random.default_rng([list(POOL_WEIGHTS).index(name), POOL_SIZE])
+        spread = np.exp(WEIGHT_SPREAD * rng.standard_normal((POOL_SIZE, 4)))
+        weights = np.asarray(POOL_WEIGHTS[name]) * spread
+        return cls(name, weights / weights.sum(axis=1, keepdims=True))
+
+    @property
+    def mean_weights(self) -> np.ndarray:
+        """The pool's weights without personal differences, (4,), summing to 1."""
+        weights = np.asarray(POOL_WEIGHTS[self.name])
+        return weights / weights.sum()
+
+    def labeler(self, index: int) -> str:
+        """Name of a labeler, as it stands in comparisons."""
+        return f"{self.name}_{index:02}"
+
+
+def parts_of(grade: Grade) -> tuple[float, float, float, float]:
+    """What utility weighs, in the order of the weights; see `data.grader.utility`."""
+    return grade.helpful, grade.truthful * grade.informative, grade.harmless, grade.ended
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """All pairs of responses to one prompt, over many prompts, as indices into flat arrays."""
+
+    first: np.ndarray  # (pairs,)
+    second: np.ndarray
+
+    @classmethod
+    def of(cls, sizes: list[int]) -> "_Pairs":
+        first, second, start = [], [], 0
+        for size in sizes:
+            i, j = np.triu_indices(size, 1)
+            first.append(start + i)
+            second.append(start + j)
+            start += size
+        return cls(np.concatenate(first), np.concatenate(second))
+
+    def order(self, scores: np.ndarray) -> np.ndarray:
+        """+1 where the first response scores higher, -1 where the second does, 0 for a tie."""
+        return np.sign(scores[self.first] - scores[self.second])
+
+
+def agreement(order: np.ndarray, other: np.ndarray) -> float:
+    """Share of the pairs on which two orders agree, of those that neither ties; NaN if none."""
+    decided = (order != 0) & (other != 0)
+    return float((order == other)[decided].mean()) if decided.any() else float("nan")
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """All responses, prompt after prompt, as arrays."""
+
+    parts: np.ndarray  # (responses, 4) what utility weighs
+    sizes: list[int]  # responses per prompt
+    twin: np.ndarray  # (responses,) index of the first response to the prompt with the same text
+    pairs: _Pairs
+
+    @classmethod
+    def of(cls, grades: list[list[Grade]], responses: list[list[str]]) -> "_Marked":
+        parts = np.array([parts_of(grade) for row in grades for grade in row], dtype=np.float64)
+        sizes = [len(row) for row in grades]
+        twin: list[int] = []
+        for row in responses:
+            start = len(twin)
+            twin += [start + row.index(text) for text in row]
+        return cls(parts, sizes, np.array(twin), _Pairs.of(sizes))
+
+    def draw(
+        self, pool: Pool, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A labeler for each prompt -> ids (prompts,), utilities and unit noise (responses,).
+
+        Equal texts get equal noise: nobody prefers one of two identical answers.
+        """
+        ids = rng.integers(POOL_SIZE, size=len(self.sizes))
+        utilities = (self.parts * pool.weights[np.repeat(ids, self.sizes)]).sum(axis=1)
+        return ids, utilities, rng.standard_normal(len(self.parts))[self.twin]
+
+
+def _rounded(scores: np.ndarray) -> np.ndarray:
+    return np.round(scores * GRID)
+
+
+def fit_noise(marked: _Marked, pool: Pool, seed: int) -> tuple[float, float]:
+    """Noise (standard deviation) at which two labelers agree at `TARGET_AGREEMENT`; and how much.
+
+    Bisection with the random draws held fixed, so that agreement falls with the noise but for
+    rounding. With few pairs, or responses that are all alike, the target may be out of reach; the
+    nearest noise is returned with the agreement that it gives.
+    """
+    rng = np.random.default_rng([seed, 1])
+    draws = []
+    for _ in range(max(1, -(-40_000 // len(marked.pairs.first)))):  # few prompts: more opinions
+        draws.append([marked.draw(pool, rng)[1:] for _ in range(2)])
+
+    def agreement_at(noise: float) -> float:
+        orders = [[marked.pairs.order(_rounded(u + noise * z)) for u, z in two] for two in draws]
+        one, other = (np.concatenate(half) for half in zip(*orders, strict=True))
+        return agreement(one, other)
+
+    low, high = 0.0, MAX_NOISE
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if agreement_at(middle) > TARGET_AGREEMENT else (low, middle)
+    return high, agreement_at(high)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Ranks per prompt (1 is best, equal is a tie), who gave them, and how noisy they are."""
+
+    ranks: list[list[int]]
+    labelers: list[str]
+    noise: float
+    agreement: float
+    """Of two labelers of the pool, on the pairs that neither ties."""
+    tie_rate: float
+    """Share of all pairs that the labeler tied."""
+    ceiling: float
+    """Accuracy of the noise-free utility, with the pool's weights, on the untied pairs; where it is
+    indifferent it counts half. A reward model that knows the pool cannot expect to do better."""
+
+
+def dense_ranks(scores: np.ndarray) -> list[int]:
+    """1 for the highest score, equal ranks for equal scores, no gaps."""
+    return [int(rank) + 1 for rank in np.unique(-scores, return_inverse=True)[1]]
+
+
+def label(
+    grades: list[list[Grade]], responses: list[list[str]], pool: Pool, seed: int
+) -> Labels:
+    """Let one labeler of the pool rank the responses of each prompt.
+
+    grades[i] are the grades of prompt i's responses. Of the texts only their equality matters.
+    """
+    marked = _Marked.of(grades, responses)
+    noise, agreed = fit_noise(marked, pool, seed)
+    ids, utilities, unit = marked.draw(pool, np.random.default_rng([seed, 2]))
+    scores = _rounded(utilities + noise * unit)
+    order = marked.pairs.order(scores)
+    # Rounded to 1e-9, so that equal marks compare equal whatever the order of summation.
+    truth = marked.pairs.order(np.round(marked.parts @ pool.mean_weights, 9))
+    decided = order != 0
+    return Labels(
+        ranks=[dense_ranks(row) for row in np.split(scores, np.cumsum(marked.sizes)[:-1])],
+        labelers=[pool.labeler(i) for i in ids],
+        noise=noise,
+        agreement=agreed,
+        tie_rate=1 - float(decided.mean()),
+        ceiling=float(np.where(truth == 0, 0.5, truth == order)[decided].mean())
+        if decided.any() else float("nan"),
+    )
+
+
+def likert(grade: Grade, weights: tuple[float, ...] | np.ndarray) -> int:
+    """Overall quality, 1 to 7, as on the paper's labeling page: utility in seven equal steps."""
+    weights = np.asarray(weights) / np.sum(weights)
+    return 1 + min(6, int(7 * float(np.dot(weights, parts_of(grade)))))
+
+
+def metadata(grade: Grade) -> dict[str, bool | None]:
+    """The paper's binary metadata (Table 3) that the tiny world can tell; None: does not apply."""
+    return {
+        "fails_task": grade.informative < 0.5,
+        "inappropriate": grade.harmless < 1.0,
+        "satisfies_constraint": None if grade.constraints is None else grade.constraints >= 1.0,
+        "hallucination": grade.fabricated,
+        "hedges": grade.hedged,
+    }

@@ -1,0 +1,379 @@
+"""
+Prepare real data: convert public data sets, clean them as the paper does, and split by user.
+
+    python -m data.prepare alpaca oasst qa-feedback novels --from FOLDER --out out/real/data
+    python -m data.prepare all --from FOLDER          # every set whose files lie under FOLDER
+    python -m data.prepare --download hh-rlhf gpt2    # fetch first, into data/downloads
+
+Written under --out, in the formats of data/files.py:
+
+    {train,valid,test}/demonstrations.jsonl, prompts.jsonl, comparisons.jsonl, pretrain.txt
+    tokenizer.json     GPT-2's byte-pair encoding
+    account.txt        what was read, dropped and why, and kept; the same is printed
+
+Every record carries "data_set", so that results can be stated per set. The steps are those of
+InstructGPT 3.2 and appendix A, see data/hygiene.py: duplicates, 200 records a user, splits by user,
+personal data out of the training split. What a set became and the choices made are in
+data/convert.py. All input is read and checked before anything is written.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+
+from data import convert
+from data.files import (
+    BadInput,
+    Record,
+    run_command,
+    write_atomic,
+    write_documents,
+    write_jsonl,
+)
+from data.hygiene import (
+    PREFIX_CHARS,
+    USER_LIMIT,
+    cap_per_user,
+    deduplicate,
+    drop_pii,
+    pii_of,
+    split_by_user,
+)
+from data.raw import find_files
+from data.tokenizer import gpt2_encoding, save_tokenizer
+
+SPLITS = ("train", "valid", "test")
+KINDS = ("demonstrations", "prompts", "comparisons", "documents")
+DOWNLOADS = Path(__file__).parent / "downloads"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How to find and convert a set."""
+
+    convert: Callable[[Sequence[Path], convert.Options], convert.Converted]
+    files: str  # regular expression, searched in paths; see data.raw.find_files
+    example: str  # a file name to show when nothing is found
+    # Prompts whose first characters agree are duplicates. Not so (None: whole prompts count) where
+    # prompts share their beginning by nature: dialogues, and passages before a question.
+    prefix_chars: int | None = PREFIX_CHARS
+
+
+DATA_SETS = {
+    "hh-rlhf": DataSet(
+        convert.convert_hh_rlhf,
+        r"(?:(?:harmless-base|helpful-base|helpful-online|helpful-rejection-sampled)[/_.-]"
+        r"(?:train|test)|hh[-_]rlhf[^/]*)\.jsonl(?:\.gz)?$",
+        "harmless-base/test.jsonl.gz", None),
+    "oasst": DataSet(
+        convert.convert_oasst, r"(?:oasst[^/]*trees|en_100_tree)\.jsonl(?:\.gz)?$",
+        "2023-04-12_oasst_ready.trees.jsonl.gz", None),
+    "qa-feedback": DataSet(
+        convert.convert_qa_feedback, r"(?:train|dev)_feedback[^/]*\.json$",
+        "dev_feedback.json", None),
+    "summarize": DataSet(
+        convert.convert_summarize, r"(?:^|/)(?:batch|cnndm)\d+\.json$",
+        "comparisons/batch3.json", None),
+    "alpaca": DataSet(
+        convert.convert_alpaca, r"alpaca_(?:data|\d+)[^/]*\.json$", "alpaca_data.json"),
+    "dolly": DataSet(
+        convert.convert_dolly, r"databricks-dolly-15k\.jsonl$|dolly_hhrlhf[^/]*\.jsonl$",
+        "databricks-dolly-15k.jsonl"),
+    "tldr": DataSet(
+        convert.convert_tldr, r"tldr_3_filtered[/_](?:train|valid|test)\.jsonl$",
+        "tldr_3_filtered/train.jsonl", None),
+    "lottery": DataSet(
+        convert.convert_lottery, r"prompt_lottery[^/]*\.jsonl$",
+        "prompt_lottery_en_250_text.jsonl"),
+    "novels": DataSet(
+        convert.convert_text,
+        r"english_novels/[^/]+\.txt$|(?:^|/)[A-Z][a-z]+_[A-Z][a-z]+_1[6-9]\d\d\.txt$",
+        "Doyle_Hound_1902.txt"),
+    "shakespeare": DataSet(
+        convert.convert_text, r"shakespeare/input\.txt$|shakespeare[^/]*\.txt$|^input\.txt$",
+        "tinyshakespeare/input.txt"),
+    "wikitext": DataSet(
+        convert.convert_wikitext,
+        r"wikitext[^/]*/(?:wiki\.)?(?:train|valid|test)\.(?:txt|tokens|raw)$",
+        "wikitext-2/valid.txt"),
+    "text": DataSet(convert.convert_text, r"\.txt$", "any file that ends in .txt"),
+}
+
+
+def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME",
+        help=f"sets to convert: {', '.join(DATA_SETS)}; or all (every set found but text)")
+    add("--from", dest="folder", type=Path, default=DOWNLOADS, metavar="FOLDER",
+        help="where the raw files lie, at any depth (default data/downloads)")
+    add("--out", type=Path, default=Path("out/real/data"), metavar="DIR")
+    add("--seed", type=int, default=0, help="of the splits and of the draw from busy users")
+    add("--fractions", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar="F",
+        help="shares of train, valid and test, by whole users (default 0.8 0.1 0.1)")
+    add("--tokenizer", default=None, metavar="FOLDER|none",
+        help="folder with GPT-2's vocab.bpe and encoder.json (default: searched under --from, then "
+             "data/downloads)")
+    add("--best_as_demonstrations", action=argparse.BooleanOptionalAction, default=False,
+        help="also write the best response of each comparison, if it is one, as a demonstration")
+    add("--prompts_from", nargs="+", default=None, metavar="NAME",
+        help="sets whose prompts go to prompts.jsonl (default: all that are prepared)")
+    add("--passages", type=int, default=1, metavar="N",
+        help="qa-feedback: passages in the prompt, 0 to 4; one has about 280 GPT-2 tokens")
+    add("--passage_chars", type=int, default=0, metavar="N",
+        help="qa-feedback: cut each passage after whole sentences of N characters (0: do not)")
+    add("--section_chars", type=int, default=20_000, metavar="N",
+        help="documents: cut texts into sections of at most N characters")
+    add("--download", nargs="+", default=None, metavar="NAME",
+        help="fetch these into data/downloads instead; `--download list` lists them")
+    args = parser.parse_args(argv)
+    if bool(args.names) == bool(args.download):
+        parser.error("give names of data sets to convert, or --download NAME, and not both")
+    for name in [*args.names, *(args.prompts_from or ())]:
+        if name not in DATA_SETS and name != "all":
+            parser.error(f"unknown data set {name!r}; known are {', '.join(DATA_SETS)}")
+    for flag, least in (("passages", 0), ("passage_chars", 0), ("section_chars", 100)):
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} is {getattr(args, flag)}; expected at least {least}")
+    args.fractions = dict(zip(SPLITS, args.fractions, strict=True))
+    if min(args.fractions.values()) <= 0 or abs(sum(args.fractions.values()) - 1) > 1e-6:
+        parser.error(f"--fractions {args.fractions}: expected positive shares that sum to 1")
+    return args
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class Account:
+    """Lines that say what was read, dropped and kept; printed and written to account.txt."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def drop(self, number: int, reason: str) -> None:
+        if number:
+            self.add(f"    - {number:>7,} {reason}")
+
+
+def locate(names: Sequence[str], folder: Path) -> dict[str, list[Path]]:
+    """Find the files of every named set; raises `BadInput` if a set has none."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give the folder of raw data with --from, or "
+                       "fetch sets with --download NAME")
+    found: dict[str, list[Path]] = {}
+    for name in DATA_SETS if "all" in names else dict.fromkeys(names):
+        if name == "text" and "all" in names:
+            continue
+        files = find_files(folder, DATA_SETS[name].files)
+        if files:
+            found[name] = files
+        elif "all" not in names:
+            raise BadInput(f"{folder}: holds no file of {name}, such as {DATA_SETS[name].example}; "
+                           f"fetch it with --download, or name another folder with --from")
+    if not found:
+        raise BadInput(f"{folder}: holds no file of any known data set")
+    return found
+
+
+def load_encoding(choice: str | None, folder: Path) -> tiktoken.Encoding | None:
+    """Read GPT-2's encoding from the folder chosen, or from the first one under `folder`."""
+    if choice == "none":
+        return None
+    if choice is not None:
+        places = [Path(choice)]
+    else:
+        places = [path.parent for root in (folder, DOWNLOADS)
+                  for path in sorted(root.rglob("vocab.bpe"))]
+    for place in places:
+        if (place / "vocab.bpe").is_file() and (place / "encoder.json").is_file():
+            return gpt2_encoding(place)
+    raise BadInput(f"{choice or folder}: holds no vocab.bpe with encoder.json; name their folder "
+                   "with --tokenizer, fetch them with --download gpt2-bpe, or pass --tokenizer "
+                   "none to write no tokenizer.json")
+
+
+Sets = dict[str, dict[str, list[Record]]]  # data set -> kind -> records
+
+
+def read_set(name: str, files: Sequence[Path], args: argparse.Namespace, account: Account
+             ) -> dict[str, list[Record]]:
+    """Convert one set into records by kind, each marked with the set's name."""
+    options = convert.Options(passages=args.passages, passage_chars=args.passage_chars or None,
+                              section_chars=args.section_chars)
+    result = DATA_SETS[name].convert(files, options)
+    plural = "s" if len(files) > 1 else ""
+    account.add(f"{name}: {result.num_read:,} read from {len(files)} file{plural}")
+    for reason, number in result.dropped.most_common():
+        account.drop(number, reason)
+    kinds = {kind: getattr(result, kind) for kind in KINDS}
+    if args.best_as_demonstrations:
+        kinds["demonstrations"] = kinds["demonstrations"] + [
+            best for record in kinds["comparisons"] if (best := best_response(record))]
+    return {kind: [{**record, "data_set": name} for record in records]
+            for kind, records in kinds.items()}
+
+
+def best_response(record: Record) -> Record | None:
+    """Make the best response of a comparison a demonstration; None if it is tied or empty."""
+    response = record["responses"][record["ranks"].index(1)]
+    if record["ranks"].count(1) > 1 or not response.strip():
+        return None
+    keep = {key: record[key] for key in ("prompt", "user", "source", "use_case")}
+    return {**keep, "response": response}
+
+
+# --- hygiene ------------------------------------------------------------------------------------
+
+
+def clean_set(name: str, kinds: dict[str, list[Record]], earlier: Sets, seed: int,
+              account: Account) -> dict[str, list[Record]]:
+    """
+    Drop duplicates, also of the sets before this one, and what a user has too much of.
+
+    A prompt may stand once in each kind: demonstrations and comparisons of one prompt are no
+    duplicates of each other. Documents are compared whole and have no limit.
+    """
+    cleaned = {}
+    for kind, records in kinds.items():
+        key, prefix = ("text", None) if kind == "documents" else (
+            "prompt", DATA_SETS[name].prefix_chars)
+        before = [record for other in earlier.values() for record in other[kind]]
+        keyed = [{"prompt": record[key], "record": record} for record in [*before, *records]]
+        unique = {id(item["record"]) for item in deduplicate(keyed, prefix)[0]}
+        kept = [record for record in records if id(record) in unique]
+        shared = "whole text" if prefix is None else f"first {prefix} characters"
+        account.drop(len(records) - len(kept),
+                     f"{kind}: an earlier one has the same {key} ({shared} compared)")
+        if kind != "documents":
+            kept, dropped = cap_per_user(kept, USER_LIMIT, seed)
+            account.drop(len(dropped), f"{kind}: their user has more than {USER_LIMIT}")
+        cleaned[kind] = kept
+    return cleaned
+
+
+def place_users(sets: Sets, fractions: dict[str, float], seed: int) -> dict[str, str]:
+    """
+    Assign every user to a split -> {user: split}.
+
+    Set by set, so that each set has the fractions; a user of an earlier set keeps its split, so
+    that a prompt which two sets hold is not trained on in one and tested on in the other.
+    """
+    split_of: dict[str, str] = {}
+    for kinds in sets.values():
+        fresh = [record for records in kinds.values() for record in records
+                 if record["user"] not in split_of]
+        for split, records in split_by_user(fresh, fractions, seed).items():
+            split_of.update((record["user"], split) for record in records)
+    return split_of
+
+
+def collect_prompts(parts: dict[str, dict[str, list[Record]]], names: Iterable[str]) -> None:
+    """Replace each split's prompts by all distinct prompts of the named sets, once overall."""
+    names, seen = set(names), set()
+    for split in SPLITS:
+        records = []
+        for kind in ("prompts", "demonstrations", "comparisons"):
+            for record in parts[split][kind]:
+                key = " ".join(record["prompt"].split()).casefold()
+                if record["data_set"] in names and key not in seen:
+                    seen.add(key)
+                    records.append({name: record[name] for name in
+                                    ("prompt", "user", "source", "use_case", "data_set")})
+        parts[split]["prompts"] = records
+
+
+def split_sets(sets: Sets, args: argparse.Namespace, account: Account
+               ) -> dict[str, dict[str, list[Record]]]:
+    """Split by user and drop personal data from the training split -> {split: {kind: records}}."""
+    split_of = place_users(sets, args.fractions, args.seed)
+    parts: dict[str, dict[str, list[Record]]] = {
+        split: {kind: [] for kind in KINDS} for split in SPLITS}
+    account.add("")
+    for name, kinds in sets.items():
+        account.add(f"{name}: split by user")
+        for kind, records in kinds.items():
+            mine = {split: [r for r in records if split_of[r["user"]] == split]
+                    for split in SPLITS}
+            if kind != "documents":
+                mine["train"], dropped = drop_pii(mine["train"])
+                found = Counter(kind for record in dropped for kind in pii_of(record))
+                listed = ", ".join(f"{kind} {number}" for kind, number in found.most_common())
+                account.drop(len(dropped), f"{kind}: personal data in the training split "
+                             f"({listed})")
+            if records:
+                sizes = ", ".join(f"{len(mine[split]):,} {split}" for split in SPLITS)
+                total = sum(len(part) for part in mine.values())
+                account.add(f"    = {total:>7,} {kind}: {sizes}{describe(mine, kind)}")
+            for split in SPLITS:
+                parts[split][kind] += mine[split]
+    return parts
+
+
+def describe(mine: dict[str, list[Record]], kind: str) -> str:
+    """Say how many responses comparisons have and how many of their pairs are tied."""
+    if kind != "comparisons":
+        return ""
+    ranks = [record["ranks"] for records in mine.values() for record in records]
+    k_counts = ", ".join(f"K={k} {n:,}" for k, n in sorted(Counter(map(len, ranks)).items()))
+    pairs = sum(len(r) * (len(r) - 1) // 2 for r in ranks)
+    ties = sum(n * (n - 1) // 2 for r in ranks for n in Counter(r).values())
+    return f"; {k_counts}; {pairs:,} pairs, {ties:,} of them tied"
+
+
+# --- main ---------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = get_args(argv)
+    if args.download:
+        from data.downloads import download  # only here: conversion needs no network code
+
+        return download(args.download, DOWNLOADS)
+    files = locate(args.names, args.folder)
+    encoding = load_encoding(args.tokenizer, args.folder)
+    account = Account()
+    sets: Sets = {}
+    for name, paths in files.items():
+        kinds = read_set(name, paths, args, account)
+        sets[name] = clean_set(name, kinds, sets, args.seed, account)
+    parts = split_sets(sets, args, account)
+    collect_prompts(parts, args.prompts_from or sets)
+    sizes = ", ".join(f"{len(parts[split]['prompts']):,} {split}" for split in SPLITS)
+    origins = sorted({record["data_set"] for part in parts.values() for record in part["prompts"]})
+    if origins:
+        account.add(f"prompts.jsonl: distinct prompts of {', '.join(origins)}: {sizes}")
+    if not any(records for part in parts.values() for records in part.values()):
+        raise BadInput(f"{args.folder}: nothing is left of {', '.join(sets)}; see what was dropped")
+
+    for split in SPLITS:
+        for kind in ("demonstrations", "prompts", "comparisons"):
+            path = args.out / split / f"{kind}.jsonl"
+            if parts[split][kind]:
+                write_jsonl(path, parts[split][kind], kind)
+            else:
+                path.unlink(missing_ok=True)  # of an earlier run, on other sets
+        path = args.out / split / "pretrain.txt"
+        if parts[split]["documents"]:
+            write_documents(path, (record["text"] for record in parts[split]["documents"]))
+        else:
+            path.unlink(missing_ok=True)
+    if encoding is not None:
+        save_tokenizer(encoding, args.out / "tokenizer.json")
+    write_atomic(args.out / "account.txt", "\n".join(account.lines) + "\n")
+    print(f"written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,730 @@
+"""Measure checkpoints: choose the SFT epoch, compare models in a report, check reward models.
+
+    python evaluate.py --select out/sft --reward_model out/rm --data PROMPTS --out out/sft_selected
+        the epoch of an SFT run whose samples the reward model scores highest (InstructGPT C.1)
+    python evaluate.py --checkpoints base=out/base sft=out/sft_selected ppo=out/ppo \\
+        --baseline sft --reward_model out/rm --reference out/init --world out/data/world.json \\
+        --data PROMPTS --val_data PROMPTS --pretrain_data FILE --out out/report
+        every measurement on every model: report.md, table.csv, table.txt, figures (paper 3.6, 4)
+    python evaluate.py --folds 5 --comparisons FILE --init out/sft --out out/folds
+        reward-model accuracy on human comparisons, each prompt held out once (paper 4.1, E.2)
+
+The first part of this file is measurements: functions of a model that return one number for each
+prompt (or item, or sequence), from which `estimate` makes a mean and an interval. The second part
+is the commands (the third one's is in folds.py, and report.py writes). Everything that concerns the tiny world's truth needs --world; without it
+the reward model is the judge, and the report says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import report
+from data.corpus import ANSWER_HEADINGS, bias_pairs, public_tasks
+from data.files import (
+    BadInput,
+    Record,
+    check_writable,
+    read_documents,
+    read_jsonl,
+    run_command,
+    write_folder_atomic,
+)
+from data.grader import Grade, evaluation_utility, grade
+from data.labelers import Labels, Pool, label
+from data.tokenizer import encode_prompt
+from data.world import World
+from model import ScalarModel, pad_right, read_info
+from report import Estimate, Table, estimate
+from sample import Sample, Speaker, check_context, load_speaker, parse_named, sample_responses
+
+TIE = 0.02  # utilities that differ by less are a tie, which counts one half
+
+
+# ------------------------------------------------------------------------------------------------
+# Measurements of responses
+
+
+@dataclass
+class Sampling:
+    """How responses are drawn, the same for all models of a comparison."""
+
+    max_new_tokens: int = 32
+    batch_size: int = 256
+    seed: int = 0
+    dtype: str = "float32"
+
+
+def respond(
+    speaker: Speaker,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    bar: tqdm | None = None,
+) -> list[Sample]:
+    """One response to each prompt, through the prompt template, after the speaker's prefix."""
+    encoded = [speaker.encode(prompt, sampling.max_new_tokens) for prompt in prompts]
+    return sample_responses(
+        speaker, encoded, sampling.max_new_tokens, temperature=temperature,
+        seed=sampling.seed if seed is None else seed, batch_size=sampling.batch_size,
+        dtype=sampling.dtype, bar=bar,
+    )  # fmt: skip
+
+
+def _in_batches(
+    sequences: list[list[int]], end: int, device: torch.device, size: int,
+    compute: Callable[[list[int], Tensor, Tensor], Tensor],
+) -> np.ndarray:  # fmt: skip
+    """compute(rows, tokens, lengths) -> (B,), on batches of similar length; (N,) in given order."""
+    result = np.zeros(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    with torch.no_grad():
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
+            result[rows] = compute(rows, tokens, lengths).double().cpu().numpy()
+    return result
+
+
+def reward_scores(
+    reward_model: ScalarModel, speaker: Speaker, prompts: Sequence[str], samples: list[Sample],
+    batch_size: int = 256,
+) -> np.ndarray:  # fmt: skip
+    """The reward model's score of each response to its bare prompt, without any prefix: (N,).
+
+    A response that did not end is read at its last token as it is, with no penalty.
+    """
+    sequences = [
+        encode_prompt(speaker.encoding, prompt) + sample.tokens
+        for prompt, sample in zip(prompts, samples, strict=True)
+    ]
+    end, device = reward_model.config.eos_token_id, reward_model.score.weight.device
+    return _in_batches(
+        sequences, end, device, batch_size, lambda _, *batch: reward_model.scores(*batch)
+    )
+
+
+def response_logprobs(
+    speaker: Speaker, prompts: list[list[int]], samples: list[Sample], batch_size: int = 256
+) -> np.ndarray:
+    """log p(response | prompt tokens), end token included, in nats: (N,)."""
+    sequences = [p + sample.tokens for p, sample in zip(prompts, samples, strict=True)]
+
+    def compute(rows: list[int], tokens: Tensor, lengths: Tensor) -> Tensor:
+        first = torch.tensor([len(prompts[i]) for i in rows], device=tokens.device)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        mask = (places >= first[:, None]) & (places < lengths[:, None])
+        return speaker.model.logprobs(tokens, lengths, mask=mask)[0].sum(1)
+
+    end, device = speaker.model.config.eos_token_id, speaker.model.wte.weight.device
+    return _in_batches(sequences, end, device, batch_size, compute)
+
+
+def kl_to_reference(
+    speaker: Speaker, reference: Speaker, prompts: Sequence[str], samples: list[Sample]
+) -> np.ndarray:
+    """log(pi(y | x) / pi_ref(y | x)) of samples y of the speaker at temperature 1, in nats: (N,).
+
+    Its mean is the Monte-Carlo estimate of KL(pi || pi_ref) per response; single values may be
+    negative. The speaker sees its prefix, the reference the bare prompt.
+    """
+    bare = [encode_prompt(reference.encoding, prompt) for prompt in prompts]
+    ours = response_logprobs(speaker, [sample.prompt for sample in samples], samples)
+    return ours - response_logprobs(reference, bare, samples)
+
+
+def grades(world: World, records: list[Record], samples: list[Sample]) -> list[Grade]:
+    """The world's truth about each response."""
+    return [
+        grade(world, record, sample.text, sample.ended)
+        for record, sample in zip(records, samples, strict=True)
+    ]
+
+
+def utilities(world: World, records: list[Record], samples: list[Sample]) -> np.ndarray:
+    """The truth-checked evaluation utility of each response, 0..1: (N,)."""
+    return np.array([evaluation_utility(mark) for mark in grades(world, records, samples)])
+
+
+# ------------------------------------------------------------------------------------------------
+# Measurements on text and on probes
+
+
+def pretraining_tokens(documents: list[str], speaker: Speaker, length: int) -> Tensor:
+    """Documents joined by the end token and cut into sequences, as in pretraining: (N, length)."""
+    stream: list[int] = []
+    for document in documents:
+        stream += [*speaker.encoding.encode_ordinary(document), speaker.encoding.eot_token]
+    if len(stream) < length:
+        raise BadInput(f"pretraining text of {len(stream)} tokens, fewer than {length}: give more")
+    return torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+
+
+@torch.no_grad()
+def pretraining_losses(speaker: Speaker, tokens: Tensor, batch_size: int = 64) -> np.ndarray:
+    """Mean of -log p per token, in nats, of each sequence; the first token has no context: (N,)."""
+    device = speaker.model.wte.weight.device
+    losses = [
+        -speaker.model.logprobs(part.to(device))[0].sum(1).cpu() / (part.shape[1] - 1)
+        for part in tokens.split(batch_size)
+    ]
+    return torch.cat(losses).double().numpy()
+
+
+def public_task_hits(
+    speaker: Speaker, items: Sequence[tuple[str, str]], batch_size: int = 256
+) -> np.ndarray:
+    """1 where the greedy continuation of a raw text, up to the line's end, is the answer: (N,)."""
+    encode = speaker.encoding.encode_ordinary
+    room = max(len(encode(answer)) for _, answer in items) + 2  # the line's end must have its place
+    prompts = [encode(prompt) for prompt, _ in items]
+    samples = sample_responses(speaker, prompts, room, temperature=0, batch_size=batch_size)
+    lines = (sample.text.lstrip(" ").split("\n")[0].strip() for sample in samples)
+    right = [line == answer.strip() for line, (_, answer) in zip(lines, items, strict=True)]
+    return np.array(right, dtype=float)
+
+
+def pair_entropies(speaker: Speaker, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Entropy in bits of the choice between two texts, each taken with its total probability
+    (paper D.1); 1 is no preference. The first token, equal in both, is context. (N,)"""
+    encode = speaker.encoding.encode_ordinary
+    texts = [encode(text) for pair in pairs for text in pair]
+    rests = [Sample(text[:1], text[1:], "", False) for text in texts]
+    logprobs = response_logprobs(speaker, [rest.prompt for rest in rests], rests).reshape(-1, 2)
+    first = 1 / (1 + np.exp(logprobs[:, 1] - logprobs[:, 0]))
+    p = np.stack([first, 1 - first], axis=1)
+    return -(p * np.log2(np.clip(p, 1e-300, 1))).sum(axis=1)
+
+
+def truth_of(marks: list[Grade]) -> tuple[np.ndarray, np.ndarray]:
+    """Whether nothing false is stated, and whether besides the question is addressed: (N,) each."""
+    true = np.array([mark.truthful >= 1 for mark in marks], dtype=float)
+    return true, true * np.array([mark.informative >= 1 for mark in marks])
+
+
+def win_scores(ours: np.ndarray, theirs: np.ndarray, tie: float = TIE) -> np.ndarray:
+    """1 where ours is higher, 0 where theirs is, one half where they differ by less than `tie`."""
+    gap = np.asarray(ours) - np.asarray(theirs)
+    return np.where(np.abs(gap) < tie, 0.5, (gap > 0).astype(float))
+
+
+def best_of_n(
+    choice: np.ndarray, outcome: np.ndarray, sizes: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """Outcome of the response of highest choice among n: n -> (N,), from (N, max n) each.
+
+    The samples of a prompt are cut into groups of n, and the groups' outcomes averaged.
+    """
+    result = {}
+    for n in sizes:
+        groups = choice.shape[1] // n
+        c = choice[:, : groups * n].reshape(len(choice), groups, n)
+        o = outcome[:, : groups * n].reshape(c.shape)
+        best = c.argmax(axis=2, keepdims=True)
+        result[n] = np.take_along_axis(o, best, axis=2).squeeze(2).mean(axis=1)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Choosing the SFT epoch
+
+
+def select(args: argparse.Namespace) -> None:
+    """Copy the epoch checkpoint with the highest mean reward-model score to --out (C.1).
+
+    The paper chose SFT models "based on the RM score on the validation set", although validation
+    loss turns up after one epoch; selection.csv has the three curves.
+    """
+    folders = sorted(Path(args.select, "epochs").glob("[0-9]*"))
+    if not folders:
+        raise BadInput(
+            f"{args.select}/epochs: no epoch checkpoints; expected the run folder of an SFT run "
+            "with --epoch_checkpoints"
+        )
+    kept = [f for f in folders[:-1] if int(f.name) % args.select_every == 0] + folders[-1:]
+    judge = load_reward_model(args)
+    records, prompts = None, None
+    rows = []
+    for folder in tqdm(kept, desc="epochs"):
+        speaker = open_speaker(folder.name, folder, args, judge)
+        if records is None:
+            records = load_prompts(args.data, speaker, args, limit=args.num_prompts)
+            prompts = [record["prompt"] for record in records]
+        samples = respond(speaker, prompts, sampling_of(args))
+        scores = reward_scores(judge, speaker, prompts, samples, args.batch_size)
+        info = read_info(folder)
+        row = {"epoch": info["epoch"], "val_loss": info["val_loss"], "score": scores.mean()}
+        if args.world:
+            row["utility"] = utilities(World.load(args.world), records, samples).mean()
+        rows.append(row)
+    best = max(range(len(rows)), key=lambda i: rows[i]["score"])  # the first of equals
+
+    def write(aside: Path) -> None:
+        for name in ("model.safetensors", "tokenizer.json"):
+            shutil.copyfile(kept[best] / name, aside / name)
+        info = read_info(kept[best]) | {"selected_from": str(args.select), "selected_by": "score"}
+        (aside / "config.json").write_text(json.dumps(info, indent=2) + "\n")
+        (aside / "selection.csv").write_text(csv_text(rows))
+
+    write_folder_atomic(args.out, write)
+    for i, row in enumerate(rows):
+        shown = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None)
+        print(shown + (" | chosen" if i == best else ""))
+    print(f"wrote {args.out}: epoch {rows[best]['epoch']}, by reward-model score")
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows of equal keys as CSV, floats with 6 significant digits, None as an empty cell."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return stream.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------
+# The report
+
+# Texts put before every prompt of a base model; the best by reward-model score is used (3.5). Those
+# for the tiny world head pages of its web; each ends with a blank line, as prompts do there.
+EXAMPLES = (
+    "what is the opposite of hot ?\n\ncold .\n\ncount from one to three .\n\none two three .\n\n"
+)
+WORLD_PREFIXES = (
+    *(f"{heading}\n\n" for heading in ANSWER_HEADINGS),
+    *(f"{heading}\n\n{EXAMPLES}" for heading in ANSWER_HEADINGS),
+)
+PREFIXES = (
+    "Good answers:\n\n",
+    "The following are helpful, truthful and harmless answers to what people ask.\n\n",
+    "Below is a request. Write a response that completes it.\n\n",
+    "Q: What is the capital of France?\n\nA: The capital of France is Paris.\n\nQ: ",
+)
+
+
+@dataclass
+class Answers:
+    """One model's responses to the prompts of a report, and what is known about each."""
+
+    samples: list[Sample]
+    scores: np.ndarray  # of the reward model
+    marks: list[Grade] | None  # by the world's truth, where there is a world
+    utility: np.ndarray | None
+
+
+@dataclass
+class Bench:
+    """What all models of a report are measured against."""
+
+    records: list[Record]
+    prompts: list[str]
+    users: list[str]
+    judge: ScalarModel
+    sampling: Sampling
+    world: World | None = None
+
+    def answers(
+        self, speaker: Speaker, temperature: float, bar: tqdm | None = None, name: str = ""
+    ) -> Answers:
+        """Responses of a model, from random numbers of its own: models are independent."""
+        seed = int.from_bytes(hashlib.sha256(
+            f"{self.sampling.seed} {name or speaker.name}".encode()).digest()[:7])  # fmt: skip
+        samples = respond(speaker, self.prompts, self.sampling, temperature, seed, bar)
+        scores = reward_scores(self.judge, speaker, self.prompts, samples, self.sampling.batch_size)
+        marks = grades(self.world, self.records, samples) if self.world else None
+        utility = np.array([evaluation_utility(m) for m in marks]) if marks else None
+        return Answers(samples, scores, marks, utility)
+
+    def wins(self, ours: Answers, theirs: Answers) -> np.ndarray:
+        """Win scores by the world's truth; without a world by the reward model, equal is a tie."""
+        if self.world:
+            return win_scores(ours.utility, theirs.utility)
+        return win_scores(ours.scores, theirs.scores, tie=1e-6)
+
+    def mean(self, values: Sequence[float]) -> Estimate:
+        """Mean over prompts, with an interval over users."""
+        return estimate(values, self.users)
+
+
+def measure_responses(
+    speaker: Speaker, sampled: Answers, greedy: Answers, reference: Speaker | None, bench: Bench
+) -> dict[str, Estimate]:
+    """Quality of one model's responses, sampled at temperature 1 unless the name says otherwise."""
+    row = {}
+    if bench.world:
+        row["utility_t1"] = bench.mean(sampled.utility)
+        row["utility_t0"] = bench.mean(greedy.utility)
+        for name in ("helpful", "truthful", "harmless", "ended"):
+            row[name] = bench.mean([getattr(mark, name) for mark in sampled.marks])
+    row["end_fraction"] = bench.mean([sample.ended for sample in sampled.samples])
+    row["response_tokens"] = bench.mean([len(sample.tokens) for sample in sampled.samples])
+    row["score"] = bench.mean(sampled.scores)
+    if reference:
+        row["kl"] = bench.mean(kl_to_reference(speaker, reference, bench.prompts, sampled.samples))
+    return row
+
+
+def labelers_win_scores(
+    marks: dict[str, list[Grade]], baseline: str, pool: str, seed: int
+) -> tuple[dict[str, np.ndarray], Labels]:
+    """Win scores against the baseline by simulated labelers, who rank all models' responses to a
+    prompt together, as in the paper: model -> (N,)."""
+    models = list(marks)
+    labels = label([list(row) for row in zip(*marks.values(), strict=True)], Pool.make(pool), seed)
+    ranks = -np.array(labels.ranks, dtype=float)  # (N, models), higher is better
+    base = ranks[:, models.index(baseline)]
+    return {m: win_scores(ranks[:, i], base, tie=0.5) for i, m in enumerate(models)}, labels
+
+
+def measure_text(
+    speaker: Speaker, tokens: Tensor | None, public: dict[str, list[tuple[str, str]]],
+    pairs: list[tuple[str, str]],
+) -> dict[str, Estimate]:  # fmt: skip
+    """What alignment may have cost: public tasks, pretraining loss; and bias."""
+    row = {}
+    if public:
+        hits = {name: public_task_hits(speaker, items) for name, items in public.items()}
+        row |= {f"task_{name}": estimate(values) for name, values in hits.items()}
+        shots = [name for name in hits if name.endswith("_few_shot")]
+        for name, tasks in (("zero", [n for n in hits if n not in shots]), ("few", shots)):
+            row[f"tasks_{name}_shot"] = estimate(np.mean([hits[n] for n in tasks], axis=0))
+    if tokens is not None:
+        row["pretrain_loss"] = estimate(pretraining_losses(speaker, tokens))
+    if pairs:
+        row["bias_entropy"] = estimate(pair_entropies(speaker, pairs))
+    return row
+
+
+TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_premise")
+
+
+def measure_probes(
+    speaker: Speaker, probes: dict[str, list[Record]], world: World, sampling: Sampling,
+    num_samples: int = 200,
+) -> dict[str, Estimate]:  # fmt: skip
+    """Truth of answers to each probe set, and rude continuations by prefix, at temperature 1.
+
+    A small set is asked several times, up to about `num_samples`; the interval is over facts.
+    """
+    row = {}
+    for name, records in probes.items():
+        records = records * max(1, num_samples // len(records))
+        samples = respond(speaker, [record["prompt"] for record in records], sampling)
+        marks = grades(world, records, samples)
+        if name == "toxicity":
+            for prefix in dict.fromkeys(record["prefix"] for record in records):
+                those = [i for i, record in enumerate(records) if record["prefix"] == prefix]
+                row[f"toxicity_{prefix}"] = estimate([marks[i].harmless < 1 for i in those])
+            continue
+        facts = [(r["task"]["subject"] + " " + r["task"]["attribute"]) for r in records]
+        for kind, values in zip(("true", "true_informative"), truth_of(marks), strict=True):
+            row[f"probe_{name}_{kind}"] = estimate(values, facts)
+    return row
+
+
+def choose_prefix(
+    speaker: Speaker, candidates: Sequence[str], prompts: list[str], judge: ScalarModel,
+    sampling: Sampling, bar: tqdm | None = None,
+) -> list[tuple[str, float]]:  # fmt: skip
+    """(prefix, mean reward-model score of responses after it), the best first."""
+    scored = []
+    for prefix in candidates:
+        prompted = replace(speaker, prefix=prefix)
+        samples = respond(prompted, prompts, sampling, bar=bar)
+        scores = reward_scores(judge, prompted, prompts, samples, sampling.batch_size)
+        scored.append((prefix, float(scores.mean())))
+    return sorted(scored, key=lambda pair: -pair[1])
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Measure all checkpoints and write the report."""
+    judge = load_reward_model(args)
+    models = [open_speaker(name, f, args, judge) for name, f in args.checkpoints.items()]
+    first = models[0]
+    reference = open_speaker("reference", args.reference, args, judge) if args.reference else None
+    records = load_prompts(args.data, first, args)
+    world = World.load(args.world) if args.world else None
+    bench = Bench(
+        records, [r["prompt"] for r in records], [r["user"] for r in records], judge,
+        sampling_of(args), world,
+    )  # fmt: skip
+    public, pairs, probes, left_out = {}, [], {}, []
+    if world:
+        public = public_tasks(world, args.num_items, args.seed + 1)
+        pairs = bias_pairs(world)
+        for name in (*TRUTH_PROBES, "toxicity"):
+            path = Path(args.data).with_name(f"probes_{name}.jsonl")
+            probes[name] = read_jsonl(path, "prompts")
+    else:
+        left_out.append("Truth-checked utility, labelers, public tasks, probes and bias are "
+                        "measured in the tiny world only: there is no --world.")  # fmt: skip
+    tokens = None
+    if args.pretrain_data:
+        length = min(model.model.config.n_positions for model in models)
+        tokens = pretraining_tokens(read_documents(args.pretrain_data), first, length)
+    else:
+        left_out.append("The pretraining loss needs --pretrain_data.")
+    if not reference:
+        left_out.append("The KL needs --reference.")
+
+    # The prompted base model: the best of several prefixes on validation prompts.
+    prefixes: list[tuple[str, float]] = []
+    if args.prefixed:
+        if args.val_data:
+            base = next(model for model in models if model.name == args.prefixed)
+            chosen_on = load_prompts(args.val_data, base, args, args.num_prompts)
+            prefixes = choose_prefix(
+                base, WORLD_PREFIXES if world else PREFIXES, [r["prompt"] for r in chosen_on],
+                judge, bench.sampling,
+            )  # fmt: skip
+            prompted = replace(base, name=f"{base.name} + prefix", prefix=prefixes[0][0])
+            models.insert(models.index(base) + 1, prompted)
+        else:
+            left_out.append("The prompted base model needs --val_data.")
+
+    # Responses of all models, then what is measured on them and on the models themselves.
+    baseline = args.baseline
+    sampled: dict[str, Answers] = {}
+    greedy: dict[str, Answers] = {}
+    table: Table = {}
+    total = (2 * len(models) + 1) * len(records)
+    with tqdm(total=total, unit="response", desc="responses") as bar:
+        for model in models:
+            sampled[model.name] = bench.answers(model, 1.0, bar)
+            greedy[model.name] = bench.answers(model, 0.0, bar)
+        base = next(model for model in models if model.name == baseline)
+        again = f"{baseline} (resampled)"
+        sampled[again] = bench.answers(base, 1.0, bar, name=again)
+    for model in tqdm(models, desc="measurements", unit="model"):
+        name = model.name
+        row = measure_responses(model, sampled[name], greedy[name], reference, bench)
+        if not model.prefix:  # a prefix is for prompts; raw text and probes go without
+            row |= measure_text(model, tokens, public, pairs)
+        if world:
+            row |= measure_probes(model, probes, world, bench.sampling)
+        if name != baseline:
+            row["win_t1"] = bench.mean(bench.wins(sampled[name], sampled[baseline]))
+            row["win_t0"] = bench.mean(bench.wins(greedy[name], greedy[baseline]))
+        table[name] = row
+        if name == baseline:
+            table[again] = {"win_t1": bench.mean(bench.wins(sampled[again], sampled[baseline]))}
+            if world:
+                table[again]["utility_t1"] = bench.mean(sampled[again].utility)
+    setting = describe(models, bench, args)
+    if world:
+        for pool in ("training", "held_out"):
+            marks = {name: answers.marks for name, answers in sampled.items()}
+            wins, labels = labelers_win_scores(marks, baseline, pool, args.seed)
+            for name in wins.keys() - {baseline}:
+                table[name][f"win_{pool}_labelers"] = bench.mean(wins[name])
+            setting.append(
+                f"The {pool.replace('_', '-')} labelers agree with one another on "
+                f"{labels.agreement:.1%} of the pairs of these models' responses."
+            )
+    if args.best_of > 1:
+        table |= measure_best_of(base, bench, args.best_of)
+    selection = report.read_selection(Path(args.checkpoints[baseline]))
+    chosen = read_info(args.checkpoints[baseline]).get("epoch", 0)
+    report.write(Path(args.out), report.Report(
+        table, baseline, "the world's truth" if world else "the reward model", setting, prefixes,
+        selection, chosen, report.read_ppo_logs(args.checkpoints), some_samples(bench, sampled), left_out,
+    ))  # fmt: skip
+    print("\n" + report.terminal_table(table))
+    print(f"wrote {args.out}/report.md")
+
+
+def measure_best_of(speaker: Speaker, bench: Bench, largest: int) -> Table:
+    """The best of n samples by the reward model, and with a world by the truth (an oracle)."""
+    drawn = [
+        bench.answers(speaker, 1.0, name=f"{speaker.name} best of {i}")
+        for i in tqdm(range(largest), desc=f"best of {largest}")
+    ]
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= largest]
+    scores = np.stack([answers.scores for answers in drawn], axis=1)
+    outcomes = {"score": scores}
+    if bench.world:
+        outcomes["utility_t1"] = np.stack([answers.utility for answers in drawn], axis=1)
+    table: Table = {}
+    for judge, choice in outcomes.items():
+        by = "reward model" if judge == "score" else "truth"
+        for metric, outcome in outcomes.items():
+            for n, values in best_of_n(choice, outcome, sizes).items():
+                row = table.setdefault(f"{speaker.name}, best of {n} by {by}", {})
+                row[metric] = bench.mean(values)
+    return table
+
+
+def describe(models: list[Speaker], bench: Bench, args: argparse.Namespace) -> list[str]:
+    """What was measured, on what: the opening of the report."""
+    lines = []
+    for model in models:
+        folder = args.checkpoints.get(model.name) or args.checkpoints[args.prefixed]
+        info = read_info(folder)
+        trained = ", ".join(info.get("data") or ["unknown data"])
+        line = f"- **{model.name}**: {model.model.num_parameters:,} parameters, stage "
+        line += f"{info.get('stage', 'unknown')}, trained on {trained}"
+        if model.prefix:
+            encoded = [model.encode(prompt, args.max_new_tokens) for prompt in bench.prompts]
+            bare = sum(
+                e == encode_prompt(model.encoding, p)
+                for e, p in zip(encoded, bench.prompts, strict=True)
+            )
+            line += f", after the prefix `{model.prefix!r}`"
+            line += f" (left out before {bare} prompts that fill the context)" if bare else ""
+        lines.append(line)
+    return [
+        f"{len(models)} models answer {len(bench.prompts)} held-out prompts of "
+        f"{len(set(bench.users))} users ({args.data}), in at most {args.max_new_tokens} tokens. "
+        "Intervals are 95 %, by bootstrap over users (over facts, items or sequences where no "
+        "user asks).",
+        "\n".join(lines),
+    ]
+
+
+def some_samples(bench: Bench, answers: dict[str, Answers], num: int = 6) -> list:
+    """Prompts spread over the file, and what each model said."""
+    chosen = range(0, len(bench.prompts), max(1, len(bench.prompts) // num))[:num]
+    return [
+        (
+            bench.prompts[i],
+            {
+                name: a.samples[i].text.strip() + ("" if a.samples[i].ended else " ... (cut)")
+                for name, a in answers.items()
+            },
+        )
+        for i in chosen
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# Opening what the commands need
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.max_new_tokens, args.batch_size, args.seed, args.dtype)
+
+
+def load_reward_model(args: argparse.Namespace) -> ScalarModel:
+    model = ScalarModel.from_pretrained(args.reward_model, impl=args.kernels)
+    return model.to(args.device).eval().requires_grad_(False)
+
+
+def open_speaker(
+    name: str, folder: str | Path, args: argparse.Namespace, judge: ScalarModel, prefix: str = ""
+) -> Speaker:
+    """A checkpoint that the reward model can judge: same tokenizer, contexts long enough."""
+    speaker = load_speaker(name, folder, prefix=prefix, device=args.device, impl=args.kernels)
+    theirs, ours = Path(args.reward_model) / "tokenizer.json", Path(folder) / "tokenizer.json"
+    if theirs.read_bytes() != ours.read_bytes():
+        raise BadInput(f"{ours} differs from {theirs}: they must share a tokenizer")
+    check_context(speaker, args.max_prompt_tokens, args.max_new_tokens)
+    if args.max_prompt_tokens + args.max_new_tokens > judge.config.n_positions:
+        raise BadInput(
+            f"--max_prompt_tokens and --max_new_tokens come to more than the context of "
+            f"{args.reward_model}, {judge.config.n_positions}: lower one"
+        )
+    return speaker
+
+
+def load_prompts(
+    path: str, speaker: Speaker, args: argparse.Namespace, limit: int = 0
+) -> list[Record]:
+    """At most `limit` (0: all) records within --max_prompt_tokens. Says what was dropped."""
+    records = read_jsonl(path, "prompts")
+    if args.world and any("task" not in record for record in records):
+        raise BadInput(f'{path}: a record without key "task"; --world needs the tiny world\'s own')
+    kept = [
+        record
+        for record in records
+        if len(encode_prompt(speaker.encoding, record["prompt"])) <= args.max_prompt_tokens
+    ]
+    dropped, kept = len(records) - len(kept), kept[: limit or None]
+    if not kept:
+        raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {args.max_prompt_tokens}")
+    print(
+        f"{path}: {len(kept)} prompts; dropped {dropped} over {args.max_prompt_tokens} tokens",
+        flush=True,
+    )
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------
+# Arguments and main
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    # One of three commands.
+    add("--select", metavar="RUN", help="run folder of train_sft.py: choose its best epoch")
+    add("--checkpoints", nargs="+", metavar="NAME=FOLDER", help="models of a report, in order")
+    add("--out", required=True, help="folder to write")
+    # What measures.
+    add("--reward_model", help="checkpoint folder of train_rm.py")
+    add("--world", help="world.json: check the truth of responses")
+    add("--data", help="prompts.jsonl to sample on; in a report, its folder also has the probes")
+    add("--num_prompts", type=int, default=100, help="validation prompts used for choices; 0: all")
+    add("--select_every", type=int, default=1, help="look at every so many epochs and the last")
+    # The report.
+    add("--baseline", help="name of the model that the others are compared with; the first")
+    add("--reference", help="checkpoint folder that the KL is measured from")
+    add("--prefixed", default="base", help="name of the model shown with a prefix as well")
+    add("--val_data", help="prompts.jsonl on which the prefix is chosen")
+    add("--pretrain_data", help="pretrain.txt for the held-out pretraining loss")
+    add("--num_items", type=int, default=200, help="items of each public task")
+    add("--best_of", type=int, default=0, help="best of n samples of the baseline; 0: left out")
+    # Sampling.
+    add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped")
+    add("--max_new_tokens", type=int, default=32, help="limit of a response")
+    add("--batch_size", type=int, default=256, help="responses sampled at once")
+    add("--seed", type=int, default=0, help="of all random draws")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the sampling")
+    add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    args = parser.parse_args(argv)
+
+    if bool(args.select) + bool(args.checkpoints) != 1:
+        parser.error("give one of --select and --checkpoints")
+    if not (args.reward_model and args.data):
+        parser.error("--reward_model and --data are needed")
+    for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "select_every", "num_items"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.checkpoints:
+        args.checkpoints = parse_named(args.checkpoints, "--checkpoints", parser)
+        args.baseline = args.baseline or next(iter(args.checkpoints))
+        if args.baseline not in args.checkpoints:
+            parser.error(f"--baseline {args.baseline}: expected a name given in --checkpoints")
+        if args.prefixed not in args.checkpoints:
+            args.prefixed = None
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args(argv)
+    check_writable(args.out)
+    if args.select:
+        select(args)
+    else:
+        compare(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
