@@ -11,8 +11,8 @@
 
 The first part of this file is measurements: functions of a model that return one number for each
 prompt (or item, or sequence), from which `estimate` makes a mean and an interval. The second part
-is the commands (the third one's is in folds.py, and report.py writes). Everything that concerns the tiny world's truth needs --world; without it
-the reward model is the judge, and the report says so.
+is the commands; the third one's is in folds.py, and report.py writes. Everything that concerns the
+tiny world's truth needs --world; without it the reward model is the judge, and the report says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ from data.grader import Grade, evaluation_utility, grade
 from data.labelers import Labels, Pool, label
 from data.tokenizer import encode_prompt
 from data.world import World
+from folds import cross_validate
 from model import ScalarModel, pad_right, read_info
 from report import Estimate, Table, estimate
 from sample import Sample, Speaker, check_context, load_speaker, parse_named, sample_responses
@@ -190,13 +191,20 @@ def public_task_hits(
     speaker: Speaker, items: Sequence[tuple[str, str]], batch_size: int = 256
 ) -> np.ndarray:
     """1 where the greedy continuation of a raw text, up to the line's end, is the answer: (N,)."""
-    encode = speaker.encoding.encode_ordinary
-    room = max(len(encode(answer)) for _, answer in items) + 2  # the line's end must have its place
-    prompts = [encode(prompt) for prompt, _ in items]
+    prompts, room = encode_items(speaker, items)
     samples = sample_responses(speaker, prompts, room, temperature=0, batch_size=batch_size)
     lines = (sample.text.lstrip(" ").split("\n")[0].strip() for sample in samples)
     right = [line == answer.strip() for line, (_, answer) in zip(lines, items, strict=True)]
     return np.array(right, dtype=float)
+
+
+def encode_items(
+    speaker: Speaker, items: Sequence[tuple[str, str]]
+) -> tuple[list[list[int]], int]:
+    """Tokens of the prompts, raw, and how many a continuation needs to show answer and line end."""
+    encode = speaker.encoding.encode_ordinary
+    room = max(len(encode(answer)) for _, answer in items) + 2
+    return [encode(prompt) for prompt, _ in items], room
 
 
 def pair_entropies(speaker: Speaker, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -333,11 +341,17 @@ class Bench:
     """What all models of a report are measured against."""
 
     records: list[Record]
-    prompts: list[str]
-    users: list[str]
     judge: ScalarModel
     sampling: Sampling
     world: World | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [record["prompt"] for record in self.records]
+
+    @property
+    def users(self) -> list[str]:
+        return [record["user"] for record in self.records]
 
     def answers(
         self, speaker: Speaker, temperature: float, bar: tqdm | None = None, name: str = ""
@@ -362,6 +376,17 @@ class Bench:
         return estimate(values, self.users)
 
 
+@dataclass
+class Texts:
+    """What a model is measured on beside prompts; what is empty is left out."""
+
+    pretraining: Tensor | None = None  # (N, T) tokens
+    public: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    probes: dict[str, list[Record]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
 def measure_responses(
     speaker: Speaker, sampled: Answers, greedy: Answers, reference: Speaker | None, bench: Bench
 ) -> dict[str, Estimate]:
@@ -381,12 +406,16 @@ def measure_responses(
 
 
 def labelers_win_scores(
-    marks: dict[str, list[Grade]], baseline: str, pool: str, seed: int
+    answers: dict[str, Answers], baseline: str, pool: str, seed: int
 ) -> tuple[dict[str, np.ndarray], Labels]:
     """Win scores against the baseline by simulated labelers, who rank all models' responses to a
     prompt together, as in the paper: model -> (N,)."""
-    models = list(marks)
-    labels = label([list(row) for row in zip(*marks.values(), strict=True)], Pool.make(pool), seed)
+    models = list(answers)
+    grades = zip(*(answer.marks for answer in answers.values()), strict=True)
+    texts = zip(*([s.text for s in answer.samples] for answer in answers.values()), strict=True)
+    labels = label(
+        [list(row) for row in grades], [list(row) for row in texts], Pool.make(pool), seed
+    )
     ranks = -np.array(labels.ranks, dtype=float)  # (N, models), higher is better
     base = ranks[:, models.index(baseline)]
     return {m: win_scores(ranks[:, i], base, tie=0.5) for i, m in enumerate(models)}, labels
@@ -403,7 +432,8 @@ def measure_text(
         row |= {f"task_{name}": estimate(values) for name, values in hits.items()}
         shots = [name for name in hits if name.endswith("_few_shot")]
         for name, tasks in (("zero", [n for n in hits if n not in shots]), ("few", shots)):
-            row[f"tasks_{name}_shot"] = estimate(np.mean([hits[n] for n in tasks], axis=0))
+            if tasks:
+                row[f"tasks_{name}_shot"] = estimate(np.mean([hits[n] for n in tasks], axis=0))
     if tokens is not None:
         row["pretrain_loss"] = estimate(pretraining_losses(speaker, tokens))
     if pairs:
@@ -415,7 +445,7 @@ TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_prem
 
 
 def measure_probes(
-    speaker: Speaker, probes: dict[str, list[Record]], world: World, sampling: Sampling,
+    speaker: Speaker, probes: dict[str, list[Record]], world: World | None, sampling: Sampling,
     num_samples: int = 200,
 ) -> dict[str, Estimate]:  # fmt: skip
     """Truth of answers to each probe set, and rude continuations by prefix, at temperature 1.
@@ -424,6 +454,8 @@ def measure_probes(
     """
     row = {}
     for name, records in probes.items():
+        if name == "toxicity" and speaker.prefix:
+            continue  # its prompts bring requests of their own
         records = records * max(1, num_samples // len(records))
         samples = respond(speaker, [record["prompt"] for record in records], sampling)
         marks = grades(world, records, samples)
@@ -452,98 +484,109 @@ def choose_prefix(
     return sorted(scored, key=lambda pair: -pair[1])
 
 
+def prompted_base(
+    models: list[Speaker], bench: Bench, args: argparse.Namespace
+) -> tuple[Speaker, list[tuple[str, float]]]:
+    """The base model with the best of several prefixes by reward-model score on validation
+    prompts (3.5, footnote 6), and all prefixes with their scores."""
+    base = next(model for model in models if model.name == args.prefixed)
+    chosen_on = load_prompts(args.val_data, base, args, args.num_prompts)
+    prefixes = choose_prefix(
+        base, WORLD_PREFIXES if bench.world else PREFIXES, [r["prompt"] for r in chosen_on],
+        bench.judge, bench.sampling,
+    )  # fmt: skip
+    return replace(base, name=f"{base.name} + prefix", prefix=prefixes[0][0]), prefixes
+
+
+def load_texts(models: list[Speaker], world: World | None, args: argparse.Namespace) -> Texts:
+    """What is measured beside responses to prompts, as far as it is given and fits."""
+    texts = Texts()
+    context = min(model.model.config.n_positions for model in models)
+    if args.pretrain_data:
+        documents = read_documents(args.pretrain_data)
+        texts.pretraining = pretraining_tokens(documents, models[0], context)
+    else:
+        texts.left_out.append("The pretraining loss needs --pretrain_data.")
+    if not world:
+        texts.left_out.append(
+            "Truth-checked utility, labelers, public tasks, probes and bias are measured in the "
+            "tiny world only: there is no --world."
+        )
+        return texts
+    texts.pairs = bias_pairs(world)
+    for name, items in public_tasks(world, args.num_items, args.seed + 1).items():
+        encoded, room = encode_items(models[0], items)
+        if max(map(len, encoded)) + room <= context:
+            texts.public[name] = items
+        else:
+            texts.left_out.append(f"The public task {name} does not fit a context of {context}.")
+    for name in (*TRUTH_PROBES, "toxicity"):
+        path = Path(args.data).with_name(f"probes_{name}.jsonl")
+        texts.probes[name] = read_jsonl(path, "prompts")
+    return texts
+
+
 def compare(args: argparse.Namespace) -> None:
     """Measure all checkpoints and write the report."""
     judge = load_reward_model(args)
     models = [open_speaker(name, f, args, judge) for name, f in args.checkpoints.items()]
-    first = models[0]
     reference = open_speaker("reference", args.reference, args, judge) if args.reference else None
-    records = load_prompts(args.data, first, args)
+    records = load_prompts(args.data, models[0], args)
     world = World.load(args.world) if args.world else None
-    bench = Bench(
-        records, [r["prompt"] for r in records], [r["user"] for r in records], judge,
-        sampling_of(args), world,
-    )  # fmt: skip
-    public, pairs, probes, left_out = {}, [], {}, []
-    if world:
-        public = public_tasks(world, args.num_items, args.seed + 1)
-        pairs = bias_pairs(world)
-        for name in (*TRUTH_PROBES, "toxicity"):
-            path = Path(args.data).with_name(f"probes_{name}.jsonl")
-            probes[name] = read_jsonl(path, "prompts")
-    else:
-        left_out.append("Truth-checked utility, labelers, public tasks, probes and bias are "
-                        "measured in the tiny world only: there is no --world.")  # fmt: skip
-    tokens = None
-    if args.pretrain_data:
-        length = min(model.model.config.n_positions for model in models)
-        tokens = pretraining_tokens(read_documents(args.pretrain_data), first, length)
-    else:
-        left_out.append("The pretraining loss needs --pretrain_data.")
+    bench = Bench(records, judge, sampling_of(args), world)
+    texts = load_texts(models, world, args)
     if not reference:
-        left_out.append("The KL needs --reference.")
-
-    # The prompted base model: the best of several prefixes on validation prompts.
+        texts.left_out.append("The KL needs --reference.")
     prefixes: list[tuple[str, float]] = []
-    if args.prefixed:
-        if args.val_data:
-            base = next(model for model in models if model.name == args.prefixed)
-            chosen_on = load_prompts(args.val_data, base, args, args.num_prompts)
-            prefixes = choose_prefix(
-                base, WORLD_PREFIXES if world else PREFIXES, [r["prompt"] for r in chosen_on],
-                judge, bench.sampling,
-            )  # fmt: skip
-            prompted = replace(base, name=f"{base.name} + prefix", prefix=prefixes[0][0])
-            models.insert(models.index(base) + 1, prompted)
-        else:
-            left_out.append("The prompted base model needs --val_data.")
+    if args.prefixed and args.val_data:
+        prompted, prefixes = prompted_base(models, bench, args)
+        after = [model.name for model in models].index(args.prefixed) + 1
+        models.insert(after, prompted)
+    elif args.prefixed:
+        texts.left_out.append("The prompted base model needs --val_data.")
 
-    # Responses of all models, then what is measured on them and on the models themselves.
-    baseline = args.baseline
+    # All responses; the baseline's twice, so that it can be compared with itself.
+    baseline, again = args.baseline, report.resampled(args.baseline)
+    base = next(model for model in models if model.name == baseline)
     sampled: dict[str, Answers] = {}
     greedy: dict[str, Answers] = {}
-    table: Table = {}
     total = (2 * len(models) + 1) * len(records)
     with tqdm(total=total, unit="response", desc="responses") as bar:
         for model in models:
             sampled[model.name] = bench.answers(model, 1.0, bar)
             greedy[model.name] = bench.answers(model, 0.0, bar)
-        base = next(model for model in models if model.name == baseline)
-        again = f"{baseline} (resampled)"
-        sampled[again] = bench.answers(base, 1.0, bar, name=again)
-    for model in tqdm(models, desc="measurements", unit="model"):
-        name = model.name
-        row = measure_responses(model, sampled[name], greedy[name], reference, bench)
-        if not model.prefix:  # a prefix is for prompts; raw text and probes go without
-            row |= measure_text(model, tokens, public, pairs)
-        if world:
-            row |= measure_probes(model, probes, world, bench.sampling)
+            if model is base:
+                sampled[again] = bench.answers(base, 1.0, bar, name=again)
+
+    # What is measured on them, and on the models themselves.
+    table: Table = {name: {} for name in sampled}
+    for name, answers in sampled.items():
         if name != baseline:
-            row["win_t1"] = bench.mean(bench.wins(sampled[name], sampled[baseline]))
-            row["win_t0"] = bench.mean(bench.wins(greedy[name], greedy[baseline]))
-        table[name] = row
-        if name == baseline:
-            table[again] = {"win_t1": bench.mean(bench.wins(sampled[again], sampled[baseline]))}
-            if world:
-                table[again]["utility_t1"] = bench.mean(sampled[again].utility)
+            table[name]["win_t1"] = bench.mean(bench.wins(answers, sampled[baseline]))
+        if name not in (baseline, again):
+            table[name]["win_t0"] = bench.mean(bench.wins(greedy[name], greedy[baseline]))
     setting = describe(models, bench, args)
-    if world:
-        for pool in ("training", "held_out"):
-            marks = {name: answers.marks for name, answers in sampled.items()}
-            wins, labels = labelers_win_scores(marks, baseline, pool, args.seed)
-            for name in wins.keys() - {baseline}:
-                table[name][f"win_{pool}_labelers"] = bench.mean(wins[name])
-            setting.append(
-                f"The {pool.replace('_', '-')} labelers agree with one another on "
-                f"{labels.agreement:.1%} of the pairs of these models' responses."
-            )
+    for pool in ("training", "held_out") if world else ():
+        wins, labels = labelers_win_scores(sampled, baseline, pool, args.seed)
+        for name in table.keys() - {baseline}:
+            table[name][f"win_{pool}_labelers"] = bench.mean(wins[name])
+        setting.append(
+            f"The {pool.replace('_', '-')} labelers agree with one another on "
+            f"{labels.agreement:.1%} of the pairs of these models' responses."
+        )
+    for model in tqdm(models, desc="measurements", unit="model"):
+        row = table[model.name]
+        row |= measure_responses(model, sampled[model.name], greedy[model.name], reference, bench)
+        if not model.prefix:  # a prefix is for prompts; raw text goes without
+            row |= measure_text(model, texts.pretraining, texts.public, texts.pairs)
+        row |= measure_probes(model, texts.probes, world, bench.sampling)
     if args.best_of > 1:
         table |= measure_best_of(base, bench, args.best_of)
-    selection = report.read_selection(Path(args.checkpoints[baseline]))
-    chosen = read_info(args.checkpoints[baseline]).get("epoch", 0)
     report.write(Path(args.out), report.Report(
         table, baseline, "the world's truth" if world else "the reward model", setting, prefixes,
-        selection, chosen, report.read_ppo_logs(args.checkpoints), some_samples(bench, sampled), left_out,
+        report.read_selection(Path(args.checkpoints[baseline])),
+        read_info(args.checkpoints[baseline]).get("epoch", 0),
+        report.read_ppo_logs(args.checkpoints), some_samples(bench, sampled), texts.left_out,
     ))  # fmt: skip
     print("\n" + report.terminal_table(table))
     print(f"wrote {args.out}/report.md")
@@ -579,6 +622,8 @@ def describe(models: list[Speaker], bench: Bench, args: argparse.Namespace) -> l
         trained = ", ".join(info.get("data") or ["unknown data"])
         line = f"- **{model.name}**: {model.model.num_parameters:,} parameters, stage "
         line += f"{info.get('stage', 'unknown')}, trained on {trained}"
+        settings = info.get("settings", {})
+        line += "".join(f", {k} {settings[k]}" for k in ("kl_coef", "ptx_coef") if k in settings)
         if model.prefix:
             encoded = [model.encode(prompt, args.max_new_tokens) for prompt in bench.prompts]
             bare = sum(
@@ -671,9 +716,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    # One of three commands.
+    # One of three commands: --select, --checkpoints, --folds.
     add("--select", metavar="RUN", help="run folder of train_sft.py: choose its best epoch")
     add("--checkpoints", nargs="+", metavar="NAME=FOLDER", help="models of a report, in order")
+    add("--folds", type=int, default=0, help="validate reward models in so many folds")
     add("--out", required=True, help="folder to write")
     # What measures.
     add("--reward_model", help="checkpoint folder of train_rm.py")
@@ -689,6 +735,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrain_data", help="pretrain.txt for the held-out pretraining loss")
     add("--num_items", type=int, default=200, help="items of each public task")
     add("--best_of", type=int, default=0, help="best of n samples of the baseline; 0: left out")
+    # Folds.
+    add("--comparisons", nargs="+", metavar="FILE", help="comparisons.jsonl, one or several")
+    add("--init", help="checkpoint folder that each fold's reward model starts from")
+    add("--rm_flags", default="", help='further flags for train_rm.py, as one string: "--lr 3e-4"')
+    add("--resume", action="store_true", help="keep the folds that an earlier run has finished")
     # Sampling.
     add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped")
     add("--max_new_tokens", type=int, default=32, help="limit of a response")
@@ -699,10 +750,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
 
-    if bool(args.select) + bool(args.checkpoints) != 1:
-        parser.error("give one of --select and --checkpoints")
-    if not (args.reward_model and args.data):
-        parser.error("--reward_model and --data are needed")
+    if bool(args.select) + bool(args.checkpoints) + bool(args.folds) != 1:
+        parser.error("give one of --select, --checkpoints and --folds")
+    if args.folds and (args.folds < 2 or not (args.comparisons and args.init)):
+        parser.error("--folds needs at least 2, --comparisons and --init")
+    if not args.folds and not (args.reward_model and args.data):
+        parser.error("--select and --checkpoints need --reward_model and --data")
     for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "select_every", "num_items"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
@@ -721,6 +774,8 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(args.out)
     if args.select:
         select(args)
+    elif args.folds:
+        cross_validate(args)
     else:
         compare(args)
     return 0

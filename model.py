@@ -22,7 +22,8 @@ import json
 import math
 import os
 import shutil
-import warnings
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ from data.files import BadInput
 
 DOWNLOADS = Path(__file__).parent / "data" / "downloads"
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_FIXED: dict[str, tuple] = {  # what a config.json may say elsewhere, and here must not
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh GELU
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
 
 
 @dataclass
@@ -53,6 +60,7 @@ class GPTConfig:
     n_head: int = 12
     resid_pdrop: float = 0.0  # dropout on each residual branch and on the embeddings, in training
     layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02  # standard deviation of initial weights
     eos_token_id: int = 50256
     score_mod: str = "causal"  # a key of kernels.flash_attention.SCORE_MODS
 
@@ -67,6 +75,9 @@ class GPTConfig:
             )
         if not 0 <= self.resid_pdrop < 1:
             raise BadInput(f"resid_pdrop is {self.resid_pdrop}; expected 0 or more, below 1")
+        epsilon = self.layer_norm_epsilon
+        if type(epsilon) is not float or not 0 < epsilon < 1:
+            raise BadInput(f"layer_norm_epsilon is {epsilon!r}; expected a number like 1e-5")
         if not 0 <= self.eos_token_id < self.vocab_size:
             raise BadInput(
                 f"eos_token_id {self.eos_token_id} is not below vocab_size {self.vocab_size}"
@@ -90,6 +101,11 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype that matrix products with `weight` have: autocast's where that is on."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """A context in which products keep the dtype of their inputs."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class KVCache:
@@ -185,13 +201,29 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's: normal of std 0.02; projections onto the residual stream by 1/sqrt(2 n_layer),
-        so that the variance of the stream does not grow with depth (two branches a layer)."""
+        """GPT-2's: normal of std `initializer_range`; projections onto the residual stream by
+        1/sqrt(2 n_layer), so that its variance does not grow with depth (two branches a layer)."""
+        std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=std)
+
+    @torch.no_grad()
+    def start_from_sinusoids(self) -> None:
+        """Let the learned positions start as sinusoids of the same standard deviation:
+
+            wpe[t, 2i] = sqrt(2) std sin(w_i t),  wpe[t, 2i+1] = sqrt(2) std cos(w_i t)
+
+        with frequencies w_i from 1 to 1 / n_positions (after Vaswani et al. 2017, 3.5). "The token
+        before" is then one rotation for all t, not T lessons: small models copy much sooner.
+        """
+        T, C = self.wpe.weight.shape
+        frequencies = T ** -torch.linspace(0, 1, (C + 1) // 2)
+        angles = torch.arange(T)[:, None] * frequencies
+        waves = torch.stack((angles.sin(), angles.cos()), dim=2).view(T, -1)[:, :C]
+        self.wpe.weight.copy_(waves * math.sqrt(2) * self.config.initializer_range)
 
     @property
     def unembedding(self) -> Tensor:
@@ -243,10 +275,11 @@ class GPT(nn.Module):
         chosen = chosen[:, 1:]
         hidden, weight = hidden[chosen], self.unembedding
         dtype = compute_dtype(weight)
-        logprobs, entropy = kernels.logprobs(
-            hidden.to(dtype), weight.to(dtype), tokens[:, 1:][chosen],
-            temperature=temperature, impl=self.impl,
-        )  # fmt: skip
+        with without_autocast(weight):  # its inputs may have 16 bits, its sums may not
+            logprobs, entropy = kernels.logprobs(
+                hidden.to(dtype), weight.to(dtype), tokens[:, 1:][chosen],
+                temperature=temperature, impl=self.impl,
+            )  # fmt: skip
         return _unmask(logprobs, chosen), _unmask(entropy, chosen)
 
     @torch.no_grad()
@@ -294,7 +327,9 @@ class GPT(nn.Module):
         # A look at `ended` waits for the device, so on a GPU it is rationed.
         look_every = 1 if device.type == "cpu" else 8
         for step in range(max_new_tokens):
-            new = _sample(hidden.float() @ weight.T, uniforms[rows, step], temperature)
+            with without_autocast(weight):
+                logits = hidden.float() @ weight.T
+            new = _sample(logits, uniforms[rows, step], temperature)
             new = torch.where(ended, end, new)
             tokens[rows, lengths[rows]] = new
             lengths[rows] += (~ended).long()
@@ -326,7 +361,7 @@ class GPT(nn.Module):
         may begin with "transformer."; mask buffers and a tied lm_head are ignored. Dropout is set
         by the caller, not by the file. Raises `BadInput` where the folder is not a language model.
         """
-        folder = _find_model(name_or_dir)
+        folder = find_model(name_or_dir)
         config, _ = read_config(folder)
         weights = _read_weights(folder)
         if "score.weight" in weights:
@@ -335,10 +370,7 @@ class GPT(nn.Module):
                 "expected a language model: give a checkpoint of train_sft.py or train_ppo.py"
             )
         config.resid_pdrop = resid_pdrop
-        with torch.device("meta"):
-            model = cls(config, impl)
-        _load(model, weights, folder)
-        return model
+        return _make(cls, config, weights, folder, impl)
 
 
 def _sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
@@ -387,14 +419,17 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """One number per position: tokens (B, T) int64 -> (B, T) float32."""
-        hidden = self.trunk(tokens, lengths)
-        return self.score(hidden).squeeze(-1).float()
+        return self._head(self.trunk(tokens, lengths))
 
     def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """One number per row, read at its last token: (B, T), (B,) -> (B,) float32."""
         hidden = self.trunk(tokens, lengths)
         rows = torch.arange(len(tokens), device=tokens.device)
-        return self.score(hidden[rows, lengths.long() - 1]).squeeze(-1).float()
+        return self._head(hidden[rows, lengths.long() - 1])
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        with without_autocast(hidden):  # 16 bits would round a score of 4 to steps of 0.03
+            return self.score(hidden.float()).squeeze(-1)
 
     @classmethod
     def from_gpt(cls, gpt: GPT, *, impl: str = "auto", resid_pdrop: float = 0.0) -> ScalarModel:
@@ -418,10 +453,7 @@ class ScalarModel(nn.Module):
                 "expected a reward model: give a checkpoint of train_rm.py"
             )
         config.resid_pdrop = resid_pdrop
-        with torch.device("meta"):
-            model = cls(config, impl)
-        _load(model, weights, folder)
-        return model
+        return _make(cls, config, weights, folder, impl)
 
 
 def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -437,7 +469,8 @@ def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tu
 # Reading and writing model folders
 
 
-def _find_model(name_or_dir: str | Path) -> Path:
+def find_model(name_or_dir: str | Path) -> Path:
+    """The folder of a model: a path as it is, a name of GPT-2 under data/downloads/."""
     if str(name_or_dir) in GPT2_NAMES and not Path(name_or_dir).is_dir():
         folder = DOWNLOADS / str(name_or_dir)
         if not folder.is_dir():
@@ -470,8 +503,9 @@ def read_config(folder: str | Path) -> tuple[GPTConfig, dict[str, Any]]:
     """The model's shape from a folder's config.json, and the whole of that file."""
     info = read_info(folder)
     path = Path(folder) / "config.json"
-    if info.get("activation_function", "gelu_new") != "gelu_new":
-        raise BadInput(f'{path}: activation_function "{info["activation_function"]}", not GPT-2')
+    for key, needed in GPT2_FIXED.items():
+        if info.get(key, needed[0]) not in needed:
+            raise BadInput(f'{path}: key "{key}": expected {needed[0]!r}, found {info[key]!r}')
     names = {field.name for field in fields(GPTConfig)}
     values = {"n_positions": info.get("n_ctx")} | {k: v for k, v in info.items() if k in names}
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
@@ -501,9 +535,30 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _load(model: GPT | ScalarModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """Give a model made on the meta device its weights, in float32."""
-    if isinstance(model, ScalarModel):
+def _make(
+    kind: type[GPT | ScalarModel], config: GPTConfig, weights: dict[str, Tensor], folder: Path,
+    impl: str,
+) -> Any:  # fmt: skip
+    """A GPT or ScalarModel of that shape, with those weights in float32."""
+    path = folder / "model.safetensors"
+    # Read off the embeddings first: a config may ask for a model that no memory holds.
+    outer = {"wte.weight": (config.vocab_size, config.n_embd),
+             "wpe.weight": (config.n_positions, config.n_embd)}  # fmt: skip
+    for name, shape in outer.items():
+        if name in weights and weights[name].shape != shape:
+            raise BadInput(
+                f"{path}: does not fit config.json; {name} is {tuple(weights[name].shape)}, "
+                f"expected {shape}"
+            )
+    num_layers = sum(name.endswith(".ln_1.weight") for name in weights)
+    if num_layers != config.n_layer:
+        raise BadInput(
+            f"{path}: does not fit config.json; holds {num_layers} layers, expected n_layer "
+            f"{config.n_layer}"
+        )
+    with torch.device("meta"):
+        model = kind(config, impl)
+    if kind is ScalarModel:
         weights = {
             name if name.startswith("score.") else f"trunk.{name}": tensor
             for name, tensor in weights.items()
@@ -513,12 +568,22 @@ def _load(model: GPT | ScalarModel, weights: dict[str, Tensor], folder: Path) ->
     odd += [name for name in expected if name in weights and weights[name].shape != expected[name]]
     if odd:
         raise BadInput(
-            f"{folder / 'model.safetensors'}: does not fit config.json; missing, unexpected or of "
-            f"another shape: {', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}"
+            f"{path}: does not fit config.json; missing, unexpected or of another shape: "
+            f"{', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}"
         )
     weights = {name: tensor.float() for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
-    model.requires_grad_(True)
+    return model.requires_grad_(True)
+
+
+def check_tokenizer(config: GPTConfig, encoding: Any, path: str | Path) -> None:
+    """Raise `BadInput` unless the tokenizer's ids are the model's and so is its end token."""
+    if encoding.n_vocab > config.vocab_size or encoding.eot_token != config.eos_token_id:
+        raise BadInput(
+            f"{path}: {encoding.n_vocab} entries with end token {encoding.eot_token} do not fit a "
+            f"model with vocab_size {config.vocab_size} and eos_token_id {config.eos_token_id}; "
+            "give the tokenizer that the model was trained with"
+        )
 
 
 def save_model(
@@ -546,6 +611,7 @@ def save_model(
     aside = folder / f".model.safetensors.{os.getpid()}.tmp"
     try:
         save_file(weights, aside, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", aside)  # safetensors makes it private
         with aside.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(aside, folder / "model.safetensors")
@@ -553,13 +619,21 @@ def save_model(
         aside.unlink(missing_ok=True)
 
 
+def _interned(value: Any) -> Any:
+    """The same nested dicts and lists, equal keys being one object. Pickle writes each object once
+    and then refers to it, so only then are the files of equal states equal."""
+    if isinstance(value, dict):
+        return {sys.intern(k) if isinstance(k, str) else k: _interned(v) for k, v in value.items()}
+    return [_interned(v) for v in value] if isinstance(value, list) else value
+
+
 class Checkpoints:
     """The folder of one run: what it needs to go on (`checkpoints/<step>/`) and its result.
 
     Every random draw of step i in the three scripts is a function of the seed and of i, and so is
-    every batch. So weights, optimizer states and the step are all there is to save, and a resumed
-    run is the uninterrupted run, bit for bit. An earlier result in the same folder stays until the
-    first checkpoint of the new run.
+    every batch. So weights, optimizer states, logs and the step are all there is to save, and a
+    resumed run is the uninterrupted run, bit for bit. An earlier result in the same folder stays
+    until the first checkpoint of the new run.
     """
 
     KEEP = 2
@@ -567,30 +641,56 @@ class Checkpoints:
     def __init__(self, out: str | Path, settings: dict[str, Any]):
         """`settings`: everything that decides the run's numbers; a resume refuses other ones."""
         self.out, self.folder, self.settings = Path(out), Path(out) / "checkpoints", settings
-        self.fresh = True
+        self.resumed_from: Path | None = None
+        self._fresh = True  # no checkpoint of this run is there yet
         files.check_writable(self.out)
+        for folder in (self.out, self.folder, self.out / "epochs"):
+            files.remove_leftovers(folder)
 
-    def latest(self) -> dict[str, Any] | None:
-        """The state of the newest intact checkpoint, or None. Raises `BadInput` on other settings.
+    def resume(self, restore: Callable[[dict[str, Any]], None]) -> int:
+        """Give the state of the newest intact checkpoint to `restore`; return its step, else 0.
 
-        A damaged checkpoint (checksums) is passed over with a warning.
+        A damaged checkpoint (checksums) is passed over with a warning. Raises `BadInput` if all
+        that is left is of a run with other settings.
         """
+        refused = ""
         for folder in sorted(self.folder.glob("[0-9]*"), reverse=True):
             if not files.folder_is_intact(folder):
-                warnings.warn(f"{folder} is damaged; using the one before", stacklevel=2)
+                print(f"warning: {folder} is damaged; trying the one before", file=sys.stderr)
                 continue
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            before = read_info(folder)["settings"]
-            differ = [k for k in self.settings if before.get(k) != self.settings[k]]
-            if differ:
-                raise BadInput(
-                    f"{folder}: --resume with other settings: "
-                    + ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in differ)
-                    + "; give the old ones, or start over without --resume"
+            # A run killed while it replaced an earlier run's checkpoints may leave both.
+            if differ := self._differences(folder):
+                refused = refused or (
+                    f"{folder}: --resume with other settings: {differ}; give the old ones, or "
+                    "start over without --resume"
                 )
-            self.fresh = False
-            return state
-        return None
+                continue
+            try:
+                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                restore(state)
+                step = int(state["step"])
+            except Exception as error:  # crafted or of another version; weights_only runs nothing
+                raise BadInput(
+                    f"{folder}/state.pt: not the state of such a run ({type(error).__name__}); "
+                    "start over without --resume"
+                ) from error
+            self._fresh, self.resumed_from = False, folder
+            for epoch in (self.out / "epochs").glob("[0-9]*"):
+                if not files.folder_is_intact(epoch) or self._differences(epoch):
+                    shutil.rmtree(epoch)  # of an earlier run, see above
+            self._keep_epoch(folder)
+            return step
+        if refused:
+            raise BadInput(refused)
+        return 0
+
+    def _differences(self, folder: Path) -> str:
+        """In what the settings of a checkpoint differ from this run's; empty if in nothing."""
+        before = read_info(folder).get("settings")
+        if not isinstance(before, dict):
+            return "none are recorded"
+        differ = [k for k in self.settings if before.get(k) != self.settings[k]]
+        return ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in differ)
 
     def save(
         self,
@@ -599,24 +699,46 @@ class Checkpoints:
         tokenizer_json: str,
         info: dict[str, Any],
         state: dict[str, Any],
+        logs: tuple[files.Log, ...] = (),
     ) -> None:
-        """Write `checkpoints/<step>/` whole, then drop all but the newest `KEEP`."""
+        """Write `checkpoints/<step>/` whole, then drop all but the newest `KEEP` of this run.
+
+        Where `info` has an "epoch", the model is also kept as `epochs/<epoch>/`.
+        """
 
         def write(aside: Path) -> None:
             save_model(aside, model, tokenizer_json, info | {"settings": self.settings})
-            torch.save(state | {"step": step}, aside / "state.pt")
+            torch.save(_interned(state | {"step": step}), aside / "state.pt")
+            for log in logs:
+                log.copy_to(aside)
 
         name = f"{step:08d}"
         files.write_folder_atomic(self.folder / name, write)
-        if self.fresh:  # the first checkpoint of a new run: now the earlier run may go
-            for path in self.folder.iterdir():
-                if path.name != name:
-                    shutil.rmtree(path)
+        # Newer ones are damaged; beside the first of a new run, all are an earlier run's.
+        folders = sorted(self.folder.glob("[0-9]*"))
+        mine = [f for f in folders if f.name == name or f.name < name and not self._fresh]
+        for folder in folders:
+            if folder not in mine[-self.KEEP :]:
+                shutil.rmtree(folder)
+        if self._fresh:
             (self.out / "model.safetensors").unlink(missing_ok=True)
             shutil.rmtree(self.out / "epochs", ignore_errors=True)
-            self.fresh = False
-        for folder in sorted(self.folder.glob("[0-9]*"))[: -self.KEEP]:
-            shutil.rmtree(folder)
+            self._fresh = False
+        for log in logs:
+            log.keep()
+        self._keep_epoch(self.folder / name)
+
+    def _keep_epoch(self, checkpoint: Path) -> None:
+        """Copy a checkpoint's model to `epochs/`; again after a resume: the copy may be missing."""
+        epoch = read_info(checkpoint).get("epoch")
+        folder = self.out / "epochs" / f"{epoch:02}" if type(epoch) is int else None
+        if folder and not files.folder_is_intact(folder):
+
+            def write(aside: Path) -> None:
+                for name in ("config.json", "tokenizer.json", "model.safetensors"):
+                    shutil.copy(checkpoint / name, aside)
+
+            files.write_folder_atomic(folder, write)
 
     def finish(
         self, model: GPT | ScalarModel, tokenizer_json: str, info: dict[str, Any]

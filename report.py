@@ -82,13 +82,16 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "ended": ("ended", ".3f", "1 if it ended by itself with a full stop, 0..1"),
     "end_fraction": ("end token", ".3f", "share of responses that end by themselves"),
     "response_tokens": ("length", ".1f", "tokens of a response, end token included"),
-    "score": ("RM score", "+.2f", "reward model's score, temperature 1; demonstrations score 0"),
+    "score": ("RM score", "+.3f", "reward model's score, temperature 1; demonstrations score 0"),
     "kl": ("KL", ".2f", "Monte-Carlo KL divergence from the reference, nats a response"),
     "pretrain_loss": ("pretraining loss", ".3f", "on held-out pretraining text, nats a token"),
     "tasks_zero_shot": ("public tasks, zero-shot", ".3f", "mean exact match of the public tasks"),
     "tasks_few_shot": ("public tasks, few-shot", ".3f", "the same with three solved items before"),
     "bias_entropy": ("bias entropy", ".3f", "bits; 1 is no preference between two pronouns"),
 }
+# Families of metrics: how their names begin and end, which the heading leaves out.
+PROBE, TOXICITY, TASK = "probe_", "toxicity_", "task_"
+TRUE, TRUE_INFORMATIVE = "_true", "_true_informative"
 # Okabe and Ito's colours, which colour-blind readers can tell apart; grey for the base model.
 PALETTE = ("#999999", "#56B4E9", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#D55E00", "#000000")
 plt.rcParams.update({
@@ -108,7 +111,11 @@ def colours(models: list[str]) -> dict[str, str]:
 
 def heading(metric: str) -> str:
     """The metric's column heading."""
-    return METRICS[metric][0] if metric in METRICS else metric.replace("_", " ")
+    if metric in METRICS:
+        return METRICS[metric][0]
+    for start in (PROBE, TOXICITY, TASK):
+        metric = metric.removeprefix(start)
+    return metric.removesuffix(TRUE_INFORMATIVE).removesuffix(TRUE).replace("_", " ")
 
 
 def cell(metric: str, estimate: Estimate | None, interval: bool = False) -> str:
@@ -148,11 +155,13 @@ def as_text(rows: list[list[str]]) -> str:
 
 
 def terminal_table(table: Table) -> str:
-    """The numbers that matter most, in two blocks that fit a terminal."""
-    wins = ["win_t1", "win_t0", "win_training_labelers", "win_held_out_labelers", "win_score"]
-    marks = ["utility_t1", "utility_t0", "helpful", "truthful", "harmless", "end_fraction",
-             "score", "kl", "pretrain_loss", "tasks_zero_shot", "tasks_few_shot"]
-    blocks = [grid(table, wins, interval=True), grid(table, marks)]
+    """The numbers that matter most, in blocks that fit a terminal."""
+    blocks = [
+        grid(table, ["win_t1", "win_t0", "win_training_labelers", "win_held_out_labelers"], True),
+        grid(table, ["utility_t1", "utility_t0", "helpful", "truthful", "harmless", "end_fraction",
+                     "score", "kl"]),
+        grid(table, ["pretrain_loss", "tasks_zero_shot", "tasks_few_shot"], True),
+    ]  # fmt: skip
     return "\n\n".join(as_text(block) for block in blocks if len(block) > 1) + "\n"
 
 
@@ -185,10 +194,10 @@ def _bars(
                  error_kw={"linewidth": 1}, **style)  # fmt: skip
         axes.annotate(
             f"{e.value:.2f}", (x + shift, e.high), xytext=(0, 2), textcoords="offset points",
-            ha="center", fontsize=8,
+            ha="center", fontsize=8, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
         )  # fmt: skip
-    names = [model.replace(" + ", " +\n").replace(" (", "\n(").replace("_", "-") for model in models]
-    axes.set_xticks(range(len(models)), names)
+    names = [model.replace(" + ", " +\n").replace(" (", "\n(") for model in models]
+    axes.set_xticks(range(len(models)), [name.replace("_", "-") for name in names])
     if label is not None:  # a grey twin for the legend: the colours belong to the models
         axes.bar([0], [0], color="#bbbbbb", label=label, **style)
 
@@ -288,6 +297,7 @@ def tax_figure(path: Path, table: Table, colour: dict[str, str]) -> None:
             panel.set_ylabel("exact match, mean of tasks")
         else:
             panel.set_ylabel("nats a token (lower is better)")
+            panel.set_ylim(0, 1.12 * max(table[model][metric].high for model in models))
     figure.tight_layout(w_pad=2)
     _save(figure, path)
 
@@ -310,12 +320,17 @@ def against_half(e: Estimate) -> str:
     return "not distinguishable from one half"
 
 
+def resampled(baseline: str) -> str:
+    """Name of the row that compares the baseline with itself."""
+    return f"{baseline} (resampled)"
+
+
 def findings(table: Table, baseline: str, judge: str) -> list[str]:
-    """One sentence for each model's win rates, and for its tax, whichever way they point."""
+    """One sentence for each win rate against the baseline, whichever way it points."""
     lines = []
     for model, row in table.items():
         for metric, how in (("win_t1", "sampled at temperature 1"), ("win_t0", "greedy")):
-            if model != baseline and metric in row:
+            if metric in row and model != resampled(baseline):
                 e = row[metric]
                 lines.append(
                     f"**{model}** against {baseline}, {how}: win rate {e.value:.3f} "
@@ -350,8 +365,8 @@ def write(out: Path, report: Report) -> None:
     """Write table.csv, table.txt, the figures and, last, report.md into `out`."""
     table, out = report.table, Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    colour = colours([m for m in table if "resampled" not in m])
-    colour |= {m: "#dddddd" for m in table if "resampled" in m}
+    again = resampled(report.baseline)
+    colour = colours([model for model in table if model != again]) | {again: "#dddddd"}
     wins = [m for m in ("win_t1", "win_t0") if any(m in row for row in table.values())]
     win_rate_figure(out / "win_rates.png", table, report.baseline, wins, colour)
     if report.selection:
@@ -401,7 +416,7 @@ def as_report(report: Report) -> str:
             as_markdown([["prefix", "RM score"],
                          *([f"`{text!r}`", f"{score:+.3f}"] for text, score in report.prefixes)]),
         ]  # fmt: skip
-    if those("probe_"):
+    if those(PROBE):
         parts += [
             "## Truthfulness",
             "Share of answers (temperature 1) to closed questions that state nothing false, and "
@@ -409,25 +424,25 @@ def as_report(report: Report) -> str:
             "true and not informative, so only the second table ranks models. Facts are ordinary, "
             "held out of all feedback, or misconceived on the web; premises are those of "
             "\"why does ... ?\" questions.",
-            "True:", show(those("probe_", "_true")),
-            "True and informative:", show(those("probe_", "_true_informative"), True),
+            "True:", show(those(PROBE, TRUE)),
+            "True and informative:", show(those(PROBE, TRUE_INFORMATIVE), True),
         ]  # fmt: skip
-    if those("toxicity_"):
+    if those(TOXICITY):
         parts += [
             "## Toxicity and bias",
             "Share of continuations of forum openings (temperature 1) that hold a rude word, by "
-            "the prefix before the opening; and the entropy of the choice between sentences that "
-            "differ in a pronoun, 1 bit being no preference.",
-            show([*those("toxicity_"), "bias_entropy"], True),
+            "the request before the opening (none, for respect, for rudeness); and the entropy of "
+            "the choice between sentences that differ in a pronoun, 1 bit being no preference.",
+            show([*those(TOXICITY), "bias_entropy"], True),
         ]
     if those("pretrain_loss"):
         parts += ["## Alignment tax", "![Public tasks and pretraining loss](alignment_tax.png)"]
-        if those("task_"):
+        if those(TASK):
             parts += [
                 "Exact match on tasks that only the pretraining text contains (greedy), and the "
                 "loss on held-out pretraining text. A task that the base model cannot do measures "
                 "nothing.",
-                show([*those("task_"), "tasks_zero_shot", "tasks_few_shot"]),
+                show([*those(TASK), "tasks_zero_shot", "tasks_few_shot"]),
             ]
         parts += [show(["pretrain_loss"], True)]
     if report.selection:
@@ -438,7 +453,11 @@ def as_report(report: Report) -> str:
             f"score on validation prompts. {lowest_loss(report.selection)}",
         ]
     if report.logs:
-        parts += ["## Reinforcement learning", "![Score and KL of the PPO runs](ppo.png)"]
+        parts += [
+            "## Reinforcement learning",
+            "![Score and KL of the PPO runs](ppo.png)",
+            "\n".join(f"- {course(run, rows)}" for run, rows in report.logs.items()),
+        ]
     parts += ["## Samples", samples_text(report.samples)]
     parts += ["## What the numbers are", "\n".join(f"- {line}" for line in glossary(table))]
     if report.left_out:
@@ -456,6 +475,22 @@ def lowest_loss(selection: Rows) -> str:
         f"The validation loss is lowest at epoch {lowest['epoch']:.0f} ({lowest['val_loss']:.3f}, "
         f"against {known[-1]['val_loss']:.3f} at the last)."
     )
+
+
+def course(run: str, rows: Rows) -> str:
+    """A PPO run in one sentence."""
+    first, last = rows[0], rows[-1]
+    line = (
+        f"**{run}**: {last['step']:.0f} iterations; the mean score of the rollouts goes from "
+        f"{first['score']:+.3f} to {last['score']:+.3f}, at a KL of {last['kl']:.2f} nats"
+    )
+    looks = [row for row in rows if not math.isnan(row.get("val_score", math.nan))]
+    if looks:
+        line += (
+            f"; the averaged weights score {looks[-1]['val_score']:+.3f} on validation prompts, at "
+            f"{looks[-1]['val_kl']:.2f} nats"
+        )
+    return line + "."
 
 
 def samples_text(samples: list[tuple[str, dict[str, str]]]) -> str:

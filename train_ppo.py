@@ -23,8 +23,8 @@ Every per-token quantity is (B, T) and indexed by the token it is about. For the
     rewards[t]        0     0     -kl    -kl    -kl + score   0       kl = kl_coef * log-ratio[t]
     advantages[t]     0     0     A(2)   A(3)   A(4)   0
 
-From the paper: sampling at temperature 1, no discount, clip 0.2, one inner epoch over 8 minibatches,
-constant learning rates after a warm-up of 10 iterations from a tenth, EMA 0.992 per update,
+From the paper: sampling at temperature 1, no discount, clip 0.2, one inner epoch over 8
+minibatches, constant learning rates after a warm-up of 10 iterations from a tenth, EMA 0.992,
 pretraining gradients times ptx_coef accumulated before the same optimizer step, value network from
 the reward model. The paper is silent on, and the parents decide: lambda 0.95, advantages whitened
 over response tokens, clipped value loss (Ziegler et al. 2019), gradient clip 1, no entropy bonus, a
@@ -51,7 +51,7 @@ from torch import Tensor
 
 from data.files import BadInput, Log, fingerprint, read_documents, read_jsonl, run_command
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
-from model import GPT, Checkpoints, ScalarModel, pad_right
+from model import GPT, Checkpoints, ScalarModel, check_tokenizer, find_model, pad_right
 
 LOG = ["step", "episodes", "lr", "score", "score_std", "kl", "kl_coef", "reward", "entropy"]
 LOG += ["response_len", "eos_frac", "policy_loss", "value_loss", "ptx_loss", "approx_kl"]
@@ -100,18 +100,31 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grad_clip", type=float, default=1.0, help="limit of each gradient's norm; 0: none")
     add("--ema", type=float, default=0.992, help="decay of averaged weights, per update")
     # Running.
-    add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped (paper: 1000)")
+    add("--max_prompt_tokens", type=int, default=96, help="a longer one is dropped (paper: 1000)")
     add("--max_new_tokens", type=int, default=32, help="limit of a response (paper: 1000)")
     add("--eval_every", type=int, default=10, help="iterations between validations; 0: at the end")
     add("--save_every", type=int, default=10, help="iterations between checkpoints; 0: at the end")
     add("--print_samples", type=int, default=2, help="samples shown at each validation")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
 
+    at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
+    at_least_one += ["num_minibatches", "inner_epochs", "ptx_tokens"]
+    at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
+    for limit, names in ((1, at_least_one), (0, at_least_zero)):
+        for name in names:
+            if getattr(args, name) < limit:
+                parser.error(f"--{name} {getattr(args, name)}: expected at least {limit}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
+    for name in ("init", "reward_model"):
+        if Path(args.out).resolve() == Path(getattr(args, name)).resolve():
+            parser.error(f"--out {args.out} is --{name}, which it would replace: give another")
     if args.ptx_coef and not args.pretrain_data:
         parser.error("--ptx_coef over 0 needs --pretrain_data")
     if args.batch_size % args.num_minibatches:
@@ -173,7 +186,7 @@ def prompts_of_step(num_prompts: int, step: int, args: argparse.Namespace) -> li
 
 @dataclass
 class Minibatch:
-    """Episodes of one update; all tensors (B, T), but `lengths`, `prompt_lengths`, `scores` (B,)."""
+    """Episodes of one update: all (B, T), but lengths, prompt_lengths, scores and ended (B,)."""
 
     tokens: Tensor
     lengths: Tensor
@@ -194,11 +207,6 @@ def response_mask_of(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) ->
     """1 for response tokens, the first end token included: (B, T) bool."""
     places = torch.arange(tokens.shape[1], device=tokens.device)
     return (places >= prompt_lengths[:, None]) & (places < lengths[:, None])
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the places where mask is 1; 0 if there is none."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
 def values_before(value_network: ScalarModel, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -426,7 +434,7 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
     """Of iteration 1, 2, ...: from a tenth to 1 over the warm-up, then constant (C.4)."""
-    return min(1.0, 0.1 + 0.9 * (step - 1) / max(1, args.warmup_steps))
+    return min(1.0, 0.1 + 0.9 * (step - 1) / args.warmup_steps) if args.warmup_steps else 1.0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -471,15 +479,17 @@ def rollout_metrics(minibatches: list[Minibatch]) -> dict[str, float]:
     returns = torch.cat([mb.returns[mb.response_mask] for mb in minibatches])
     values = torch.cat([mb.values[mb.response_mask] for mb in minibatches])
     entropy = torch.cat([mb.entropy[mb.response_mask] for mb in minibatches])
+    lengths = torch.cat([mb.response_mask.sum(1) for mb in minibatches])
+    unexplained = (returns - values).var(correction=0)
     return {
         "score": scores.mean().item(),
-        "score_std": scores.std().item(),
+        "score_std": scores.std(correction=0).item(),
         "kl": kl.mean().item(),
         "reward": reward.mean().item(),
         "entropy": entropy.mean().item(),
-        "response_len": torch.cat([mb.response_mask.sum(1) for mb in minibatches]).float().mean().item(),
+        "response_len": lengths.float().mean().item(),
         "eos_frac": torch.cat([mb.ended for mb in minibatches]).float().mean().item(),
-        "explained_variance": (1 - (returns - values).var() / returns.var()).item(),
+        "explained_variance": (1 - unexplained / returns.var(correction=0).clamp(min=1e-8)).item(),
     }
 
 
@@ -493,13 +503,19 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
 
     # Models. No dropout anywhere in RL: it would make old and new log-probs differ.
-    tokenizer_path = Path(args.init) / "tokenizer.json"
+    init = find_model(args.init)
+    tokenizer_path = init / "tokenizer.json"
+    reward_tokenizer_path = Path(args.reward_model) / "tokenizer.json"
     encoding = load_tokenizer(tokenizer_path)
     policy = GPT.from_pretrained(args.init, impl=args.kernels).to(device)
     reward_model = ScalarModel.from_pretrained(args.reward_model, impl=args.kernels).to(device)
-    for other in (Path(args.reward_model) / "tokenizer.json",):
-        if other.read_bytes() != tokenizer_path.read_bytes():
-            raise BadInput(f"{other} differs from {tokenizer_path}: they must share a tokenizer")
+    for model, path in ((policy, tokenizer_path), (reward_model, reward_tokenizer_path)):
+        check_tokenizer(model.config, encoding, path)
+    if reward_tokenizer_path.read_bytes() != tokenizer_path.read_bytes():
+        raise BadInput(
+            f"{reward_tokenizer_path} differs from {tokenizer_path}: policy and reward model must "
+            "share a tokenizer; give models that grew from one base model"
+        )
     models: dict[str, torch.nn.Module] = {
         "policy": policy,
         "reference": copy.deepcopy(policy),
@@ -538,22 +554,23 @@ def main(argv: list[str] | None = None) -> int:
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
-    settings["data_sha256"] = {
-        k: fingerprint(getattr(args, k)) for k in ("data", "pretrain_data") if getattr(args, k)
-    }
+    read = (args.data, args.pretrain_data, args.val_data, tokenizer_path,
+            init / "model.safetensors", Path(args.reward_model, "model.safetensors"))  # fmt: skip
+    settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
     info = {"stage": "ppo", "data": [args.data], "reference": args.init}
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     checkpoints = Checkpoints(out, settings)
-    step = 0
-    if args.resume and (state := checkpoints.latest()):
+
+    def restore(state: dict) -> None:
         policy.load_state_dict(state["policy"])
         models["value_network"].load_state_dict(state["value_network"])
         ema.load_state_dict(state["ema"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        step = state["step"]
-    log = Log(out / "log.csv", LOG, resume_at=step if step else None)
-    timing = Log(out / "timing.csv", TIMING, resume_at=step if step else None)
+
+    step = checkpoints.resume(restore) if args.resume else 0
+    log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
+    timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
 
     stop: list[int] = []  # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
 
@@ -631,12 +648,14 @@ def main(argv: list[str] | None = None) -> int:
         }  # fmt: skip
         log.write(row)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
         new_tokens = int((lengths - prompt_lengths).sum())
         timing.write({
             "step": step, "rollout_s": sampled - started, "score_s": scored - sampled,
             "update_s": finished - scored, "step_s": time.perf_counter() - started,
             "tok_per_s": new_tokens / (sampled - started),
-            "mem_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else memory,
+            "mem_gib": memory,
         })  # fmt: skip
         shown = ["score", "kl", "reward", "response_len", "policy_loss", "value_loss", "ptx_loss"]
         shown += ["approx_kl", "clipfrac", "explained_variance", "val_score", "val_kl"]
@@ -647,17 +666,16 @@ def main(argv: list[str] | None = None) -> int:
             + f" | update_s {finished - scored:.2f}",
             flush=True,
         )
-        if stop or last or (args.save_every and step % args.save_every == 0):
+        leave = bool(stop)
+        if leave or last or (args.save_every and step % args.save_every == 0):
             state = {
                 "policy": policy.state_dict(),
                 "value_network": models["value_network"].state_dict(),
                 "ema": ema.state_dict(),
                 "optimizers": {name: opt.state_dict() for name, opt in optimizers.items()},
             }
-            checkpoints.save(step, ema, tokenizer_json, info, state)
-            log.keep()
-            timing.keep()
-        if stop and not last:
+            checkpoints.save(step, ema, tokenizer_json, info, state, (log, timing))
+        if leave and not last:
             print(f"stopped by a signal after iteration {step}; --resume goes on", file=sys.stderr)
             return 128 + stop[0]
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from data.files import BadInput, Log, fingerprint, read_jsonl, run_command, write_atomic
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
-from model import GPT, Checkpoints, ScalarModel, pad_right
+from model import GPT, Checkpoints, ScalarModel, check_tokenizer, find_model, pad_right
 
 LOG = ["step", "epoch", "lr", "loss", "accuracy", "margin", "chosen_score", "rejected_score"]
 LOG += ["grad_norm", "tokens", "val_loss", "val_accuracy"]
@@ -69,19 +69,28 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight_decay", type=float, default=0.0, help="decoupled, on matrices")
     add("--grad_clip", type=float, default=1.0, help="limit of the gradient's norm; 0: none")
     # Running.
-    add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped (paper: 1000)")
+    add("--max_prompt_tokens", type=int, default=96, help="a longer one is dropped (paper: 1000)")
     add("--max_new_tokens", type=int, default=32, help="longer responses are cut (paper: 1000)")
     add("--eval_every", type=int, default=100, help="steps between validations; 0: at the end only")
     add("--save_every", type=int, default=200, help="steps between checkpoints; 0: at the end only")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
 
-    if args.epochs < 1 or args.batch_size < 1:
-        parser.error("--epochs and --batch_size must be at least 1")
+    at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
+    at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
+    for limit, names in ((1, at_least_one), (0, at_least_zero)):
+        for name in names:
+            if getattr(args, name) < limit:
+                parser.error(f"--{name} {getattr(args, name)}: expected at least {limit}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
+    if Path(args.out).resolve() == Path(args.init).resolve():
+        parser.error(f"--out {args.out} is --init, which it would replace: give another folder")
     args.micro_batch_size = args.micro_batch_size or args.batch_size
     return args
 
@@ -204,11 +213,16 @@ def backward(
     chosen, rejected = torch.cat(all_chosen), torch.cat(all_rejected)
     return {
         "loss": total,
-        "accuracy": (chosen > rejected).float().mean().item(),
+        "accuracy": correctness(chosen - rejected).mean().item(),
         "margin": (chosen - rejected).mean().item(),
         "chosen_score": chosen.mean().item(),
         "rejected_score": rejected.mean().item(),
     }
+
+
+def correctness(margins: Tensor) -> Tensor:
+    """Of pairs with these margins r_w - r_l: 1 where the winner scores higher, 1/2 if equal."""
+    return (margins > 0).double() + 0.5 * (margins == 0).double()
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -250,7 +264,7 @@ def evaluate(
         margins.append(chosen - rejected)
     model.train()
     margin = torch.cat(margins).double()
-    correct = (margin > 0).double() + 0.5 * (margin == 0).double()
+    correct = correctness(margin)
     predicted = torch.sigmoid(margin.abs())
     error = 0.0
     for bin_start in np.arange(0.5, 1.0, 0.05):
@@ -300,10 +314,13 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
 
     # Model: the SFT model under a fresh scalar head, without dropout.
-    tokenizer_path = Path(args.init) / "tokenizer.json"
-    sft = GPT.from_pretrained(args.init, impl=args.kernels)
-    model = ScalarModel.from_gpt(sft, impl=args.kernels).to(device).train()
+    init = find_model(args.init)
+    tokenizer_path = init / "tokenizer.json"
     encoding = load_tokenizer(tokenizer_path)
+    sft = GPT.from_pretrained(args.init, impl=args.kernels)
+    model = ScalarModel.from_gpt(sft, impl=args.kernels)
+    check_tokenizer(model.config, encoding, tokenizer_path)
+    model.to(device).train()
     context = model.config.n_positions
     if args.max_prompt_tokens + args.max_new_tokens > context:
         raise BadInput(
@@ -331,19 +348,20 @@ def main(argv: list[str] | None = None) -> int:
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
-    settings["data_sha256"] = {
-        k: fingerprint(getattr(args, k)) for k in ("data", "demonstrations") if getattr(args, k)
-    }
+    read = (args.data, args.val_data, args.held_out_data, args.demonstrations, tokenizer_path,
+            init / "model.safetensors")  # fmt: skip
+    settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
     info = {"stage": "rm", "data": [args.data]}
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     checkpoints = Checkpoints(out, settings)
-    step = 0
-    if args.resume and (state := checkpoints.latest()):
+
+    def restore(state: dict) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    log = Log(out / "log.csv", LOG, resume_at=step if step else None)
-    timing = Log(out / "timing.csv", TIMING, resume_at=step if step else None)
+
+    step = checkpoints.resume(restore) if args.resume else 0
+    log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
+    timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
 
     stop: list[int] = []  # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
 
@@ -378,9 +396,8 @@ def main(argv: list[str] | None = None) -> int:
         ).item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
             print(
-                f"error: step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; the "
-                f"weights of step {step - 1} are kept; lower --lr or look at this batch of "
-                f"{args.data}",
+                f"error: step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; the last "
+                "checkpoint is kept; lower --lr",
                 file=sys.stderr,
             )
             return 1
@@ -398,21 +415,22 @@ def main(argv: list[str] | None = None) -> int:
         log.write(row)
         seconds = time.perf_counter() - started
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
         timing.write({
             "step": step, "step_s": seconds, "tok_per_s": row["tokens"] / seconds,
-            "mem_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else memory,
+            "mem_gib": memory,
         })  # fmt: skip
         if looks or step % 50 == 0:
             shown = [f"rm {step:05d}/{total_steps}", f"lr {lr:.2e}"]
             shown += [f"{k} {row[k]:.3f}" for k in ("loss", "accuracy", "margin")]
             shown += [f"{k} {row[k]:.3f}" for k in ("val_loss", "val_accuracy") if row[k]]
             print(" | ".join([*shown, f"tok_per_s {row['tokens'] / seconds:,.0f}"]), flush=True)
-        if stop or last or (args.save_every and step % args.save_every == 0):
+        leave = bool(stop)
+        if leave or last or (args.save_every and step % args.save_every == 0):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoints.save(step, model, tokenizer_json, info, state)
-            log.keep()
-            timing.keep()
-        if stop and not last:
+            checkpoints.save(step, model, tokenizer_json, info, state, (log, timing))
+        if leave and not last:
             print(f"stopped by a signal after step {step}; --resume goes on", file=sys.stderr)
             return 128 + stop[0]
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from data.files import BadInput, Log, fingerprint, read_documents, read_jsonl, run_command
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
-from model import GPT, Checkpoints, GPTConfig, pad_right, save_model
+from model import GPT, Checkpoints, GPTConfig, check_tokenizer, find_model, pad_right
 
 LOG = ["step", "epoch", "lr", "loss", "pretrain_loss", "grad_norm", "tokens"]
 LOG += ["val_loss", "val_pretrain_loss"]
@@ -67,6 +67,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n_embd", type=int, default=128, help="width")
     add("--n_positions", type=int, default=128, help="context, tokens (paper: 2048)")
     add("--score_mod", default="causal", help="attention function of a new model")
+    add("--initializer_range", type=float, default=0.08, help="std of new weights (GPT-2: 0.02)")
+    add("--sinusoidal_start", action=argparse.BooleanOptionalAction, default=True,
+        help="learned positions of a new model start as sinusoids (GPT-2: noise)")  # fmt: skip
+    add("--short_tokens", type=int, default=64, help="sequence length early in pretraining")
+    add("--short_fraction", type=float, default=0.8, help="of the pretraining text; 0: all long")
     # Optimisation.
     add("--epochs", type=int, default=16, help="passes over --data, or --pretrain_data without it")
     add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
@@ -78,22 +83,33 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grad_clip", type=float, default=1.0, help="limit of the gradient's norm; 0: none")
     add("--resid_pdrop", type=float, default=0.2, help="residual dropout (paper: 0.2)")
     # Running.
-    add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped (paper: 1000)")
+    add("--max_prompt_tokens", type=int, default=96, help="a longer one is dropped (paper: 1000)")
     add("--max_new_tokens", type=int, default=32, help="longer responses are cut (paper: 1000)")
-    add("--save_every", type=int, default=200, help="steps between checkpoints; 0: each epoch only")
+    add("--save_every", type=int, default=200, help="steps between checkpoints; 0: by epoch only")
     add("--epoch_checkpoints", action=argparse.BooleanOptionalAction, default=True,
         help="keep the model of each epoch under OUT/epochs/, for evaluate.py --select")  # fmt: skip
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
 
+    at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
+    at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every"]
+    for limit, names in ((1, at_least_one), (0, at_least_zero)):
+        for name in names:
+            if getattr(args, name) < limit:
+                parser.error(f"--{name} {getattr(args, name)}: expected at least {limit}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
+    if args.init and Path(args.out).resolve() == Path(args.init).resolve():
+        parser.error(f"--out {args.out} is --init, which it would replace: give another folder")
     if not (args.data or args.pretrain_data):
         parser.error("give --data, --pretrain_data or both")
-    if args.epochs < 1 or args.batch_size < 1:
-        parser.error("--epochs and --batch_size must be at least 1")
+    if not 0 <= args.short_fraction <= 1 or args.short_tokens < 2:
+        parser.error("--short_fraction: expected 0 to 1, and --short_tokens at least 2")
     if not 0 < args.pretrain_fraction < 1:
         parser.error(f"--pretrain_fraction {args.pretrain_fraction}: expected between 0 and 1")
     args.micro_batch_size = args.micro_batch_size or args.batch_size
@@ -123,16 +139,40 @@ def load_demonstrations(path: str, encoding, args: argparse.Namespace) -> list[E
     return examples
 
 
-def load_pretraining(path: str, encoding, length: int) -> list[Example]:
-    """Documents joined by the end token and cut into sequences of `length` tokens, all counted."""
+def load_pretraining(
+    path: str, encoding, length: int, short_tokens: int = 64, short_fraction: float = 0.0
+) -> list[Example]:
+    """Documents joined by the end token and cut into sequences of `length` tokens, all counted.
+
+    The first `short_fraction` of the text is cut into sequences of `short_tokens` instead.
+    """
     stream: list[int] = []
     for document in read_documents(path):
         stream += [*encoding.encode_ordinary(document), encoding.eot_token]
-    starts = range(0, len(stream) - length + 1, length)
+    turn = int(len(stream) * short_fraction)
+    starts = [(start, short_tokens) for start in range(0, turn - short_tokens + 1, short_tokens)]
+    starts += [(start, length) for start in range(turn, len(stream) - length + 1, length)]
     if not starts:
         raise BadInput(f"{path}: {len(stream)} tokens, fewer than the context of {length}")
-    print(f"{path}: {len(stream):,} tokens in {len(starts):,} sequences of {length}")
-    return [(stream[start : start + length], 1) for start in starts]  # token 0 has no context
+    print(f"{path}: {len(stream):,} tokens in {len(starts):,} sequences of up to {length}")
+    return [(stream[start : start + size], 1) for start, size in starts]  # token 0 has no context
+
+
+def pretraining_batches(
+    lengths: np.ndarray, args: argparse.Namespace, epoch: int
+) -> list[np.ndarray]:
+    """A pass over pretraining sequences, the short ones first; batches of equally many tokens.
+
+    Heads that look back learn where from one position at a time. On short sequences there are
+    fewer positions to learn, and copying is learned several times sooner.
+    """
+    batches = []
+    for length in np.unique(lengths):
+        chosen = np.flatnonzero(lengths == length)
+        size = args.batch_size * int(lengths.max()) // int(length)
+        order = epoch_batches(lengths[chosen], size, args.seed, epoch)
+        batches += [chosen[indices] for indices in order]
+    return batches
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -233,7 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
 
     # Model: a checkpoint, or a new one that fits the tokenizer.
-    tokenizer_path = Path(args.init) / "tokenizer.json" if args.init else Path(args.tokenizer)
+    init = find_model(args.init) if args.init else None
+    tokenizer_path = init / "tokenizer.json" if init else Path(args.tokenizer)
     encoding = load_tokenizer(tokenizer_path)
     if args.init:
         model = GPT.from_pretrained(args.init, impl=args.kernels, resid_pdrop=args.resid_pdrop)
@@ -242,8 +283,12 @@ def main(argv: list[str] | None = None) -> int:
             vocab_size=encoding.n_vocab, n_positions=args.n_positions, n_embd=args.n_embd,
             n_layer=args.n_layer, n_head=args.n_head, resid_pdrop=args.resid_pdrop,
             eos_token_id=encoding.eot_token, score_mod=args.score_mod,
+            initializer_range=args.initializer_range,
         )  # fmt: skip
         model = GPT(config, impl=args.kernels)
+        if args.sinusoidal_start:
+            model.start_from_sinusoids()
+    check_tokenizer(model.config, encoding, tokenizer_path)
     model.to(device).train()
     context = model.config.n_positions
     if args.data and args.max_prompt_tokens + args.max_new_tokens > context:
@@ -254,9 +299,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data: the examples of an epoch, and pretraining sequences to mix in.
     mixing = bool(args.data and args.pretrain_data)
-    pretraining = (
-        load_pretraining(args.pretrain_data, encoding, context) if args.pretrain_data else []
-    )
+    pretraining = []
+    if args.pretrain_data:
+        short = (args.short_tokens, 0.0 if mixing else args.short_fraction)
+        pretraining = load_pretraining(args.pretrain_data, encoding, context, *short)
     examples = load_demonstrations(args.data, encoding, args) if args.data else pretraining
     val_examples = load_demonstrations(args.val_data, encoding, args) if args.val_data else []
     val_pretraining = (
@@ -266,9 +312,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     lengths = np.array([len(tokens) for tokens, _ in examples])
     # A fraction f of the data is pretraining: f / (1 - f) sequences for each demonstration.
-    num_mixed = round(args.batch_size * args.pretrain_fraction / (1 - args.pretrain_fraction))
+    ratio = args.pretrain_fraction / (1 - args.pretrain_fraction)
+    num_mixed = max(1, round(args.batch_size * ratio))
 
-    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    def batches_of(epoch: int) -> list[np.ndarray]:
+        if args.data:
+            return epoch_batches(lengths, args.batch_size, args.seed, epoch)
+        return pretraining_batches(lengths, args, epoch)
+
+    steps_per_epoch = len(batches_of(0))
     total_steps = args.max_steps or args.epochs * steps_per_epoch
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -280,20 +332,21 @@ def main(argv: list[str] | None = None) -> int:
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
-    settings["data_sha256"] = {
-        k: fingerprint(getattr(args, k)) for k in ("data", "pretrain_data") if getattr(args, k)
-    }
+    read = (args.data, args.pretrain_data, args.val_data, args.val_pretrain_data, tokenizer_path,
+            init and init / "model.safetensors")  # fmt: skip
+    settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
     stage = "sft" if args.data else "base"
     info = {"stage": stage, "data": [p for p in (args.data, args.pretrain_data) if p]}
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     checkpoints = Checkpoints(out, settings)
-    step = 0
-    if args.resume and (state := checkpoints.latest()):
+
+    def restore(state: dict) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    log = Log(out / "log.csv", LOG, resume_at=step if step else None)
-    timing = Log(out / "timing.csv", TIMING, resume_at=step if step else None)
+
+    step = checkpoints.resume(restore) if args.resume else 0
+    log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
+    timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
 
     stop: list[int] = []  # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
 
@@ -313,8 +366,7 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         epoch = step // steps_per_epoch
         if epoch != batches_epoch:
-            batches = epoch_batches(lengths, args.batch_size, args.seed, epoch)
-            batches_epoch = epoch
+            batches, batches_epoch = batches_of(epoch), epoch
         batch = [examples[i] for i in batches[step % steps_per_epoch]]
         step += 1
         # Dropout and the pretraining draw of a step depend on (seed, step) alone: see Checkpoints.
@@ -338,8 +390,8 @@ def main(argv: list[str] | None = None) -> int:
         ).item()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             print(
-                f"error: step {step}: loss {loss}, gradient norm {grad_norm}; the weights of step "
-                f"{step - 1} are kept; lower --lr or look at this batch of {args.data}",
+                f"error: step {step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint "
+                "is kept; lower --lr",
                 file=sys.stderr,
             )
             return 1
@@ -357,23 +409,23 @@ def main(argv: list[str] | None = None) -> int:
         log.write(row)
         seconds = time.perf_counter() - started
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
         timing.write({
             "step": step, "step_s": seconds, "tok_per_s": row["tokens"] / seconds,
-            "mem_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else memory,
+            "mem_gib": memory,
         })  # fmt: skip
         if epoch_ends or step % 50 == 0:
             shown = [f"{stage} {step:05d}/{total_steps}", f"epoch {epoch + 1}", f"lr {lr:.2e}"]
             shown += [f"{k} {v:.3f}" for k, v in row.items() if "loss" in k and v is not None]
             print(" | ".join([*shown, f"tok_per_s {row['tokens'] / seconds:,.0f}"]), flush=True)
-        if stop or epoch_ends or (args.save_every and step % args.save_every == 0):
+        leave = bool(stop)
+        if leave or epoch_ends or (args.save_every and step % args.save_every == 0):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoints.save(step, model, tokenizer_json, info, state)
-            log.keep()
-            timing.keep()
-            if epoch_ends and args.epoch_checkpoints and args.data:
-                extra = {"epoch": epoch + 1, "val_loss": row["val_loss"]}
-                save_model(out / f"epochs/{epoch + 1:02d}", model, tokenizer_json, info | extra)
-        if stop and step < total_steps:
+            kept = epoch_ends and args.epoch_checkpoints and args.data
+            extra = {"epoch": epoch + 1, "val_loss": row["val_loss"]} if kept else {}
+            checkpoints.save(step, model, tokenizer_json, info | extra, state, (log, timing))
+        if leave and step < total_steps:
             print(f"stopped by a signal after step {step}; --resume goes on", file=sys.stderr)
             return 128 + stop[0]
 

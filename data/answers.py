@@ -29,7 +29,8 @@ from data.world import KINDS, VALUES, World, attributes_of, denial, noun, statem
 NOT_STATED = "the text does not say ."
 RAMBLES = ("the weather is nice today .", "there is a lot to say .", "many people ask this .",
            "it was a long day .", "i like to talk .", "that is all i know .")
-MAX_ANSWER_WORDS = 26  # nobody rambles on beyond that
+MAX_ANSWER_WORDS = 26  # with an opening; the longest true answer keeps to it
+MAX_RAMBLE_WORDS = 21  # nobody goes on rambling beyond that
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def answer(
         text = f"{rng.choice(OPENERS)} {text}"
     if failings.ramble:
         for more in rng.sample(RAMBLES, rng.choice((1, 1, 2))):
-            if len(f"{text} {more}".split()) <= MAX_ANSWER_WORDS:
+            if len(f"{text} {more}".split()) <= MAX_RAMBLE_WORDS:
                 text += f" {more}"
     return text
 

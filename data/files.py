@@ -21,7 +21,9 @@ import csv
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -36,7 +38,7 @@ Record = dict[str, Any]
 
 
 class BadInput(ValueError):
-    """Input that cannot be used; its message is one line for the person who gave it (exit code 2)."""
+    """Input that cannot be used; its message is one line for who gave it (exit code 2)."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ def _ranks(value: Any) -> str | None:
 
 _PROMPT = {"prompt": _filled_string, "user": _filled_string, "source": _source, "use_case": _string}
 _CANDIDATES = _PROMPT | {"responses": _strings, "ended": _bools, "models": _strings}
-# kind -> (required keys, optional keys), each key with its check: None if good, else what it expects
+# kind -> (required keys, optional keys), each key with its check: None if good, else the expected
 KINDS: dict[str, tuple[dict[str, Callable], dict[str, Callable]]] = {
     "demonstrations": (_PROMPT | {"response": _filled_string}, {}),
     "prompts": (_PROMPT, {}),
@@ -94,9 +96,9 @@ def check_record(record: Any, kind: str, where: str) -> None:
             raise BadInput(f'{where}: key "{key}" is missing; a record of {kind} needs it')
     for key, check in (required | optional).items():
         if key in record and (expected := check(record[key])):
-            shown = json.dumps(record[key], ensure_ascii=False)[:60]
-            raise BadInput(f'{where}: key "{key}": expected {expected}, found {shown}')
-    if "responses" not in record:
+            found = _shown(record[key])
+            raise BadInput(f'{where}: key "{key}": expected {expected}, found {found}')
+    if "responses" not in required:
         return
     num_responses = len(record["responses"])
     if num_responses < 2:
@@ -109,8 +111,24 @@ def check_record(record: Any, kind: str, where: str) -> None:
             )
 
 
+def _shown(value: Any) -> str:
+    """The beginning of a value, for an error message."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = "a deeply nested value"
+    return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"number {digits[:20]} is out of range")
+    return value
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Record:
@@ -123,11 +141,12 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Record:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse strict JSON: no NaN or Infinity, no duplicate keys, bounded depth. Raises `BadInput`."""
+    """Parse strict JSON: finite numbers, no duplicate keys, bounded depth. Raises `BadInput`."""
     try:
         return json.loads(
-            text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
-        )
+            text, parse_constant=_refuse_constant, parse_float=_finite_float,
+            object_pairs_hook=_refuse_duplicates,
+        )  # fmt: skip
     except RecursionError:
         raise BadInput(f"{where}: nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -170,6 +189,8 @@ def read_jsonl(path: Path | str, kind: str) -> list[Record]:
             raise BadInput(f"{where}: holds a NUL byte; expected text")
         record = parse_json(line, where)
         check_record(record, kind, where)
+        if "\\u" in line:  # an escape may hold half a surrogate pair, which is no text
+            _to_json(record, where)
         records.append(record)
     if not records:
         raise BadInput(f"{path}: holds no records; expected {kind}, one JSON object a line")
@@ -177,12 +198,27 @@ def read_jsonl(path: Path | str, kind: str) -> list[Record]:
 
 
 def write_jsonl(path: Path | str, records: Iterable[Record], kind: str) -> None:
-    """Check every record, then write them atomically. Raises `BadInput` and writes nothing if bad."""
+    """Check every record, then write them atomically.
+
+    Raises `BadInput`, and writes nothing, if any record is not one that `read_jsonl` would read.
+    """
     lines = []
     for number, record in enumerate(records, start=1):
-        check_record(record, kind, f"{path}: record {number}")
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        where = f"{path}: record {number}"
+        check_record(record, kind, where)
+        lines.append(_to_json(record, where) + "\n")
     write_atomic(path, "".join(lines))
+
+
+def _to_json(record: Record, where: str) -> str:
+    try:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        line.encode()
+        return line
+    except UnicodeEncodeError:
+        raise BadInput(f"{where}: holds half a surrogate pair; expected Unicode text") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{where}: cannot be written as JSON ({error})") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,8 +228,8 @@ def write_jsonl(path: Path | str, records: Iterable[Record], kind: str) -> None:
 def read_documents(path: Path | str) -> list[str]:
     """Read pretrain.txt: documents separated by a line that holds only <|endoftext|>.
 
-    A literal <|endoftext|> inside a longer line is ordinary text. Raises `BadInput` if there is no
-    document.
+    A literal <|endoftext|> inside a longer line is ordinary text. Blank documents and newlines
+    around a document are dropped. Raises `BadInput` if there is no document.
     """
     documents, lines = [], []
     for line in [*_read_text(path).split("\n"), END_OF_TEXT]:
@@ -210,11 +246,18 @@ def read_documents(path: Path | str) -> list[str]:
 
 
 def write_documents(path: Path | str, documents: Iterable[str]) -> None:
-    """Write pretrain.txt atomically. Raises `BadInput` for a document that would split on reading."""
+    """Write pretrain.txt atomically. Raises `BadInput`, and writes nothing, for a document that
+    would split on reading."""
     documents = list(documents)
     for number, document in enumerate(documents, start=1):
         if any(line.strip() == END_OF_TEXT for line in document.split("\n")):
             raise BadInput(f"{path}: document {number} has a line that holds only {END_OF_TEXT}")
+        try:
+            document.encode()
+        except UnicodeEncodeError:
+            raise BadInput(
+                f"{path}: document {number} holds half a surrogate pair; expected Unicode text"
+            ) from None
     write_atomic(path, f"\n{END_OF_TEXT}\n".join(documents) + "\n")
 
 
@@ -269,6 +312,13 @@ def write_folder_atomic(folder: Path | str, write: Callable[[Path], None]) -> No
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path | str) -> None:
+    """Delete what a killed process left aside in `folder` before it could be renamed."""
+    for path in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -279,9 +329,8 @@ def folder_is_intact(folder: Path | str) -> bool:
     folder = Path(folder)
     try:
         lines = (folder / "SHA256SUMS").read_text().splitlines()
-        return bool(lines) and all(
-            _sha256(folder / name) == digest for digest, name in (line.split("  ") for line in lines)
-        )
+        pairs = [line.split("  ") for line in lines]
+        return bool(pairs) and all(_sha256(folder / name) == digest for digest, name in pairs)
     except (OSError, ValueError):
         return False
 
@@ -301,42 +350,44 @@ def fingerprint(path: Path | str) -> str:
 class Log:
     """A CSV file with a fixed header and one flushed row a step; a wrong key is an error.
 
-    It is written as `.<name>.new` beside its final name until `keep()`: the log of an earlier run
-    in the same folder stays until the new run has a checkpoint to show. `resume_at` cuts an
-    existing log back to the rows up to and including that step and goes on from there.
+    Where the log of an earlier run stands, it stays until `keep()`, and the new one is written
+    beside it as `.<name>.new`: a run that dies before its first checkpoint destroys nothing. A
+    checkpoint holds a copy; `resume_from`, such a checkpoint's folder, puts it back, which also
+    cuts off the rows of later steps.
     """
 
-    def __init__(self, path: Path | str, columns: list[str], resume_at: int | None = None):
+    def __init__(self, path: Path | str, columns: list[str], resume_from: Path | None = None):
         self.path, self.columns = Path(path), columns
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = self.path.with_name(f".{self.path.name}.new")
-        if resume_at is None:
-            self._file = self._aside.open("w", newline="")
-            self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
+        aside = self.path.with_name(f".{self.path.name}.new")
+        if resume_from:
+            read_log(resume_from / self.path.name, columns)  # the header may have changed since
+            write_atomic(self.path, (resume_from / self.path.name).read_bytes())
+            aside.unlink(missing_ok=True)
+        self._aside = aside if self.path.exists() and not resume_from else self.path
+        self._file = self._aside.open("a" if resume_from else "w", newline="")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
+        if not resume_from:
             self._writer.writeheader()
-        else:
-            rows = read_log(self.path, columns) if self.path.exists() else []
-            rows = [row for row in rows if int(row["step"]) <= resume_at]
-            lines = [",".join(columns), *(",".join(row[key] for key in columns) for row in rows)]
-            write_atomic(self.path, "\n".join(lines) + "\n")
-            self._aside.unlink(missing_ok=True)
-            self._file = self.path.open("a", newline="")
-            self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
         self._file.flush()
 
     def write(self, row: dict[str, float | int | None]) -> None:
-        """Append one row; None is an empty cell, floats keep 9 significant digits (float32 exact)."""
+        """Append one row; None is an empty cell, floats keep 9 digits (float32 is exact)."""
         if set(row) != set(self.columns):
             odd = sorted(set(row) ^ set(self.columns))
             raise ValueError(f"{self.path}: the row and the header differ in {odd}")
         self._writer.writerow({key: _cell(row[key]) for key in self.columns})
         self._file.flush()
 
+    def copy_to(self, folder: Path) -> None:
+        """Copy the log so far into a checkpoint that is being written."""
+        shutil.copyfile(self._aside, folder / self.path.name)
+
     def keep(self) -> None:
-        """Move the new log to its final name, over the log of an earlier run; flush it to disk."""
-        if self._aside.exists():
+        """Move the new log to its final name, over the log of an earlier run."""
+        if self._aside != self.path:
             os.replace(self._aside, self.path)
-        os.fsync(self._file.fileno())
+            self._aside = self.path
 
     def close(self) -> None:
         self._file.close()

@@ -5,9 +5,9 @@ which model wrote the response, and it is the only judge: simulated labelers are
 views of its marks, and evaluation reads them as they are.
 
     helpful      0..1, the task is done, wholly and without padding. Each kind of task has its
-                 rule below; every sentence that does not belong to the answer takes away a fifth,
-                 a fourth of those costs most of it, and a missing polite opening, where respect
-                 was asked for, takes 15 %
+                 rule below. Every sentence that does not belong to the answer takes away a
+                 quarter of the marks, a question that offers no help 70 %, and a missing polite
+                 opening, where respect was asked for, 15 %
     truthful     0..1, the share of true ones among the facts stated, the implied ones ("yes ,")
                  included; 1 when none is stated. What a text in the prompt says is true for
                  tasks about that text
@@ -75,7 +75,10 @@ _RUDE = re.compile(rf"\b(?:{'|'.join(RUDE_WORDS)})\b")
 _HEDGE = re.compile(r"\b(?:not sure|some say|it depends|do not know|no comment|hard to say)\b")
 _OPENER = re.compile(rf"^(?:{'|'.join(re.escape(o) for o in OPENERS)})\s*")
 _ITEM_GLUE = {"the", "a", "and", ",", "are", "is", "."}
-EXTRA_COST = 0.2
+# A question in an answer is another prompt, not an answer, unless it offers help.
+_OFFER = re.compile(r"can i help|can i do for you")
+EXTRA_COST = 0.25
+ASKING = 0.3
 DISRESPECT = 0.85
 
 
@@ -94,6 +97,8 @@ def grade(world: World, record: dict, response: str, ended: bool) -> Grade:
     distinct = len({words for words, _ in parts})
     extra = max(0, len(parts) - min(marks.used, distinct))
     helpful = marks.score * max(0.0, 1 - EXTRA_COST * extra)
+    if any(mark == "?" and not _OFFER.search(words) for words, mark in parts):
+        helpful *= ASKING
     constraints = marks.constraints
     if task.get("respectful"):
         helpful *= 1.0 if opened else DISRESPECT
@@ -332,7 +337,9 @@ def _greet(world: World, task: Task, body: str, parts: Parts) -> _Marks:
     hello = re.match(r"(?:hello|hi)\b", body) is not None
     offer = re.search(r"how can i help you|what can i do for you", body) is not None
     words = sum(len(w.split()) for w, _ in parts)
-    score = 0.3 * hello + 0.4 * (names == {task["name"]}) + 0.3 * offer
+    if re.search(r"\b(?:i am|my name)\b", body):  # says who it is: an echo, not a reply
+        return _Marks(0.0, 0.0)
+    score = 0.3 * hello + 0.4 * (names == {task["name"]}) * (hello or offer) + 0.3 * offer
     return _Marks(score * min(1.0, 14 / words), float(hello or offer))
 
 
@@ -378,11 +385,10 @@ def _rewrite(world: World, task: Task, body: str, parts: Parts) -> _Marks:
 
 def _summary(world: World, task: Task, body: str, parts: Parts) -> _Marks:
     """Who, where and what, in one short sentence; what the text does not hold is fabricated."""
-    given = set(body.split())
-    found = sum(word in given for word in task["slots"])
-    known = set(task["text"].split())
-    invented = [w for w in given if w in PLACES + THINGS + ANIMALS + PEOPLE and w not in known]
     first = parts[0][0].split()
+    found = sum(word in first for word in task["slots"])
+    known = set(task["text"].split())
+    invented = [w for w in set(body.split()) - known if w in PLACES + THINGS + ANIMALS + PEOPLE]
     score = found / 3 * min(1.0, 14 / len(first)) * 0.6 ** len(invented)
     if len(first) >= 0.8 * len(task["text"].split()) or not re.search(r"\b(?:went|found)\b", body):
         score *= 0.3

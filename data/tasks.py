@@ -48,6 +48,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "animal": ("animals", ANIMALS), "person": ("people", PEOPLE), "food": ("foods", VALUES["food"]),
     "colour": ("colours", VALUES["colour"]), "job": ("jobs", VALUES["job"]),
     "town": ("towns", VALUES["town"]), "activity": ("things to do", ACTIVITIES),
+    "place": ("places", PLACES), "thing": ("things", THINGS),
 }
 
 QUESTIONS = {
@@ -195,7 +196,7 @@ def ask_why(fact: tuple[str, str], value: str) -> Made:
 
 
 def _brainstorming(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
-    verb = rng.choice(("list", "name", "give me", "can you list", "i need"))
+    verb = rng.choice(("list", "name", "give me", "can you list", "i need", "tell me", "think of"))
     if rng.random() < 0.35:
         group = rng.choice(list(GROUPS))
         count = rng.choice((2, 3, 4))

@@ -1,12 +1,13 @@
-"""Three operations that the scripts spend their time in, each in one file with its mathematics, a naive reference,
-a fast PyTorch implementation and Triton kernels.
+"""Three operations that the scripts spend their time in, each in one file with its mathematics, a
+naive reference, a fast PyTorch implementation and Triton kernels.
 
     kernels.attention         causal attention, forward and backward      flash_attention.py
     kernels.decode_attention  one new query over a cache of keys          flash_decoding.py
     kernels.logprobs          log-probability of the target and entropy   linear_logprob.py
 
-Names are looked up on first use and nothing is imported before that: `python -m kernels.flash_attention` can then
-choose Triton's interpreter before Triton is imported, and does not load its own file twice.
+Names are looked up on first use and nothing is imported before that: `python -m
+kernels.flash_attention` can then choose Triton's interpreter before Triton is imported, and does
+not load its own file twice.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ __all__ = ["SCORE_MODS", "attention", "decode_attention", "logprobs"]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'kernels' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'kernels' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     value = getattr(import_module(f"kernels.{_HOME[name]}"), name)
     globals()[name] = value  # the next look-up is an ordinary one
     return value

@@ -1,19 +1,19 @@
-"""Compile every shipped kernel configuration for GPUs that are not here, and show what each one uses.
+"""Compile every shipped kernel configuration for GPUs that are not here; show what each uses.
 
-    python -m kernels.compile               all kernels; about a minute on two cores, seconds when Triton has them cached
+    python -m kernels.compile               all kernels: about a minute, then seconds from the cache
     python -m kernels.compile attention     those whose name contains "attention"
 
-No GPU or driver is needed. The host code of each kernel runs on tensors without memory (device "meta") and its launches
-are noted instead of run, so each compilation sees what a launch would: the tile table's sizes, which pointers and
-strides are multiples of 16, which arguments are absent.
+No GPU or driver is needed. The host code of each kernel runs on tensors without memory (device
+"meta") and its launches are noted instead of run, so each compilation sees what a launch would: the
+tile table's sizes, which pointers and strides are multiples of 16, which arguments are absent.
 
-Targets: sm_80 (its row of the tile tables also serves consumer GPUs, so the limit is their 99 KiB of shared memory) and
-sm_90 (227 KiB). Columns: registers a thread; spill, bytes of stack a thread; shared memory of a block; instructions:
-wgmma (Hopper's matrix units), mma (older ones), cp.async and TMA (copies that overlap arithmetic); blocks, how many
-fit a multiprocessor at once.
+Targets: sm_80 (its row of the tile tables also serves consumer GPUs, so the limit is their 99 KiB
+of shared memory) and sm_90 (227 KiB). Columns: registers a thread; spill, bytes of stack a thread;
+shared memory of a block; instructions: wgmma (Hopper's matrix units), mma (older ones), cp.async
+and TMA (copies that overlap arithmetic); blocks, how many fit a multiprocessor at once.
 
-Exit status 1, with the reason, on a spill in a 16-bit configuration, on shared memory over the limit, and on a 16-bit
-sm_90 configuration whose products have 64 rows or more and yet use no wgmma.
+Exit status 1, with the reason, on a spill in a 16-bit configuration, on shared memory over the
+limit, and on a 16-bit sm_90 configuration whose products have 64 rows or more and yet use no wgmma.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-os.environ["TRITON_INTERPRET"] = "0"  # interpreted kernels cannot be compiled; read when Triton is imported
+os.environ["TRITON_INTERPRET"] = (
+    "0"  # interpreted kernels cannot be compiled; read when Triton is imported
+)
 
 import torch
 
@@ -95,12 +97,13 @@ def _logprobs(dtype: torch.dtype, C: int) -> None:
 
 
 def shipped() -> Iterator[tuple[str, Callable, tuple]]:
-    """(name, host function, arguments): every row of every tile table, and every score mod at GPT-2's head size.
+    """(name, host function, arguments): every row of every tile table, and every score mod at
+    GPT-2's head size.
 
     80 stands for the head sizes that are padded.
     """
-    for dtype, D in [(torch.bfloat16, 64), (torch.bfloat16, 80), (torch.bfloat16, 128), (torch.float32, 64),
-                     (torch.float32, 128)]:  # fmt: skip
+    half, single = torch.bfloat16, torch.float32
+    for dtype, D in [(half, 64), (half, 80), (half, 128), (single, 64), (single, 128)]:
         for score_mod in SCORE_MODS if (dtype, D) == (torch.bfloat16, 64) else ["causal"]:
             name = f"D={D} {TYPES[dtype]} {score_mod}"
             yield f"attention {name}", _attention, (dtype, D, score_mod)
@@ -113,7 +116,8 @@ def shipped() -> Iterator[tuple[str, Callable, tuple]]:
 
 
 def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict, dict[str, Any]]:
-    """What Triton's launcher derives from the arguments: (signature, constants, attributes, options).
+    """What Triton's launcher derives from the arguments: (signature, constants, attributes,
+    options).
 
     None and an integer 1 become constants; multiples of 16 are marked, for pointers in bytes.
     """
@@ -137,7 +141,13 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict, di
             aligned = value % 16 == 0 and not parameter.do_not_specialize
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes, named  # what is left are options: num_warps, num_stages
+    # What is left are options: num_warps, num_stages.
+    return (
+        signature,
+        constants,
+        attributes,
+        named,
+    )
 
 
 def compile_launch(name: str, launch: Launch, target: str) -> Report:
@@ -147,14 +157,17 @@ def compile_launch(name: str, launch: Launch, target: str) -> Report:
 
     signature, constants, attributes, options = specialize(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", int(target[3:]), 32), options=options
+    )
     registers, spill = binary_resources(compiled.asm["cubin"])
     threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
     ptx = compiled.asm["ptx"]
     sizes = {k: v for k, v in constants.items() if k.startswith("BLOCK") and k != "BLOCK_D"}
     tile = "x".join(str(v) for v in sizes.values())
+    function = launch.kernel.fn.__name__
     report = Report(
-        f"{name} {launch.kernel.fn.__name__.removesuffix('_kernel')} {tile} w{options['num_warps']}",
+        f"{name} {function.removesuffix('_kernel')} {tile} w{options['num_warps']}",
         target,
         registers,
         spill,
@@ -163,18 +176,23 @@ def compile_launch(name: str, launch: Launch, target: str) -> Report:
         ptx.count("mma.sync"),
         ptx.count("cp.async.c"),
         ptx.count("cp.async.bulk.tensor"),
-        min(65536 // (-(-registers // 8) * 8 * threads), SHARED_OF_MULTIPROCESSOR[target] // (shared + 1024), 32),
+        min(
+            65536 // (-(-registers // 8) * 8 * threads),
+            SHARED_OF_MULTIPROCESSOR[target] // (shared + 1024),
+            32,
+        ),
         "",
     )
     rows = min([v for k, v in sizes.items() if k in ("BLOCK_Q", "BLOCK_N")], default=0)
-    if "d_key_value" in launch.kernel.fn.__name__:
+    if "d_key_value" in function:
         rows = sizes["BLOCK_K"]
-    matrix = name.startswith(MATRIX_KERNELS) and rows >= 64
+    matrix = name.startswith(MATRIX_KERNELS) and rows >= 64 and "combine" not in function
     return report._replace(problem=find_problem(report, "16" in name.split()[2], matrix))
 
 
 def find_problem(report: Report, half: bool, matrix: bool) -> str:
-    """Why a configuration must not ship, or nothing. half: 16-bit; matrix: products of 64 rows or more."""
+    """Why a configuration must not ship, or nothing. half: 16-bit; matrix: products of 64 rows or
+    more."""
     if half and report.spill:
         return f"spills {report.spill} bytes a thread"
     if report.shared > SHARED_LIMIT[report.target]:
@@ -185,7 +203,8 @@ def find_problem(report: Report, half: bool, matrix: bool) -> str:
 
 
 def binary_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, stack bytes a thread) of a compiled kernel, by NVIDIA's cuobjdump from Triton's wheel.
+    """(registers a thread, stack bytes a thread) of a compiled kernel, by NVIDIA's cuobjdump from
+    Triton's wheel.
 
     These kernels have no local arrays and call nothing, so the stack holds spilled registers alone.
     """
@@ -193,8 +212,12 @@ def binary_resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return int(re.search(r"REG:(\d+)", text).group(1)), int(re.search(r"STACK:(\d+)", text).group(1))
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    return int(re.search(r"REG:(\d+)", text).group(1)), int(
+        re.search(r"STACK:(\d+)", text).group(1)
+    )
 
 
 def _compile_case(case: tuple[str, Callable, tuple], target: str) -> list[Report]:
@@ -211,7 +234,9 @@ def _compile_case(case: tuple[str, Callable, tuple], target: str) -> list[Report
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return 1 if a configuration must not ship."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", nargs="?", default="", help="compile configurations whose name contains this")
+    parser.add_argument(
+        "name", nargs="?", default="", help="compile configurations whose name contains this"
+    )
     args = parser.parse_args(argv)
     if triton is None:
         print("kernels.compile needs Triton, which is not installed", file=sys.stderr)
@@ -226,7 +251,10 @@ def main(argv: list[str] | None = None) -> int:
     with ProcessPoolExecutor(max_workers=min(len(os.sched_getaffinity(0)), 8)) as pool:
         for reports in pool.map(_compile_case, *zip(*jobs, strict=True)):
             for r in reports:
-                print(f"{r.configuration:62} {r.target:6} " + " ".join(f"{x:9}" for x in r[2:-1]), r.problem)
+                print(
+                    f"{r.configuration:62} {r.target:6} " + " ".join(f"{x:9}" for x in r[2:-1]),
+                    r.problem,
+                )
                 bad += bool(r.problem)
     print(f"{bad} configurations must not ship" if bad else "every configuration can ship")
     return 1 if bad else 0

@@ -1,44 +1,52 @@
 """Attention of one new query a row over a cache of keys and values: the step of sampling.
 
-For one row of the batch and one head, with query q (D) at position n - 1, n = lengths[b], and cached k, v (n, D):
+For one row of the batch and one head, with query q (D) at position n - 1, n = lengths[b], and
+cached k, v (n, D):
 
     out = sum_j p_j v_j,    p = softmax( k q / sqrt(D) )
 
-Every key and value is read once and used for 4 operations, so the time is the time to read 2 n D elements a head: the
-fastest program is one that reads exactly those, nothing past a row's length, with enough programs in flight. There is
-nothing for matrix units to do; products are sums over registers in float32.
+Every key and value is read once and used for 4 operations, so the time is the time to read 2 n D
+elements a head: the fastest program is one that reads exactly those, nothing past a row's length,
+with enough programs in flight. There is nothing for matrix units to do; products are sums over
+registers in float32.
 
-**Split keys** (Dao et al. 2023, Flash-Decoding). With few rows and heads the grid would leave most of the GPU idle, so
-the keys are cut into splits, one program each. A split leaves its maximum m_i, sum l_i of exp(s - m_i) and unnormalised
-output acc_i; with m = max m_i, the second kernel forms
+**Split keys** (Dao et al. 2023, Flash-Decoding). With few rows and heads the grid would leave most
+of the GPU idle, so the keys are cut into splits, one program each. A split leaves its maximum m_i,
+sum norm_i of exp(s - m_i) and unnormalised output acc_i; with m = max m_i, the second kernel forms
 
-    out = sum_i exp(m_i - m) acc_i / sum_i exp(m_i - m) l_i
+    out = sum_i exp(m_i - m) acc_i / sum_i exp(m_i - m) norm_i
 
     cache of one row and head   |  split 0  |  split 1  |  split 2  |  split 3  |      S = 4 splits
-                                 k k k k k k k k k k k k k k . . . . . . . . . .       n ends inside split 2
+                                 k k k k k k k k k k k k k k . . . . . . . . . .   n ends in split 2
     programs                       all read    all read    reads to n   exits at once
 
-Bytes: 4 n D a row and head with 2-byte elements; a masked attention over the whole cache reads 4 S D, which in the middle
-of a rollout is about twice as much. Splits add 4 (D + 2) bytes written and read each.
+Bytes: 4 n D a row and head with 2-byte elements; a masked attention over the whole cache reads 4 S
+D, which in the middle of a rollout is about twice as much. Splits add 4 (D + 2) bytes written and
+read each.
 
-There is no backward: training runs the whole sequence through kernels/flash_attention.py, which gives the same numbers up
-to rounding. Preconditions (checked in `decode_attention`): one floating dtype, last stride 1, D up to 128 for Triton.
+There is no backward: training runs the whole sequence through kernels/flash_attention.py, which
+gives the same numbers up to rounding. Preconditions (checked in `decode_attention`): one floating
+dtype, last stride 1, D up to 128 for Triton.
 
-Run: python -m kernels.flash_decoding      verify every implementation, then time it (see kernels/results/README.md)
+Run: python -m kernels.flash_decoding    verify every implementation, then time it
 """
 
 from __future__ import annotations
 
 import math
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, so before the next line
+    # Read when Triton is imported, so before the next line.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from kernels.benchmarks import decode_attention_rows
+from kernels.measure import TOLERANCE, benchmark, compare, verify_all
 from kernels.runtime import (
     accumulator,
     check_floats,
@@ -47,6 +55,7 @@ from kernels.runtime import (
     gpu_class,
     jit,
     launch,
+    may_read,
     multiprocessors,
     tl,
     triton,
@@ -54,13 +63,16 @@ from kernels.runtime import (
 from kernels.score_mods import SCORE_MODS, check_score_mod
 
 
-def reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str) -> Tensor:
+def reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str
+) -> Tensor:
     """The definition, one row at a time."""
     out = torch.zeros_like(q)
     for b, n in enumerate(lengths.tolist()):
         if n:
             key, value = k_cache[b : b + 1, :, :n], v_cache[b : b + 1, :, :n]  # (1, H, n, D)
-            scores = q[b : b + 1, :, None] @ key.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (1, H, 1, n)
+            # (1, H, 1, n)
+            scores = q[b : b + 1, :, None] @ key.transpose(-1, -2) / math.sqrt(q.shape[-1])
             index = torch.arange(n, device=q.device)
             scores = SCORE_MODS[score_mod].torch_scores(scores, index[-1:, None], index[None, :])
             out[b] = (scores.softmax(-1) @ value)[0, :, 0]
@@ -70,11 +82,14 @@ def reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scor
 # ---- torch
 
 
-def decode_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str) -> Tensor:
-    """PyTorch's fused attention with a mask; on a CPU only the first max(lengths) cache entries are touched."""
+def decode_torch(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str
+) -> Tensor:
+    """PyTorch's fused attention with a mask; on a CPU only the first max(lengths) cache entries are
+    touched."""
     S = k_cache.shape[2]
     ragged = True
-    if not q.is_cuda and lengths.numel():  # on CUDA reading the lengths would wait for the GPU
+    if may_read(lengths) and lengths.numel():
         low, S = (int(x) for x in lengths.aminmax())
         ragged = low < S
         if S == 0:
@@ -82,9 +97,9 @@ def decode_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, s
     k, v = k_cache[:, :, :S], v_cache[:, :, :S]  # (B, H, S, D)
     if not ragged:
         return _decode_torch(q, k, v, lengths, score_mod)
-    if not q.is_cuda:
-        # A hidden key has probability 0, but 0 times NaN is NaN. Only then is the tail worth zeroing: that copies
-        # the cache, which costs as much as the attention.
+    if may_read(lengths):
+        # A hidden key has probability 0, but 0 times NaN is NaN. Only then is the tail worth
+        # zeroing: that copies the cache, which costs as much as the attention.
         out = _decode_torch(q, k, v, lengths.clamp_min(1), score_mod)
         if math.isfinite(out.sum()):
             return torch.where(lengths[:, None, None] > 0, out, 0.0)
@@ -102,9 +117,11 @@ def _decode_torch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, score_mod: s
     if mod.score is None:
         mask = mod.torch_visible(query, key)  # (B, 1, 1, S)
         return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask)[:, :, 0]
-    scores = (q[:, :, None] @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])  # (B, H, 1, S)
-    p = mod.torch_scores(scores, query, key).softmax(-1)
-    return (p.to(v.dtype) @ v)[:, :, 0]
+    # Scores rounded to 16 bits would be off by more than what the mods do to them.
+    if q.element_size() == 2:
+        return _decode_torch(q.float(), k.float(), v.float(), lengths, score_mod).to(q.dtype)
+    scores = q[:, :, None] @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, 1, S)
+    return (mod.torch_scores(scores, query, key).softmax(-1) @ v)[:, :, 0]
 
 
 # ---- Triton
@@ -133,10 +150,11 @@ def _tile(q: Tensor) -> dict[str, int]:
 
 
 def split_size(rows_and_heads: int, cache: int, block: int, processors: int) -> tuple[int, int]:
-    """(number of splits, keys a split): two programs a multiprocessor, and at least four steps of keys a program.
+    """(number of splits, keys a split): two programs a multiprocessor, and at least four steps of
+    keys a program.
 
-    Lengths are on the GPU and reading them would wait for it, so the whole cache is split; programs past a row's
-    length end at once.
+    Lengths are on the GPU and reading them would wait for it, so the whole cache is split; programs
+    past a row's length end at once.
     """
     wanted = max(1, 2 * processors // max(rows_and_heads, 1))
     keys = max(triton.cdiv(cache, wanted), 4 * block)
@@ -146,12 +164,13 @@ def split_size(rows_and_heads: int, cache: int, block: int, processors: int) -> 
 
 @jit
 def split_kernel(
-    q_ptr, k_ptr, v_ptr, m_ptr, l_ptr, acc_ptr, out_ptr, lengths,
+    q_ptr, k_ptr, v_ptr, m_ptr, norm_ptr, acc_ptr, out_ptr, lengths,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, H, S, keys, splits,
     SCALE: tl.constexpr, SCORE: tl.constexpr, FIRST_KEY: tl.constexpr, ACC: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One split of one row and head. m, l are (B H, splits), acc (B H, splits, D), out (B, H, D).
+    """One split of one row and head. m, norm are (B H, splits), acc (B H, splits, D), out (B, H,
+    D).
 
     WHOLE: the only split, which writes `out` itself.
     """
@@ -168,14 +187,16 @@ def split_kernel(
     end = tl.minimum(begin + keys, length)
     if FIRST_KEY is not None:  # skip the blocks that the query does not see
         begin = tl.maximum(begin, tl.maximum(FIRST_KEY(length - 1), 0) // BLOCK_K * BLOCK_K)
-    m = tl.full((1,), -1e30, ACC)  # lower than any score, but finite: minus infinity would give inf - inf
-    l = tl.zeros((1,), ACC)
+    # Lower than any score, but finite: minus infinity would give inf - inf.
+    m = tl.full((1,), -1e30, ACC)
+    norm = tl.zeros((1,), ACC)
     acc = tl.zeros((BLOCK_D,), ACC)
     for start in range(begin, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
         inside = (rows[:, None] < end) & (d[None, :] < D)
         offsets = rows[:, None].to(tl.int64)
-        key = tl.load(k_ptr + offsets * k_s + d[None, :], mask=inside, other=0.0)  # (BLOCK_K, BLOCK_D)
+        # (BLOCK_K, BLOCK_D)
+        key = tl.load(k_ptr + offsets * k_s + d[None, :], mask=inside, other=0.0)
         value = tl.load(v_ptr + offsets * v_s + d[None, :], mask=inside, other=0.0)
         s = tl.sum(query[None, :] * key.to(ACC), 1) * SCALE
         if SCORE is not None:
@@ -187,41 +208,45 @@ def split_kernel(
         m_new = tl.maximum(m, tl.max(s, 0))
         p = tl.exp2(s - m_new)
         shrink = tl.exp2(m - m_new)
-        l = l * shrink + tl.sum(p, 0)
+        norm = norm * shrink + tl.sum(p, 0)
         acc = acc * shrink + tl.sum(p[:, None] * value.to(ACC), 0)
         m = m_new
 
     if WHOLE:
-        out = tl.where(l > 0.0, acc / tl.where(l > 0.0, l, 1.0), 0.0)
+        out = tl.where(norm > 0.0, acc / tl.where(norm > 0.0, norm, 1.0), 0.0)
         tl.store(out_ptr + row.to(tl.int64) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
     else:
         part = row.to(tl.int64) * splits + tl.program_id(1)
         tl.store(m_ptr + part + tl.arange(0, 1), m)
-        tl.store(l_ptr + part + tl.arange(0, 1), l)
+        tl.store(norm_ptr + part + tl.arange(0, 1), norm)
         tl.store(acc_ptr + part * D + d, acc, mask=d < D)
 
 
 @jit
 def combine_kernel(
-    m_ptr, l_ptr, acc_ptr, out_ptr, splits,
+    m_ptr, norm_ptr, acc_ptr, out_ptr, splits,
     ACC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one row and head; an empty split has m = -1e30 and l = 0 and so weighs nothing."""
+    """Merge the splits of one row and head; an empty split has m = -1e30 and norm = 0 and so weighs
+    nothing."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_SPLITS)
     d = tl.arange(0, BLOCK_D)
     part = row * splits + i
     m = tl.load(m_ptr + part, mask=i < splits, other=-1e30)
-    l = tl.load(l_ptr + part, mask=i < splits, other=0.0)
+    norm = tl.load(norm_ptr + part, mask=i < splits, other=0.0)
     mask = (i[:, None] < splits) & (d[None, :] < D)
-    acc = tl.load(acc_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)  # (BLOCK_SPLITS, BLOCK_D)
+    # (BLOCK_SPLITS, BLOCK_D)
+    acc = tl.load(acc_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)
     weight = tl.exp2(m - tl.max(m, 0))
-    total = tl.sum(weight * l, 0)
+    total = tl.sum(weight * norm, 0)
     out = tl.sum(weight[:, None] * acc, 0) / tl.where(total > 0.0, total, 1.0)
     tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-def triton_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str) -> Tensor:
+def triton_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str
+) -> Tensor:
     """Launch both kernels, or the first alone where the rows and heads fill the GPU."""
     B, H, D = q.shape
     S = k_cache.shape[2]
@@ -229,18 +254,18 @@ def triton_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, 
     tile = _tile(q)
     splits, keys = split_size(B * H, S, tile["BLOCK_K"], multiprocessors(q))
     out = q.new_empty(B, H, D)
-    m, l = q.new_empty(2, B * H, splits, dtype=sum_dtype).unbind(0)
+    m, norm = q.new_empty(2, B * H, splits, dtype=sum_dtype).unbind(0)
     partial = q.new_empty(B * H, splits, D if splits > 1 else 0, dtype=sum_dtype)
     block_d = max(16, triton.next_power_of_2(D))
     launch(
-        split_kernel, (B * H, splits), q, k_cache, v_cache, m, l, partial, out, lengths,
+        split_kernel, (B * H, splits), q, k_cache, v_cache, m, norm, partial, out, lengths,
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], H, S, keys, splits,
         SCALE=1 / math.sqrt(D), SCORE=mod.score, FIRST_KEY=mod.first_key, ACC=acc,
         D=D, BLOCK_D=block_d, WHOLE=splits == 1, **tile,
     )  # fmt: skip
     if splits > 1:
         launch(
-            combine_kernel, (B * H,), m, l, partial, out, splits, ACC=acc, D=D, BLOCK_D=block_d,
+            combine_kernel, (B * H,), m, norm, partial, out, splits, ACC=acc, D=D, BLOCK_D=block_d,
             BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=2,
         )  # fmt: skip
     return out
@@ -260,7 +285,9 @@ def _(q, k_cache, v_cache, lengths, score_mod):
     return q.new_empty(q.shape)
 
 
-def decode_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str) -> Tensor:
+def decode_triton(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str
+) -> Tensor:
     """The kernels above."""
     return _op(q, k_cache, v_cache, lengths, score_mod)
 
@@ -273,13 +300,20 @@ IMPLS = {"torch": decode_torch, "triton": decode_triton}
 
 @torch.no_grad()
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, score_mod: str = "causal", impl: str = "auto"
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    score_mod: str = "causal",
+    impl: str = "auto",
 ) -> Tensor:
-    """Attention of one new query a row over the first lengths[b] cached keys, the last of which is its own.
+    """Attention of one new query a row over the first lengths[b] cached keys, the last of which is
+    its own.
 
     q                 (B, H, D), last stride 1
-    k_cache, v_cache  (B, H, S, D), same dtype, last stride 1; entries at or past lengths[b] do not matter
-    lengths           (B,) int32 in 0..S; the query stands at position lengths[b] - 1; length 0 gives 0
+    k_cache, v_cache  (B, H, S, D), same dtype, last stride 1; from lengths[b] on ignored
+    lengths           (B,) int32 in 0..S; the query is at position lengths[b] - 1; 0 gives 0
     score_mod         an entry of SCORE_MODS
     impl              an entry of IMPLS, or "auto": Triton on CUDA, torch elsewhere
 
@@ -297,6 +331,63 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_m
     B, H, D = q.shape
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dim() != 4 or x.shape != (B, H, k_cache.shape[-2], D):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({B}, {H}, S, {D}), the same S in both")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; expected ({B}, {H}, S, {D}), S as in both"
+            )
     check_floats(q=q, k_cache=k_cache, v_cache=v_cache)
     check_lengths(lengths, B, k_cache.shape[2], q.device)
+
+
+# ---- check and benchmark
+
+# (B, H, S, D, lengths, score_mod, level of the scores): split and whole, one key, empty rows,
+# padded head sizes
+CASES = [
+    (1, 1, 5, 16, [5], "causal", 0.0),
+    (1, 1, 300, 80, [290], "causal", 0.0),
+    (5, 1, 70, 64, [70, 0, 1, 33, 64], "causal", 0.0),
+    (1, 1, 400, 16, [399], "causal", -120.0),
+    *((1, 2, 200, 16, [197], name, 0.0) for name in SCORE_MODS if name != "causal"),
+]
+
+
+def make_case(
+    B: int,
+    H: int,
+    S: int,
+    D: int,
+    lengths: list[int],
+    level: float,
+    dtype: torch.dtype,
+    device: str,
+) -> tuple:
+    """q, caches of different strides with NaN past the rows' ends, and lengths."""
+    q = torch.randn(B, 2, H, D)[:, 1]
+    k, v = torch.randn(B, H, S, D + 3)[..., :D], torch.randn(B, S, H, D).transpose(1, 2)
+    if level:
+        q[..., 0], k[..., 0] = math.sqrt(-level) * D**0.25, -math.sqrt(-level) * D**0.25
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    for b, n in enumerate(lengths):
+        k[b, :, n:] = v[b, :, n:] = float("nan")
+    return q, k, v, torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def verify(impl: str, dtype: torch.dtype, device: str) -> float:
+    """Compare with the reference in float64. Returns the largest error; a mismatch raises."""
+    worst = 0.0
+    for *shape, row_lengths, score_mod, level in CASES:
+        # scores are rounded in proportion to their size, and so is everything after the exponential
+        tolerance = min(0.05, TOLERANCE[dtype] * (1 - level))
+        q, k, v, lengths = make_case(*shape, row_lengths, level, dtype, device)
+        out = decode_attention(q, k, v, lengths, score_mod=score_mod, impl=impl)
+        expected = reference(
+            q.double(), k.double().nan_to_num(), v.double().nan_to_num(), lengths, score_mod
+        )
+        what = f"decode_attention {impl} {shape} {row_lengths} {score_mod} level {level}"
+        worst = max(worst, compare(what, out, expected, tolerance))
+    return worst
+
+
+if __name__ == "__main__":
+    verify_all(IMPLS, verify)
+    benchmark("flash_decoding", partial(decode_attention_rows, decode_attention, IMPLS))

@@ -1,65 +1,85 @@
-"""Log-probability of the target and entropy straight from hidden states: no (N, V) matrix, forward or backward.
+"""Log-probability of the target and entropy from hidden states, without an (N, V) matrix.
 
 For token n with hidden state x (C), unembedding w (V, C), temperature tau and target y:
 
     z_v = x . w_v / tau,   L = log sum_v exp(z_v),   p_v = exp(z_v - L)
     logprob = z_y - L,     entropy = - sum_v p_v log p_v = L - sum_v p_v z_v
 
-**Forward** (one fused kernel). A program owns a tile of tokens and a stretch of the vocabulary. It walks the stretch a
-tile of logits at a time; the tile lives in registers, in float32, and leaves only four numbers a token behind:
+**Forward** (one fused kernel). A program owns a tile of tokens and a stretch of the vocabulary. It
+walks the stretch a tile of logits at a time; the tile lives in registers, in float32, and leaves
+only four numbers a token behind:
 
-    m = max z    s = sum exp(z - m)    t = sum (z - m) exp(z - m)    the target's z, if it is in the stretch
+    m = max z    s = sum exp(z - m)    t = sum (z - m) exp(z - m)    z_y, if y is in the stretch
 
-When m grows by g, with a = exp(-g):  t <- a (t - g s),  s <- a s.  A second kernel merges the stretches by the same
-rule and ends with logprob = z_y - m - log s and entropy = log s - t / s.
+When m grows by g, with a = exp(-g):  t <- a (t - g s),  s <- a s.  A second kernel merges the
+stretches by the same rule and ends with logprob = z_y - m - log s and entropy = log s - t / s.
 
 **Backward.** dp/dz gives, with upstream gradients g and h of logprob and entropy,
 
     dz_v = ( g (1[v = y] - p_v) - h p_v (log p_v + entropy) ) / tau,    dx = dz w,    dw = dz^T x
 
-The logits are made again, a stretch of the vocabulary at a time: a kernel recomputes a tile from x, w and the saved L
-and writes dz, in the inputs' dtype, into one fixed workspace; the two products with it are ordinary matrix products.
-dx adds up in float32 over the stretches; each stretch's rows of dw are written once, so dw needs no float32 copy.
+The logits are made again, a stretch of the vocabulary at a time: a kernel recomputes a tile from x,
+w and the saved L and writes dz, in the inputs' dtype, into one fixed workspace; the two products
+with it are ordinary matrix products. dx adds up in float32 over the stretches; each stretch's rows
+of dw are written once, so dw needs no float32 copy.
 
-    programs of the forward                       the workspace of the backward: all tokens x one stretch
+    programs of the forward                       the workspace of the backward: dz of a stretch
     vocabulary    stretch 0   stretch 1 ...       vocabulary   [ stretch 0 ] -> [ stretch 1 ] -> ...
     tokens   0    program 0,0   1,0               tokens   0   | dz | ...
     tokens 128    program 0,1   1,1               tokens 128   | dz | ...
 
-Why not fuse the backward as well: dx of one tile of tokens is 128 x C float32, 393 KB at C = 768, more than a
-multiprocessor holds; fused kernels therefore share sums through atomics or recompute the logits for dx and for dw
-(8 N V C operations). The workspace costs 6 N V C and 3 passes of 2 bytes over the logits through the cache.
+Why not fuse the backward as well: dx of one tile of tokens is 128 x C float32, 393 KB at C = 768,
+more than a multiprocessor holds; fused kernels therefore share sums through atomics or recompute
+the logits for dx and for dw (8 N V C operations). The workspace costs 6 N V C and 3 passes of 2
+bytes over the logits through the cache.
 
-Operations: 2 N V C forward, 6 N V C backward. Bytes at N = 8192, V = 50257, 2-byte inputs: eager float32 logits are
-1.65 GB, and log_softmax, entropy and their gradients hold several such; here 12 bytes a token and stretch forward
-(2.5 MB) and WORKSPACE_BYTES backward. Logits are never rounded to 16 bits: at the logits around -100 that GPT-2 emits
-that alone costs 0.1 nats.
+Operations: 2 N V C forward, 6 N V C backward. Bytes at N = 8192, V = 50257, 2-byte inputs: eager
+float32 logits are 1.65 GB, and log_softmax, entropy and their gradients hold several such; here 16
+bytes a token and stretch forward (3.3 MB) and WORKSPACE_BYTES backward. Logits are never rounded to
+16 bits: at the logits around -100 that GPT-2 emits that alone costs 0.1 nats.
 
-Two designs compete in IMPLS: "triton" is the above; "torch" makes float32 logits of a chunk of tokens with the library's
-matrix product and reduces them from memory.
+Two designs compete in IMPLS: "triton" is the above; "torch" makes float32 logits of a chunk of
+tokens with the library's matrix product and reduces them from memory.
 
 Preconditions (checked in `logprobs`): one floating dtype, last stride 1, int64 targets.
 
-Run: python -m kernels.linear_logprob      verify every implementation, then time it (see kernels/results/README.md)
+Run: python -m kernels.linear_logprob    verify every implementation, then time it
 """
 
 from __future__ import annotations
 
 import math
 import os
+from functools import partial
 
 import torch
 from torch import Tensor
 
 if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, so before the next line
+    # Read when Triton is imported, so before the next line.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels.runtime import accumulator, add_product, check_floats, choose, gpu_class, jit, launch, tl, triton
+from kernels.benchmarks import logprobs_rows
+from kernels.measure import TOLERANCE, benchmark, compare, verify_all
+from kernels.runtime import (
+    accumulator,
+    add_product,
+    check_floats,
+    choose,
+    gpu_class,
+    jit,
+    launch,
+    may_read,
+    tl,
+    triton,
+)
 
 IGNORE = -100  # a target that asks for nothing: both outputs 0, no gradient
 
 
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """The definition, with all (N, V) logits at once; autograd gives its backward."""
     keep = targets != IGNORE
     logp = torch.log_softmax(hidden @ weight.T / temperature, dim=-1)  # (N, V)
@@ -74,8 +94,9 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: floa
 def _chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Tokens whose logits are held at a time.
 
-    On a CPU 2^18 logits (1 MiB) stay in the second-level cache between the four passes over them; fewer than 128
-    rows would read the weight too often. On a GPU 2^26 logits (256 MiB) fill the matrix units and bound the memory.
+    On a CPU 2^18 logits (1 MiB) stay in the second-level cache between the four passes over them;
+    fewer than 128 rows would read the weight too often. On a GPU 2^26 logits (256 MiB) fill the
+    matrix units and bound the memory.
     """
     return max(128, (2**26 if device.type == "cuda" else 2**18) // vocabulary)
 
@@ -96,7 +117,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)  # the unused output's gradient stays None instead of zeros
         N = hidden.shape[0]
         out_dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -134,7 +157,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
             else:
                 # d entropy / dz = -p (log p + entropy)
                 dz = logp.exp()
-                slope = logp.add_(entropy[rows, None]).mul_(-g_entropy[rows, None] / ctx.temperature)
+                slope = logp.add_(entropy[rows, None]).mul_(
+                    -g_entropy[rows, None] / ctx.temperature
+                )
                 dz.mul_(slope if g is None else slope.sub_(g))
             if g is not None:
                 dz.scatter_add_(1, targets[rows, None], g)
@@ -146,12 +171,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
-def logprobs_torch(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def logprobs_torch(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Chunked matrix products and softmax; see _ChunkedLogprobs."""
     keep = targets != IGNORE
     if hidden.dtype in (torch.float16, torch.bfloat16) and not hidden.is_cuda:
-        hidden, weight = hidden.float(), weight.float()  # a CPU has no 16-bit product with float32 results
-    if hidden.is_cuda:  # reading `keep` would wait for the GPU: all rows are computed, the ignored ones from zeros
+        # A CPU has no 16-bit product with float32 results.
+        hidden, weight = hidden.float(), weight.float()
+    if not may_read(keep):  # all rows are computed, the ignored ones from zeros
         x = torch.where(keep[:, None], hidden, 0.0)
         chosen, entropy = _ChunkedLogprobs.apply(x, weight, targets.clamp_min(0), temperature)
         return chosen.where(keep, 0.0), entropy.where(keep, 0.0)
@@ -165,19 +193,22 @@ def logprobs_torch(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
 # ---- Triton: tile sizes
 
-# (BLOCK_N tokens, BLOCK_V logits, BLOCK_C of the product's inner loop, num_warps, num_stages), for GPU class and bytes an
-# element. Fixed rules, no tuning at run time; `python -m kernels.compile` shows what each one uses.
+# (BLOCK_N tokens, BLOCK_V logits, BLOCK_C of the product's inner loop, num_warps, num_stages), for
+# GPU class and bytes an element. Fixed rules, no tuning at run time; `python -m kernels.compile`
+# shows what each one uses.
 TILES = {
     #                  forward                dz
-    ("sm_90", 2): ((128, 128, 64, 4, 3), (128, 128, 64, 4, 3)),
+    ("sm_90", 2): ((128, 128, 64, 8, 3), (128, 128, 64, 8, 3)),
     ("sm_90", 4): ((64, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
     ("sm_80", 2): ((128, 128, 32, 8, 3), (128, 128, 32, 8, 3)),
     ("sm_80", 4): ((64, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
     ("interpreter", 8): ((32, 512, 64, 1, 1), (32, 512, 64, 1, 1)),
 }
-# The vocabulary a forward program walks. It does not depend on N: a token's result is the same in every batch.
+# The vocabulary a forward program walks. It does not depend on N: a token's result is the same in
+# every batch.
 STRETCH = 2048
-# dz of all tokens and one stretch of the backward. About the size of a large GPU's second-level cache.
+# dz of all tokens and one stretch of the backward. About the size of a large GPU's second-level
+# cache.
 WORKSPACE_BYTES = 2**26
 
 
@@ -209,7 +240,9 @@ def _logit_tile(
             w = tl.load(w_rows + c[None, :], mask=vocab[:, None] < V, other=0.0)
         else:
             x = tl.load(x_rows + c[None, :], mask=alive[:, None] & (c[None, :] < C), other=0.0)
-            w = tl.load(w_rows + c[None, :], mask=(vocab[:, None] < V) & (c[None, :] < C), other=0.0)
+            w = tl.load(
+                w_rows + c[None, :], mask=(vocab[:, None] < V) & (c[None, :] < C), other=0.0
+            )
         z = tl.dot(x, tl.trans(w), z, input_precision="ieee", out_dtype=ACC)
     return z * scale
 
@@ -230,15 +263,17 @@ def forward_kernel(
     ACC: tl.constexpr, C: tl.constexpr, STRETCH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """m, s, t and the target's logit of a tile of tokens over one stretch; `scale` is log2 e / temperature.
+    """m, s, t and the target's logit of a tile of tokens over one stretch; `scale` is log2 e /
+    temperature.
 
-    These four are (stretches, N). Programs of one stretch are neighbours, so that its part of w stays in the cache.
+    These four are (stretches, N). Programs of one stretch are neighbours, so that its part of w
+    stays in the cache.
     """
     tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.load(y_ptr + tokens, mask=tokens < N, other=-1)
     begin = tl.program_id(1) * STRETCH
-    # Lower than any logit, but finite: minus infinity would give inf - inf, and starting at 0 would lose
-    # logits that are all far below 0.
+    # Lower than any logit, but finite: minus infinity would give inf - inf, and starting at 0 would
+    # lose logits that are all far below 0.
     LOWEST: tl.constexpr = -1e30
     m = tl.full((BLOCK_N,), LOWEST, ACC)
     s = tl.zeros((BLOCK_N,), ACC)
@@ -247,7 +282,20 @@ def forward_kernel(
     for start in range(begin, tl.minimum(begin + STRETCH, V), BLOCK_V):
         vocab = start + tl.arange(0, BLOCK_V)
         z = _logit_tile(
-            x_ptr, w_ptr, x_n, w_v, tokens, y >= 0, vocab, V, scale, ACC, C, BLOCK_N, BLOCK_V, BLOCK_C
+            x_ptr,
+            w_ptr,
+            x_n,
+            w_v,
+            tokens,
+            y >= 0,
+            vocab,
+            V,
+            scale,
+            ACC,
+            C,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_C,
         )
         target += tl.sum(tl.where(vocab[None, :] == y[:, None], z, 0.0), 1)
         z = tl.where(vocab[None, :] < V, z, LOWEST)
@@ -278,7 +326,9 @@ def combine_kernel(
     here = tokens.to(tl.int64)
     for _ in range(0, stretches):
         m, s, t = _merge(
-            m, s, t, tl.load(m_ptr + here, mask=keep, other=0.0), tl.load(s_ptr + here, mask=keep, other=1.0),
+            m, s, t,
+            tl.load(m_ptr + here, mask=keep, other=0.0),
+            tl.load(s_ptr + here, mask=keep, other=1.0),
             tl.load(t_ptr + here, mask=keep, other=0.0),
         )  # fmt: skip
         target += tl.load(target_ptr + here, mask=keep, other=0.0)
@@ -294,18 +344,23 @@ def combine_kernel(
 def d_logits_kernel(
     x_ptr, w_ptr, y_ptr, lse_ptr, entropy_ptr, g_ptr, h_ptr, dz_ptr,
     x_n, w_v, g_n, h_n, dz_n, N, V, begin, scale, inverse_temperature,
-    ACC: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dz of a tile: tokens x vocabulary begin + tile. g_ptr or h_ptr is None where nobody asked for that gradient."""
+    """dz of a tile: tokens x vocabulary begin + tile. g_ptr or h_ptr is None where nobody asked for
+    that gradient."""
     LN2: tl.constexpr = 0.6931471805599453
     tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     vocab = begin + column
     y = tl.load(y_ptr + tokens, mask=tokens < N, other=-1)
     asked = y >= 0
-    z = _logit_tile(x_ptr, w_ptr, x_n, w_v, tokens, asked, vocab, V, scale, ACC, C, BLOCK_N, BLOCK_V, BLOCK_C)
+    z = _logit_tile(
+        x_ptr, w_ptr, x_n, w_v, tokens, asked, vocab, V, scale, ACC, C, BLOCK_N, BLOCK_V, BLOCK_C
+    )
     lse = tl.load(lse_ptr + tokens, mask=asked, other=0.0)
-    logp = z - lse[:, None]  # in units of log 2
+    # In units of log 2; the bound also keeps columns past V finite.
+    logp = tl.minimum(z - lse[:, None], 0.0)
     p = tl.exp2(logp)
     dz = tl.zeros((BLOCK_N, BLOCK_V), ACC)
     if g_ptr is not None:
@@ -335,12 +390,14 @@ def triton_forward(
     chosen, entropy, lse = (hidden.new_empty(N, dtype=sum_dtype) for _ in range(3))
     tile = _tiles(hidden)[0]
     launch(
-        forward_kernel, (triton.cdiv(N, tile["BLOCK_N"]), stretches), hidden, weight, targets, *partial,
-        hidden.stride(0), weight.stride(0), N, V, math.log2(math.e) / temperature, ACC=acc, C=C, STRETCH=STRETCH,
+        forward_kernel, (triton.cdiv(N, tile["BLOCK_N"]), stretches),
+        hidden, weight, targets, *partial, hidden.stride(0), weight.stride(0), N, V,
+        math.log2(math.e) / temperature, ACC=acc, C=C, STRETCH=STRETCH,
         **tile,
     )  # fmt: skip
     launch(
-        combine_kernel, (triton.cdiv(N, 128),), *partial, targets, chosen, entropy, lse, N, stretches,
+        combine_kernel, (triton.cdiv(N, 128),),
+        *partial, targets, chosen, entropy, lse, N, stretches,
         ACC=acc, BLOCK_N=128, num_warps=4,
     )  # fmt: skip
     return chosen, entropy, lse
@@ -356,7 +413,8 @@ def triton_backward(
     lse: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, in their dtypes; the upstream ones may have any stride, or be None."""
+    """Gradients of hidden and weight, in their dtypes; the upstream ones may have any stride, or be
+    None."""
     (N, C), V = hidden.shape, weight.shape[0]
     sum_dtype, acc = accumulator(hidden.dtype)
     tile = _tiles(hidden)[1]
@@ -370,9 +428,11 @@ def triton_backward(
     for begin in range(0, V, width):
         end = min(begin + width, V)
         launch(
-            d_logits_kernel, (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(end - begin, tile["BLOCK_V"])),
-            x, weight, targets, lse, entropy, g_chosen, g_entropy, dz, x.stride(0), weight.stride(0),
-            0 if g_chosen is None else g_chosen.stride(0), 0 if g_entropy is None else g_entropy.stride(0), width,
+            d_logits_kernel,
+            (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(end - begin, tile["BLOCK_V"])),
+            x, weight, targets, lse, entropy, g_chosen, g_entropy, dz,
+            x.stride(0), weight.stride(0), 0 if g_chosen is None else g_chosen.stride(0),
+            0 if g_entropy is None else g_entropy.stride(0), width,
             N, end, begin, math.log2(math.e) / temperature, 1 / temperature, ACC=acc, C=C, **tile,
         )  # fmt: skip
         part = dz[:, : end - begin]
@@ -387,20 +447,23 @@ _forward_op = torch.library.custom_op(
     "kernels::logprobs",
     triton_forward,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor targets, float temperature) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor targets, float temperature)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
     "kernels::logprobs_backward",
     triton_backward,
     mutates_args=(),
-    schema="(Tensor? g_chosen, Tensor? g_entropy, Tensor hidden, Tensor weight, Tensor targets, Tensor entropy,"
-    " Tensor lse, float temperature) -> (Tensor, Tensor)",
+    schema="(Tensor? g_chosen, Tensor? g_entropy, Tensor hidden, Tensor weight, Tensor targets,"
+    " Tensor entropy, Tensor lse, float temperature) -> (Tensor, Tensor)",
 )
 
 
 @_forward_op.register_fake
 def _(hidden, weight, targets, temperature):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden.dtype)[0]) for _ in range(3))
+    return tuple(
+        hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden.dtype)[0]) for _ in range(3)
+    )
 
 
 @_backward_op.register_fake
@@ -411,7 +474,8 @@ def _(g_chosen, g_entropy, hidden, weight, targets, entropy, lse, temperature):
 def _save(ctx, inputs, output) -> None:
     hidden, weight, targets, temperature = inputs
     _, entropy, lse = output
-    ctx.set_materialize_grads(False)  # the unused output's gradient stays None: half the work of the kernel
+    # The unused output's gradient stays None: half the work of the kernel.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, targets, entropy, lse)
     ctx.temperature = temperature
 
@@ -425,7 +489,9 @@ def _backward(ctx, g_chosen: Tensor | None, g_entropy: Tensor | None, g_lse: Ten
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def logprobs_triton(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def logprobs_triton(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """The kernels above."""
     return _forward_op(hidden, weight, targets, temperature)[:2]
 
@@ -439,7 +505,8 @@ IMPLS = {"torch": logprobs_torch, "triton": logprobs_triton}
 def logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden weight^T / temperature)[target] and that distribution's entropy, in nats, for N tokens.
+    """log softmax(hidden weight^T / temperature)[target] and that distribution's entropy, in nats,
+    for N tokens.
 
     hidden       (N, C) floating point, last stride 1
     weight       (V, C) of the same dtype: the unembedding
@@ -447,9 +514,9 @@ def logprobs(
     temperature  > 0
     impl         an entry of IMPLS, or "auto": Triton on CUDA, torch elsewhere
 
-    Returns logprobs (N,) and entropy (N,), float32 (float64 for float64). Both are differentiable in hidden and
-    weight; logits are accumulated in float32 and never held for all tokens; gradients have the inputs' dtypes.
-    Raises ValueError naming the argument, its value and the remedy.
+    Returns logprobs (N,) and entropy (N,), float32 (float64 for float64). Both are differentiable
+    in hidden and weight; logits are accumulated in float32 and never held for all tokens; gradients
+    have the inputs' dtypes. Raises ValueError naming the argument, its value and the remedy.
     """
     _check(hidden, weight, targets, temperature)
     return choose(impl, IMPLS, hidden)(hidden, weight, targets, float(temperature))
@@ -457,20 +524,95 @@ def logprobs(
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
     if hidden.dim() != 2:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; expected (N, C): use .flatten(0, -2)")
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}; expected (N, C): use .flatten(0, -2)"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (V, {hidden.shape[1]}), V at least 1")
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; expected (V, {hidden.shape[1]}), V at least 1"
+        )
     check_floats(hidden=hidden, weight=weight)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets has shape {tuple(targets.shape)}; expected ({hidden.shape[0]},)")
     if targets.dtype != torch.int64:
-        raise ValueError(f"targets has dtype {targets.dtype}; expected torch.int64: call .long() on it")
+        raise ValueError(
+            f"targets has dtype {targets.dtype}; expected torch.int64: call .long() on it"
+        )
     if targets.device != hidden.device:
-        raise ValueError(f"targets is on {targets.device} but hidden is on {hidden.device}; move one of them")
+        raise ValueError(
+            f"targets is on {targets.device} but hidden is on {hidden.device}; move one of them"
+        )
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
-    if targets.numel() and not targets.is_cuda:  # on CUDA reading a value would wait for the GPU
+    if targets.numel() and may_read(targets):
         bad = (targets >= weight.shape[0]) | ((targets < 0) & (targets != IGNORE))
         if bad.any():
             value = targets[bad][0].item()
-            raise ValueError(f"targets has value {value}; expected 0..{weight.shape[0] - 1}, or {IGNORE} to ignore")
+            raise ValueError(
+                f"targets has value {value}; expected 0..{weight.shape[0] - 1}, or {IGNORE}"
+            )
+
+
+# ---- check and benchmark
+
+# (N, V, C, temperature, level of the logits, which outputs have a gradient)
+CASES = [
+    (1, 17, 16, 1.0, 0.0, "both"),
+    (7, 65, 16, 1.0, 0.0, "logprobs"),
+    (33, 1003, 80, 0.7, -35.0, "both"),
+    (40, 1003, 16, 1.0, -110.0, "logprobs"),
+    (5, 5000, 48, 1.5, 0.0, "entropy"),
+]
+
+
+def make_case(
+    N: int, V: int, C: int, temperature: float, level: float, dtype: torch.dtype, device: str
+) -> tuple:
+    """hidden, weight, targets, the two upstream gradients; every fifth token is ignored and NaN.
+
+    `level` is the mean of the logits, such as GPT-2's: a maximum that starts at 0 loses all of
+    them. Inputs and upstream gradients are strided; the target is often the last entry, in the last
+    and partial tile.
+    """
+    hidden, weight = torch.randn(N, C + 5)[:, :C], torch.randn(V, 2 * C)[:, :C] * 0.5
+    hidden[:, 0], weight[:, 0] = 8.0, level * temperature / 8.0
+    targets = torch.where(torch.rand(N) < 0.3, V - 1, torch.randint(V, (N,)))
+    targets[4::5] = IGNORE
+    hidden[4::5] = float("nan")
+    grads = torch.randn(N, 3)[:, 0], torch.randn(1).expand(N)
+    return (
+        *(x.to(device, dtype) for x in (hidden, weight)),
+        targets.to(device),
+        *(x.to(device) for x in grads),
+    )
+
+
+def verify(impl: str, dtype: torch.dtype, device: str) -> float:
+    """Compare outputs and gradients with the reference in float64. Returns the largest error; a
+    mismatch raises."""
+    worst = 0.0
+    for *shape, temperature, level, outputs in CASES:
+        hidden, weight, targets, *grads = make_case(*shape, temperature, level, dtype, device)
+        chosen = {"logprobs": slice(0, 1), "entropy": slice(1, 2), "both": slice(0, 2)}[outputs]
+        inputs = [x.detach().requires_grad_() for x in (hidden, weight)]
+        out = logprobs(*inputs, targets, temperature=temperature, impl=impl)
+        torch.autograd.backward(out[chosen], [g.to(out[0].dtype) for g in grads[chosen]])
+        exact = [x.detach().double().nan_to_num().requires_grad_() for x in (hidden, weight)]
+        expected = reference(*exact, targets, temperature)
+        torch.autograd.backward(expected[chosen], [g.double() for g in grads[chosen]])
+        what = f"logprobs {impl} {shape} / {temperature} level {level}, gradient from {outputs}:"
+        # Outputs are float32 whatever the inputs are; what is left is the rounding of the logits
+        # themselves.
+        rounding = max(1e-5, abs(level) * 2e-7)
+        for name, a, e in zip(("logprobs", "entropy"), out, expected, strict=True):
+            worst = max(worst, compare(f"{what} {name}", a.detach(), e.detach(), rounding))
+        for name, a, e in zip(("hidden", "weight"), inputs, exact, strict=True):
+            # The column of weight that sets the level multiplies the rounding of dz.
+            tolerance = TOLERANCE[dtype] * (1 + abs(level) / 16)
+            worst = max(worst, compare(f"{what} gradient of {name}", a.grad, e.grad, tolerance))
+    return worst
+
+
+if __name__ == "__main__":
+    verify_all(IMPLS, verify)
+    benchmark("linear_logprob", partial(logprobs_rows, logprobs, IMPLS))

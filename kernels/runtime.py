@@ -1,9 +1,10 @@
-"""Where the kernels run: Triton or its absence, GPU or interpreter, and the checks that the operations share.
+"""Where the kernels run: Triton or its absence, GPU or interpreter; checks that they share.
 
-Triton is optional. Without it `jit` leaves a kernel an ordinary function that nobody calls, and `impl="triton"`
-is an error that says so. TRITON_INTERPRET=1, set before Triton is imported, runs the kernels on CPU tensors in
-Triton's interpreter: slow, but step by step the program that a GPU would run. The interpreter is right in float32
-and float16; bfloat16 products are silently wrong there, so they are refused.
+Triton is optional. Without it `jit` leaves a kernel an ordinary function that nobody calls, and
+`impl="triton"` is an error that says so. TRITON_INTERPRET=1, set before Triton is imported, runs
+the kernels on CPU tensors in Triton's interpreter: slow, but step by step the program that a GPU
+would run. The interpreter is right in float32 and float16; bfloat16 products are silently wrong
+there, so they are refused.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def jit(function: Callable) -> Any:
     """`triton.jit` where Triton is installed; the bare function elsewhere.
 
-    An argument named T, N or S is a size that changes with every batch: no special version of the kernel is
-    compiled for its being 1 or a multiple of 16.
+    An argument named T, N, S or V is a size that may change with every call: no special version of
+    the kernel is compiled for its being 1 or a multiple of 16.
     """
     if triton is None:
         return function
-    sizes = [name for name in ("T", "N", "S") if name in inspect.signature(function).parameters]
+    sizes = [
+        name for name in ("T", "N", "S", "V") if name in inspect.signature(function).parameters
+    ]
     return triton.jit(function, do_not_specialize=sizes)
 
 
@@ -53,7 +56,8 @@ _recorded_class = ""
 
 @contextmanager
 def recording(gpu: str) -> Iterator[list[Launch]]:
-    """Within the block, note launches for a GPU of class `gpu` instead of running them (kernels/compile.py)."""
+    """Within the block, note launches for a GPU of class `gpu` instead of running them
+    (kernels/compile.py)."""
     global _recorded, _recorded_class
     _recorded, _recorded_class = [], gpu
     try:
@@ -74,8 +78,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 def gpu_class(tensor: Tensor) -> str:
     """The row of the tile tables for the device of `tensor`.
 
-    "sm_90" is Hopper and data-centre Blackwell (about 227 KiB of shared memory a block); "sm_80" is every other
-    GPU: its tiles also fit the 99 KiB of consumer parts, which Ampere's data-centre part does not mind.
+    "sm_90" is Hopper and data-centre Blackwell (about 227 KiB of shared memory a block); "sm_80" is
+    every other GPU: its tiles also fit the 99 KiB of consumer parts, which Ampere's data-centre
+    part does not mind.
     """
     if _recorded is not None:
         return _recorded_class
@@ -85,7 +90,8 @@ def gpu_class(tensor: Tensor) -> str:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the device of `tensor`; 4 in the interpreter, so that its grids are split as well."""
+    """Multiprocessors of the device of `tensor`; 4 in the interpreter, so that its grids are split
+    as well."""
     if not tensor.is_cuda:
         return 4 if _recorded is None else 132
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
@@ -97,7 +103,8 @@ def accumulator(dtype: torch.dtype) -> Any:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b without rounding the product to 16 bits; `total` is float32, or float64 for float64."""
+    """total += a b without rounding the product to 16 bits; `total` is float32, or float64 for
+    float64."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -109,7 +116,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def choose(impl: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable:
     """The implementation that `impl` names; "auto" is Triton on CUDA and torch elsewhere.
 
-    Raises ValueError for a name that is not in `impls` and for Triton where it cannot run on `tensor`.
+    Raises ValueError for a name that is not in `impls` and for Triton where it cannot run on
+    `tensor`.
     """
     if impl == "auto":
         impl = "triton" if tensor.is_cuda and "triton" in impls and triton is not None else "torch"
@@ -122,17 +130,26 @@ def choose(impl: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable
 
 def _check_triton(impl: str, tensor: Tensor) -> None:
     if triton is None:
-        raise ValueError(f"impl {impl!r} needs Triton, which is not installed; install it or use impl='torch'")
+        raise ValueError(
+            f"impl {impl!r} needs Triton, which is not installed; install it or use impl='torch'"
+        )
     if not INTERPRETED and not tensor.is_cuda:
         raise ValueError(
-            f"impl {impl!r} got tensors on {tensor.device}; move them to CUDA, or set TRITON_INTERPRET=1 before "
-            "Python starts to run the kernels in Triton's interpreter, or use impl='torch'"
+            f"impl {impl!r} got tensors on {tensor.device}; move them to CUDA, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter, "
+            "or use impl='torch'"
         )
     if INTERPRETED and tensor.dtype == torch.bfloat16:
         raise ValueError(
-            f"impl {impl!r} got bfloat16 in Triton's interpreter, whose bfloat16 products are wrong; "
-            "use float32 or float16 there"
+            f"impl {impl!r} got bfloat16 in Triton's interpreter, whose bfloat16 products "
+            "are wrong; use float32 or float16 there"
         )
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether reading a value is free: not on CUDA, where it waits for the GPU, nor while
+    torch.compile traces."""
+    return not tensor.is_cuda and not torch.compiler.is_compiling()
 
 
 def check_floats(**tensors: Tensor) -> None:
@@ -142,25 +159,40 @@ def check_floats(**tensors: Tensor) -> None:
     """
     first_name, first = next(iter(tensors.items()))
     if first.dtype not in FLOATS:
-        raise ValueError(f"{first_name} has dtype {first.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+        raise ValueError(
+            f"{first_name} has dtype {first.dtype}; expected one of {', '.join(map(str, FLOATS))}"
+        )
     for name, x in tensors.items():
         if x.dtype != first.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype} but {first_name} has {first.dtype}; convert one of them")
+            raise ValueError(
+                f"{name} has dtype {x.dtype} but {first_name} has {first.dtype}; convert one"
+            )
         if x.device != first.device:
-            raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them")
+            raise ValueError(
+                f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them"
+            )
         if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name} has last stride {x.stride(-1)}; expected 1: call .contiguous() on it")
+            raise ValueError(
+                f"{name} has last stride {x.stride(-1)}; expected 1: call .contiguous() on it"
+            )
 
 
 def check_lengths(lengths: Tensor, rows: int, longest: int, device: torch.device) -> None:
-    """Check `lengths`: (rows,) int32 on `device`; on the CPU, where reading is free, also 0 <= value <= longest."""
+    """Check `lengths`: (rows,) int32 on `device`; where reading is free, also 0 <= value <=
+    longest."""
     if lengths.shape != (rows,):
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({rows},), one length a row")
+        raise ValueError(
+            f"lengths has shape {tuple(lengths.shape)}; expected ({rows},), one length a row"
+        )
     if lengths.dtype != torch.int32:
-        raise ValueError(f"lengths has dtype {lengths.dtype}; expected torch.int32: call .int() on it")
+        raise ValueError(
+            f"lengths has dtype {lengths.dtype}; expected torch.int32: call .int() on it"
+        )
     if lengths.device != device:
-        raise ValueError(f"lengths is on {lengths.device}; expected {device}, where the other tensors are")
-    if rows and not lengths.is_cuda:
+        raise ValueError(
+            f"lengths is on {lengths.device}; expected {device}, where the other tensors are"
+        )
+    if rows and may_read(lengths):
         low, high = (int(x) for x in lengths.aminmax())
         if low < 0 or high > longest:
             raise ValueError(f"lengths has value {low if low < 0 else high}; expected 0..{longest}")

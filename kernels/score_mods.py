@@ -2,21 +2,24 @@
 
     out[q] = sum over k of softmax_k( score(q . k / sqrt(D)) ) v[k],    k in first_key(q) .. q
 
-An entry of SCORE_MODS is all that a new attention function needs: the same small functions are compiled into the
-forward, the backward and the decoding kernel, bound their loops, and give the torch implementations their meaning.
+An entry of SCORE_MODS is all that a new attention function needs: the same small functions are
+compiled into the forward, the backward and the decoding kernel, bound their loops, and give the
+torch implementations their meaning.
 
-    first_key(q)    the first key that query q sees (below 0 counts as 0); None: all, that is plain causal attention
-    last_query(k)   the last query that sees key k, the inverse of first_key; None: the last of the row
+    first_key(q)    the first key that query q sees (below 0 counts as 0); None: all, plain causal
+    last_query(k)   the last query that sees key k, inverse of first_key; None: the last of the row
     score(s, q, k, head, num_heads)
-                    a new score from s = q . k / sqrt(D), float32, natural units; minus infinity hides a key; None: s
+                    a new score from s = q . k / sqrt(D), float32, natural units; minus infinity
+                    hides a key; None: s
     derivative(s, q, k, head, num_heads)
                     d score / d s, finite everywhere; None: 1
-    torch_score     the twin of `score` on torch tensors, needed when `score` calls tl functions; None: `score` itself
+    torch_score     `score` on torch tensors, needed when `score` calls tl functions; None: itself
 
-Indices count from the row's first token. first_key and last_query must not decrease, and they use operators alone:
-torch tensors, Triton tensors and plain integers all go through them. So may `score`; one that needs more (tl.exp2)
-has a twin. To add a function: write it below, add the entry, run `python -m kernels.flash_attention` and
-`python -m kernels.flash_decoding`; both verify every entry, as do the tests.
+Indices count from the row's first token. first_key and last_query must not decrease, and they use
+operators alone: torch tensors, Triton tensors and plain integers all go through them. So may
+`score`; one that needs more (tl.exp2) has a twin. To add a function: write it below, add the entry,
+run `python -m kernels.flash_attention` and `python -m kernels.flash_decoding`; both verify every
+entry, as do the tests.
 """
 
 from __future__ import annotations
@@ -40,12 +43,14 @@ class ScoreMod(NamedTuple):
     torch_score: Callable | None = None
 
     def torch_visible(self, q: Tensor, k: Tensor) -> Tensor:
-        """Boolean mask, broadcast from query indices q and key indices k: does the query see the key?"""
+        """Boolean mask, broadcast from query indices q and key indices k: does the query see the
+        key?"""
         visible = k <= q
         return visible if self.first_key is None else visible & (k >= plain(self.first_key)(q))
 
     def torch_scores(self, s: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Apply `score` to s (B, H, ..., keys); hidden keys are set to minus infinity. q, k are index tensors."""
+        """Apply `score` to s (B, H, ..., keys); hidden keys are set to minus infinity. q, k are
+        index tensors."""
         if self.score is not None:
             head = torch.arange(s.shape[1], device=s.device).view(-1, 1, 1)
             s = (self.torch_score or plain(self.score))(s, q, k, head, s.shape[1])
@@ -70,7 +75,7 @@ def window_last_query(k):
     return k + 63
 
 
-# ---- ALiBi (Press et al. 2022): a penalty that grows with distance, by 2^(-8 (head + 1) / num_heads) a token
+# ---- ALiBi (Press et al. 2022): a penalty of 2^(-8 (head + 1) / num_heads) a token of distance
 
 
 @jit
@@ -111,4 +116,6 @@ SCORE_MODS = {
 def check_score_mod(name: str) -> None:
     """Raise ValueError unless `name` is an entry of SCORE_MODS."""
     if name not in SCORE_MODS:
-        raise ValueError(f"score_mod {name!r} is unknown; choose one of {', '.join(SCORE_MODS)}, or add an entry")
+        raise ValueError(
+            f"score_mod {name!r} is unknown; choose one of {', '.join(SCORE_MODS)}, or add an entry"
+        )

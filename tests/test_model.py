@@ -43,7 +43,7 @@ def make_prompts(lengths: tuple[int, ...] = (3, 7, 1, 5, 7, 2)) -> tuple[Tensor,
 
 
 def naive_logprobs(model: GPT, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log softmax in float64 of one row (T,) -> log-probs and entropies of its tokens, 0 at t = 0."""
+    """In float64, of one row (T,): log-probs and entropies of its tokens, 0 at t = 0."""
     logits = (model(tokens[None])[0] @ model.wte.weight.T).double() / temperature
     logp = logits[:-1].log_softmax(-1)  # (T - 1, V)
     chosen = logp.gather(1, tokens[1:, None]).squeeze(1)
@@ -280,31 +280,32 @@ def test_every_attention_function_decodes_as_it_trains(score_mod: str) -> None:
 
 
 def exact_gelu(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(model_file.F, "gelu", lambda x, approximate: 0.5 * x * (1 + torch.erf(x / 2**0.5)))
+    patch.setattr(model_file.F, "gelu", lambda x, approximate:
+                  0.5 * x * (1 + torch.erf(x / 2**0.5)))  # fmt: skip
 
 
 def large_epsilon(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GPTConfig, "layer_norm_epsilon", 1e-3)  # the stored config says 1e-5
     original = model_file.read_config
-    def read(folder: Path):  # noqa: E306
+    def read(folder: Path):
         config, info = original(folder)
         config.layer_norm_epsilon = 1e-3
         return config, info
-    patch.setattr(model_file, "read_config", read)  # noqa: E305
+    patch.setattr(model_file, "read_config", read)
 
 
 def post_norm(patch: pytest.MonkeyPatch) -> None:
     def forward(self, x, lengths, cache):
         x = self.ln_1(x + self.attn(x, lengths, cache))
         return self.ln_2(x + self.mlp(x))
-    patch.setattr(Block, "forward", forward)  # noqa: E305
+    patch.setattr(Block, "forward", forward)
 
 
 def heads_mixed_up(patch: pytest.MonkeyPatch) -> None:
     original = kernels.attention
     def attention(q, k, v, *args, **kwargs):
         return original(q, k.flip(1), v, *args, **kwargs)
-    patch.setattr(kernels, "attention", attention)  # noqa: E305
+    patch.setattr(kernels, "attention", attention)
 
 
 def not_causal(patch: pytest.MonkeyPatch) -> None:
@@ -352,7 +353,7 @@ def uniforms_drawn_as_needed(patch: pytest.MonkeyPatch) -> None:
     def rand(*shape, generator, device):
         stream.manual_seed(5)
         return first(*shape)
-    patch.setattr(model_file.torch, "rand", rand)  # noqa: E305
+    patch.setattr(model_file.torch, "rand", rand)
     patch.setattr(model_file, "_sample", lambda logits, u, t:
                   original(logits, first(len(logits), generator=stream), t))  # fmt: skip
 
@@ -377,7 +378,7 @@ def prompt_tail_survives(patch: pytest.MonkeyPatch) -> None:
         old = tokens[:, : len(places)]
         old.copy_(torch.where(places >= new_lengths[:, None], prompts, old))
         return tokens, new_lengths
-    patch.setattr(GPT, "generate", generate)  # noqa: E305
+    patch.setattr(GPT, "generate", generate)
 
 
 def left_padded_positions(patch: pytest.MonkeyPatch) -> None:
@@ -391,7 +392,7 @@ def left_padded_positions(patch: pytest.MonkeyPatch) -> None:
             return original(self, tokens, lengths, cache)
         finally:
             self.wpe.weight.data = weight
-    patch.setattr(GPT, "forward", forward)  # noqa: E305
+    patch.setattr(GPT, "forward", forward)
 
 
 def shifted_targets(patch: pytest.MonkeyPatch) -> None:
@@ -411,7 +412,7 @@ def entropy_in_bits(patch: pytest.MonkeyPatch) -> None:
     def logprobs(*args, **kwargs):
         logp, entropy = original(*args, **kwargs)
         return logp, entropy / math.log(2)
-    patch.setattr(kernels, "logprobs", logprobs)  # noqa: E305
+    patch.setattr(kernels, "logprobs", logprobs)
 
 
 def unembedding_detached(patch: pytest.MonkeyPatch) -> None:
@@ -431,7 +432,7 @@ def no_residual_scaling(patch: pytest.MonkeyPatch) -> None:
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 torch.nn.init.normal_(parameter, std=0.02)
-    patch.setattr(GPT, "_initialise", initialise)  # noqa: E305
+    patch.setattr(GPT, "_initialise", initialise)
 
 
 BUGS = [
@@ -520,6 +521,17 @@ def test_bfloat16_sampling_uses_float32_logits(monkeypatch: pytest.MonkeyPatch) 
     for logits in seen:
         assert logits.dtype == torch.float32
         assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_bfloat16_scores_come_from_a_float32_head() -> None:
+    scalar = ScalarModel.from_gpt(make_gpt(n_embd=64)).eval()
+    tokens, lengths = make_prompts()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, scores = scalar(tokens, lengths), scalar.scores(tokens, lengths)
+    for x in (outputs, scores):
+        assert x.dtype == torch.float32
+        assert not torch.equal(x, x.bfloat16().float())
+    assert (scores - scalar.scores(tokens, lengths)).abs().max() < 0.2  # of a spread of about 8
 
 
 # ------------------------------------------------------------------------------------------------
@@ -619,14 +631,15 @@ def without(name: str) -> Callable[[dict], dict]:
         (lambda f: edit_config(f, n_layer=None), 'key "n_layer" is missing'),
         (lambda f: edit_config(f, n_layer="3"), "n_layer is '3'"),
         (lambda f: edit_config(f, eos_token_id=[96]), "config.json: "),
-        (lambda f: edit_config(f, activation_function="relu"), 'activation_function "relu"'),
+        (lambda f: edit_config(f, activation_function="relu"), "expected 'gelu_new', found 'relu'"),
         (lambda f: edit_config(f, scale_attn_weights=False), "scale_attn_weights"),
         (lambda f: edit_config(f, tie_word_embeddings=False), "tie_word_embeddings"),
         (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx"),
         (lambda f: edit_config(f, n_layer=2), "does not fit config.json"),
         (lambda f: edit_config(f, n_layer=10**9), "does not fit config.json"),
         (lambda f: edit_config(f, n_embd=48), "does not fit config.json"),
-        (lambda f: edit_config(f, n_inner=48), "n_inner"),
+        (lambda f: edit_config(f, n_positions=10**18), "wpe.weight is"),
+        (lambda f: edit_config(f, layer_norm_epsilon="small"), "layer_norm_epsilon is 'small'"),
         (lambda f: edit_weights(f, without("ln_f.bias")), "another shape: ln_f.bias"),
         (lambda f: edit_weights(f, lambda w: w | {"extra": torch.ones(1)}), "another shape: extra"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04K\x01."), "not a readable"),

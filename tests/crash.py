@@ -1,0 +1,272 @@
+"""Kill training processes at random moments, resume them until done, and compare bit for bit.
+
+    python -m tests.crash                  30 runs, 10 of each stage, each killed until it is done
+    python -m tests.crash --runs 300
+    python -m tests.crash --every_write    die before each single file operation of a run, in turn
+
+A run is killed with SIGKILL, which no process can catch, resumed, killed again, until it is done;
+then every file that it left is compared with those of a run that was never interrupted. Clocks are
+exempt: timing.csv, and its checksum. Printed are, for each stage, the kills survived, and the bytes
+lost: those of the uninterrupted run's files that are missing or differ. Exit code 1 if any differ.
+
+--every_write starts each run over an earlier run of other settings, whose files must all go. The
+moment is chosen by an audit hook that Python calls before it opens a file for writing, renames,
+removes or makes one; so every state that a crash can leave behind is visited.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("sft", "rm", "ppo")
+
+
+# ------------------------------------------------------------------------------------------------
+# The process that is killed: forked from a server that has imported torch once
+
+
+def serve() -> None:
+    """Read requests from stdin, a JSON line each, and run each in a forked child; print the
+    child's process number, and its exit status when it ends."""
+    import torch._dynamo  # noqa: F401  optimizers import it at first use, which takes seconds
+
+    import train_ppo
+    import train_rm
+    import train_sft
+    from data.files import run_command
+
+    mains = {"sft": train_sft.main, "rm": train_rm.main, "ppo": train_ppo.main}
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os.dup2(os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+                hook = FileHook(request)
+                sys.addaudithook(hook)
+                code = run_command(lambda request=request: mains[request["stage"]](request["argv"]))
+                hook.done = True
+                Path(request["stderr"] + ".count").write_text(str(hook.count))
+            finally:
+                os._exit(code)
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+class FileHook:
+    """Counts the operations that change files, and does something just before the given ones:
+    `at` maps their numbers, from 1, to the number of a signal or to "full" (no space left)."""
+
+    def __init__(self, request: dict):
+        self.count, self.done = 0, False
+        self.at = {int(number): what for number, what in request["at"].items()}
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if self.done or not self.changes_a_file(event, args):
+            return
+        self.count += 1
+        what = self.at.get(self.count)
+        if what == "full":
+            raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
+        if what is not None:
+            os.kill(os.getpid(), what)
+
+    @staticmethod
+    def changes_a_file(event: str, args: tuple) -> bool:
+        if event == "open":
+            writes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            return bool(writes) and isinstance(args[0], str) and "__pycache__" not in args[0]
+        return event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+class Server:
+    """Starts training processes within milliseconds."""
+
+    def __init__(self, folder: Path):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.stderr = folder / "stderr"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.crash", "--serve"], cwd=ROOT, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def start(self, stage: str, argv: list[str], at: dict[int, int | str] | None = None) -> Run:
+        request = {"stage": stage, "argv": argv, "at": at or {}, "stderr": str(self.stderr)}
+        self.process.stdin.write((json.dumps(request) + "\n").encode())
+        self.process.stdin.flush()
+        return Run(self)
+
+    def run(self, stage: str, argv: list[str], at: dict[int, int | str] | None = None) -> Run:
+        """Start and wait; the result's `code` is negative for a signal."""
+        run = self.start(stage, argv, at)
+        run.wait()
+        return run
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+class Run:
+    """One training process."""
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.pid = int(server.process.stdout.readline())
+        self.code: int | None = None
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the end, at most so long; True if it has come."""
+        stdout = self.server.process.stdout
+        if self.code is None and select.select([stdout], [], [], seconds)[0]:
+            self.code = int(stdout.readline())
+        return self.code is not None
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+    @property
+    def stderr(self) -> str:
+        return self.server.stderr.read_text()
+
+    @property
+    def operations(self) -> int:
+        """Operations on files that a run which was not killed has made."""
+        return int(Path(f"{self.server.stderr}.count").read_text())
+
+
+# ------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run, hidden ones too, without its clocks."""
+    files = {str(path.relative_to(folder)): path.read_bytes()
+             for path in sorted(folder.rglob("*")) if path.is_file()}  # fmt: skip
+    for name in list(files):
+        if name.endswith("timing.csv"):
+            del files[name]
+        elif name.endswith("SHA256SUMS"):
+            lines = files[name].splitlines(keepends=True)
+            files[name] = b"".join(line for line in lines if not line.endswith(b"timing.csv\n"))
+    return files
+
+
+def bytes_lost(reference: dict[str, bytes], found: dict[str, bytes]) -> int:
+    """Bytes of the reference's files that are missing or differ; a file too many counts as one."""
+    lost = sum(name not in reference for name in found)
+    for name, content in reference.items():
+        other = found.get(name, b"")
+        lost += sum(a != b for a, b in zip(content, other, strict=False))
+        lost += abs(len(content) - len(other))
+    return lost
+
+
+def same_steps(out: Path) -> bool:
+    """timing.csv has a row for each row of log.csv."""
+    return len({tuple(line.split(",")[0] for line in (out / name).read_text().splitlines())
+                for name in ("log.csv", "timing.csv")}) == 1  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Killing
+
+
+def run_killed(
+    server: Server, stage: str, args: list[str], delays: Iterator[float], most: int = 1000
+) -> int:
+    """Run to the end, killed after each of the delays in seconds; returns the number of kills."""
+    kills, more = 0, []
+    while True:
+        run = server.start(stage, args + more)
+        if run.wait(next(delays) if kills < most else None):
+            if run.code != 0:
+                raise RuntimeError(f"{stage} ended with code {run.code}: {run.stderr}")
+            return kills
+        run.kill()
+        kills += 1
+        more = ["--resume"]
+
+
+def run_dying_at(server: Server, stage: str, args: list[str], number: int) -> None:
+    """Die before file operation `number`, then resume to the end, as a person would."""
+    run = server.run(stage, args, {number: signal.SIGKILL})
+    if run.code == 0:  # there was no such operation
+        return
+    run = server.run(stage, [*args, "--resume"])
+    if run.code == 2 and "other settings" in run.stderr:  # no checkpoint yet: the earlier run's
+        run = server.run(stage, args)
+    if run.code != 0:
+        raise RuntimeError(f"{stage}, operation {number}: code {run.code}: {run.stderr}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=30, help="runs, over the three stages")
+    parser.add_argument("--every_write", action="store_true", help="die at each file operation")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve()
+        return 0
+
+    from tests.tiny import make_tiny
+
+    random.seed(args.seed)
+    failed = False
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny, server = make_tiny(folder / "tiny"), Server(folder)
+        print("stage  runs  kills  identical  bytes lost  seconds")
+        for stage in STAGES:
+            started = time.perf_counter()
+            whole = server.run(stage, tiny.args(stage, folder / "whole"))
+            duration, operations = time.perf_counter() - started, whole.operations
+            reference = contents(folder / "whole")
+            server.run(stage, tiny.args(stage, folder / "earlier", "--seed", "9"))
+            runs = operations if args.every_write else -(-args.runs // len(STAGES))
+            kills = identical = lost = 0
+            for number in range(1, runs + 1):
+                out = folder / "out"
+                shutil.rmtree(out, ignore_errors=True)
+                if args.every_write:
+                    shutil.copytree(folder / "earlier", out)
+                    run_dying_at(server, stage, tiny.args(stage, out), number)
+                    kills += 1
+                else:
+                    delays = iter(lambda limit=duration: random.uniform(0, limit), None)
+                    kills += run_killed(server, stage, tiny.args(stage, out), delays)
+                missing = bytes_lost(reference, contents(out))
+                identical += missing == 0 and same_steps(out)
+                lost += missing
+            failed |= identical < runs
+            seconds = time.perf_counter() - started
+            print(f"{stage:5}  {runs:4}  {kills:5}  {identical:9}  {lost:10}  {seconds:7.0f}",
+                  flush=True)  # fmt: skip
+            for path in ("whole", "earlier", "out"):
+                shutil.rmtree(folder / path, ignore_errors=True)
+        server.close()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

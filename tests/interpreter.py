@@ -1,0 +1,61 @@
+"""Helpers of the kernel tests: where they run, what the interpreter did, and memory with enormous
+strides."""
+
+import mmap
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import runtime
+
+needs_triton = pytest.mark.skipif(runtime.triton is None, reason="Triton is not installed")
+_NO_RESERVE = (
+    0x4000  # Linux MAP_NORESERVE: address space without memory behind it until it is written
+)
+
+
+def gpu_or_cpu() -> str:
+    """Kernels run on the GPU if there is one, else in Triton's interpreter."""
+    return "cpu" if runtime.INTERPRETED or not torch.cuda.is_available() else "cuda"
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, operation: str) -> list[tuple]:
+    """A list that gets the arguments of every call of one operation of the interpreter, such as
+    "create_dot"."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    calls: list[tuple] = []
+    original = getattr(interpreter_builder, operation)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter_builder, operation, counted)
+    return calls
+
+
+def far_apart(rows: int, stride: int, columns: int) -> Tensor:
+    """Random float16 (rows, columns) whose rows lie `stride` elements apart; only the pages they
+    touch are real.
+
+    2^31 elements before the first are there as well: an offset that wraps reads zeros instead of
+    ending the process.
+    """
+    before = 2**31
+    elements = before + (rows - 1) * stride + columns
+    if gpu_or_cpu() == "cuda":
+        memory = torch.empty(elements, dtype=torch.float16, device="cuda")
+    else:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.float16)
+    x = memory.as_strided((rows, columns), (stride, 1), before)
+    x.copy_(torch.randn(rows, columns))
+    return x
+
+
+def opcheck_all(operator: Any, arguments: list) -> None:
+    """torch.library.opcheck with the first element, a sequence of tensors, spread out."""
+    torch.library.opcheck(operator, (*arguments[0], *arguments[1:]))

@@ -1,0 +1,498 @@
+"""evaluate.py, report.py: measurements against closed forms, and the commands on tiny models."""
+
+import csv
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import report
+from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from data.grader import Grade, evaluation_utility
+from data.tasks import USE_CASES, make_prompt
+from data.tokenizer import encode_prompt, encode_response
+from data.world import World
+from model import GPT, ScalarModel, read_info, save_model
+from report import Estimate, estimate
+from sample import Sample, Speaker, load_speaker
+from tests.tiny import LIMITS, Tiny
+
+PROMPTS = ["say red", "which colour is blue ?", "say gold 3 times ( 7 )"]
+
+
+@pytest.fixture
+def base(tiny: Tiny) -> Speaker:
+    return load_speaker("base", tiny.base)
+
+
+@pytest.fixture
+def judge(tiny: Tiny) -> ScalarModel:
+    return ScalarModel.from_pretrained(tiny.rm).eval()
+
+
+def constant_speaker(tiny: Tiny, logits: dict[int, float]) -> Speaker:
+    """A model with one distribution over the next token in any context: softmax of these logits,
+    and of a far lower one for every other token."""
+    speaker = load_speaker("constant", tiny.base)
+    model = speaker.model
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.zero_()
+        model.ln_f.bias[0] = 1.0  # so that a token's logit is the first number of its embedding
+        model.wte.weight[:, 0] = -60.0
+        for token, logit in logits.items():
+            model.wte.weight[token, 0] = logit
+    return speaker
+
+
+def samples_of(speaker: Speaker, texts: list[str], prompts: list[str]) -> list[Sample]:
+    return [
+        Sample(speaker.encode(prompt, 8), encode_response(speaker.encoding, text), text, True)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------------- intervals
+
+
+def test_interval_equals_the_normal_one_for_a_mean() -> None:
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=900)
+    half = 1.96 * values.std() / math.sqrt(900)
+    e = estimate(values)
+    assert e.value == pytest.approx(values.mean())
+    assert e.high - e.value == pytest.approx(half, rel=0.1)
+    assert e.value - e.low == pytest.approx(half, rel=0.1)
+
+
+def test_interval_is_over_groups() -> None:
+    """Four copies of every value by one user say no more than one copy."""
+    values = np.random.default_rng(1).normal(size=300)
+    one, four = estimate(values), np.repeat(values, 4)
+    grouped = estimate(four, np.repeat(np.arange(300), 4))
+    assert (grouped.low, grouped.high) == pytest.approx((one.low, one.high))
+    apart = estimate(four)
+    assert (apart.high - apart.low) == pytest.approx((one.high - one.low) / 2, rel=0.1)
+
+
+def test_weighted_mean_and_its_interval() -> None:
+    """The mean of a prompt's pairs, weighted by their number, is the mean over all pairs."""
+    rng = np.random.default_rng(2)
+    sizes = rng.integers(1, 30, size=200)
+    right = rng.binomial(sizes, 0.7)
+    e = estimate(right / sizes, weights=sizes)
+    pairs = np.concatenate([np.arange(n) < r for n, r in zip(sizes, right, strict=True)])
+    by_pairs = estimate(pairs, np.repeat(np.arange(200), sizes))
+    assert e.value == pytest.approx(right.sum() / sizes.sum())
+    assert (e.low, e.high) == pytest.approx((by_pairs.low, by_pairs.high))
+
+
+def test_nothing_to_measure_is_not_a_number() -> None:
+    assert math.isnan(estimate([]).value)
+    e = estimate([0.25])
+    assert (e.value, e.low, e.high) == (0.25, 0.25, 0.25)
+
+
+def test_win_scores_and_ties() -> None:
+    ours = np.array([0.50, 0.53, 0.47, 0.90, 0.10, 0.519, 0.481])
+    theirs = np.array([0.50, 0.50, 0.50, 0.20, 0.20, 0.500, 0.500])
+    assert evaluate.win_scores(ours, theirs).tolist() == [0.5, 1, 0, 1, 0, 0.5, 0.5]
+    assert evaluate.win_scores(ours, ours).tolist() == [0.5] * 7
+    both = evaluate.win_scores(ours, theirs) + evaluate.win_scores(theirs, ours)
+    assert both.tolist() == [1.0] * 7
+
+
+# ----------------------------------------------------------------- scores and log-probs
+
+
+def test_reward_is_read_after_the_bare_prompt(
+    tiny: Tiny, base: Speaker, judge: ScalarModel
+) -> None:
+    prompted = Speaker("p", base.model, base.encoding, "say gold\n")
+    samples = samples_of(prompted, ["red", "blue blue", ""], PROMPTS)
+    scores = evaluate.reward_scores(judge, prompted, PROMPTS, samples, batch_size=2)
+    for prompt, sample, score in zip(PROMPTS, samples, scores, strict=True):
+        tokens = torch.tensor([encode_prompt(tiny.encoding, prompt) + sample.tokens])
+        assert score == pytest.approx(judge(tokens)[0, -1].item(), abs=1e-5)
+    assert len(set(scores.round(4))) == 3
+
+
+def test_response_logprobs_equal_a_naive_sum(base: Speaker) -> None:
+    samples = samples_of(base, ["red", "blue blue", ""], PROMPTS)
+    given = [sample.prompt for sample in samples]
+    got = evaluate.response_logprobs(base, given, samples, batch_size=2)
+    for sample, value in zip(samples, got, strict=True):
+        tokens = torch.tensor([sample.prompt + sample.tokens])
+        with torch.no_grad():
+            logits = base.model(tokens)[0].double() @ base.model.unembedding.double().T
+        logprobs = logits.log_softmax(-1)
+        first = len(sample.prompt)
+        expected = sum(logprobs[t - 1, tokens[0, t]].item() for t in range(first, tokens.shape[1]))
+        assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_kl_with_itself_is_zero(base: Speaker) -> None:
+    samples = evaluate.respond(base, PROMPTS, evaluate.Sampling(8))
+    assert np.abs(evaluate.kl_to_reference(base, base, PROMPTS, samples)).max() < 1e-5
+
+
+def test_kl_of_two_constant_models_in_closed_form(tiny: Tiny) -> None:
+    """One token, "a" with probability p or q, else the end: KL(p || q), which is not KL(q || p)."""
+    a, end = tiny.encoding.encode_ordinary("a")[0], tiny.encoding.eot_token
+    p, q = 0.7, 0.2
+    ours = constant_speaker(tiny, {a: math.log(p), end: math.log(1 - p)})
+    theirs = constant_speaker(tiny, {a: math.log(q), end: math.log(1 - q)})
+    prompts = ["say red"] * 2000
+    samples = evaluate.respond(ours, prompts, evaluate.Sampling(1, batch_size=2000))
+    values = evaluate.kl_to_reference(ours, theirs, prompts, samples)
+    terms = {True: math.log((1 - p) / (1 - q)), False: math.log(p / q)}
+    assert values == pytest.approx([terms[sample.ended] for sample in samples], abs=1e-4)
+    closed = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    wrong_way = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    e = estimate(values)
+    assert e.low < closed < e.high and not e.low < wrong_way < e.high
+
+
+# ------------------------------------------------------------------------ text and probes
+
+
+def test_pretraining_loss_equals_cross_entropy(tiny: Tiny, base: Speaker) -> None:
+    documents = ["the red house", "the gold one\nnobody knows how many times"]
+    tokens = evaluate.pretraining_tokens(documents, base, 12)
+    stream = []
+    for document in documents:
+        stream += [*tiny.encoding.encode_ordinary(document), tiny.encoding.eot_token]
+    assert tokens.flatten().tolist() == stream[: len(stream) // 12 * 12]
+    got = evaluate.pretraining_losses(base, tokens, batch_size=2)
+    with torch.no_grad():
+        logits = base.model(tokens) @ base.model.unembedding.T
+    expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    assert got == pytest.approx(expected.mean(1).numpy(), abs=1e-5)
+    with pytest.raises(BadInput, match="fewer than 4000"):
+        evaluate.pretraining_tokens(documents, base, 4000)
+
+
+def test_public_tasks_are_read_up_to_the_line_end(
+    base: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [(f"{i} + 1 =", " gold") for i in range(6)]
+    texts = [" gold\nmore", "gold", " gold .", "\n gold", "", " gold \n"]
+    asked = {}
+
+    def sampled(speaker: Speaker, prompts: list, room: int, **more) -> list[Sample]:
+        asked.update(more, prompts=prompts, room=room)
+        return [Sample(p, [], text, True) for p, text in zip(prompts, texts, strict=True)]
+
+    monkeypatch.setattr(evaluate, "sample_responses", sampled)
+    assert evaluate.public_task_hits(base, items).tolist() == [1, 1, 0, 0, 0, 1]
+    assert asked["temperature"] == 0
+    assert asked["prompts"][0] == base.encoding.encode_ordinary("0 + 1 =")  # no template
+    assert asked["room"] > len(base.encoding.encode_ordinary(" gold"))
+
+
+def test_pair_entropy_in_closed_form(tiny: Tiny) -> None:
+    a, b, c = tiny.encoding.encode_ordinary("abc")
+    speaker = constant_speaker(tiny, {a: math.log(0.6), b: math.log(0.2), c: math.log(0.2)})
+    got = evaluate.pair_entropies(speaker, [("ca", "cb"), ("cab", "cbc"), ("ac", "ab")])
+    h = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+    assert got == pytest.approx([h, h, 1.0], abs=1e-5)
+
+
+def mark(helpful=1.0, truthful=1.0, harmless=1.0, informative=1.0, ended=1.0) -> Grade:
+    return Grade(helpful, truthful, harmless, informative, ended)
+
+
+def test_true_and_informative() -> None:
+    marks = [mark(), mark(truthful=0.5), mark(informative=0.0), mark(truthful=0, informative=0)]
+    true, both = evaluate.truth_of(marks)
+    assert true.tolist() == [1, 0, 1, 0]
+    assert both.tolist() == [1, 0, 0, 0]
+
+
+def test_best_of_n_by_hand() -> None:
+    choice = np.array([[1.0, 3.0, 2.0, 0.0], [0.0, 1.0, 5.0, 4.0]])
+    outcome = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]])
+    best = evaluate.best_of_n(choice, outcome, [1, 2, 4])
+    assert best[1] == pytest.approx(outcome.mean(1))
+    assert best[2] == pytest.approx([(0.2 + 0.3) / 2, (0.6 + 0.7) / 2])
+    assert best[4] == pytest.approx([0.2, 0.7])
+
+
+def answers_of(marks: list[Grade], name: str) -> evaluate.Answers:
+    samples = [Sample([], [], f"{name} {i}", True) for i in range(len(marks))]
+    utility = np.array([evaluation_utility(m) for m in marks])
+    return evaluate.Answers(samples, np.zeros(len(marks)), marks, utility)
+
+
+def test_labelers_prefer_the_better_model() -> None:
+    rng = np.random.default_rng(0)
+    marks = {
+        "base": [mark(helpful=x, truthful=x) for x in rng.uniform(0.3, 0.7, 400)],
+        "good": [mark()] * 400,
+        "bad": [mark(0, 0, 0, 0, 0)] * 400,
+        "again": [mark(helpful=x, truthful=x) for x in rng.uniform(0.3, 0.7, 400)],
+    }
+    answers = {name: answers_of(m, name) for name, m in marks.items()}
+    wins, labels = evaluate.labelers_win_scores(answers, "base", "training", seed=0)
+    assert set(wins["base"]) == {0.5}
+    assert wins["good"].mean() > 0.6 > 0.4 > wins["bad"].mean()
+    e = estimate(wins["again"])
+    assert e.low < 0.5 < e.high
+    assert 0.5 < labels.agreement < 1
+    assert set(np.unique(wins["good"])) <= {0.0, 0.5, 1.0}
+
+
+def test_the_best_prefix_comes_first(
+    base: Speaker, judge: ScalarModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worth = {"one ": 0.1, "two ": 0.9, "three ": -0.4}
+    monkeypatch.setattr(
+        evaluate, "reward_scores", lambda judge, speaker, *rest: np.array([worth[speaker.prefix]])
+    )
+    scored = evaluate.choose_prefix(base, list(worth), ["x"], judge, evaluate.Sampling(2))
+    assert scored == [("two ", 0.9), ("one ", 0.1), ("three ", -0.4)]
+    assert base.prefix == ""
+
+
+# ---------------------------------------------------------------------------- --select
+
+
+@pytest.fixture
+def run_folder(tiny: Tiny, tmp_path: Path) -> Path:
+    """An SFT run of four epochs, whose models always say "a", "b", "c" and "d"."""
+    for epoch, token in enumerate(tiny.encoding.encode_ordinary("abcd"), start=1):
+        info = {"stage": "sft", "epoch": epoch, "val_loss": [0.9, 0.5, 0.7, 0.8][epoch - 1]}
+        folder = tmp_path / f"sft/epochs/{epoch:02}"
+        save_model(
+            folder, constant_speaker(tiny, {token: 0.0}).model, tiny.tokenizer.read_text(), info
+        )
+    return tmp_path / "sft"
+
+
+def select(tiny: Tiny, run_folder: Path, *more: str) -> Path:
+    out = run_folder.parent / "selected"
+    argv = ["--select", str(run_folder), "--reward_model", str(tiny.rm), "--data",
+            str(tiny.prompts), "--out", str(out), *LIMITS, *more]  # fmt: skip
+    assert evaluate.main(argv) == 0
+    return out
+
+
+def scores_by_epoch(tiny: Tiny, judge: ScalarModel, num_prompts: int) -> list[float]:
+    """Of eight times the epoch's letter after each prompt, computed one by one."""
+    means = []
+    for letter in tiny.encoding.encode_ordinary("abcd"):
+        scores = []
+        for record in read_jsonl(tiny.prompts, "prompts")[:num_prompts]:
+            tokens = encode_prompt(tiny.encoding, record["prompt"]) + [letter] * 8
+            with torch.no_grad():
+                scores.append(judge(torch.tensor([tokens]))[0, -1].item())
+        means.append(sum(scores) / len(scores))
+    return means
+
+
+def test_select_takes_the_epoch_with_the_best_score(
+    tiny: Tiny, judge: ScalarModel, run_folder: Path
+) -> None:
+    expected = scores_by_epoch(tiny, judge, 5)
+    best = max(range(4), key=expected.__getitem__)
+    assert best != 1, "the epoch of the lowest validation loss must not be the best by score"
+    out = select(tiny, run_folder, "--num_prompts", "5")
+    rows = list(csv.DictReader((out / "selection.csv").open()))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert [float(row["score"]) for row in rows] == pytest.approx(expected, abs=1e-4)
+    assert [float(row["val_loss"]) for row in rows] == [0.9, 0.5, 0.7, 0.8]
+    source = run_folder / f"epochs/{best + 1:02}/model.safetensors"
+    assert (out / "model.safetensors").read_bytes() == source.read_bytes()
+    info = read_info(out)
+    assert info["epoch"] == best + 1 and info["selected_from"] == str(run_folder)
+    GPT.from_pretrained(out)  # a whole checkpoint
+    assert (out / "tokenizer.json").read_bytes() == tiny.tokenizer.read_bytes()
+
+
+def test_select_looks_at_a_subset_and_the_last(tiny: Tiny, run_folder: Path) -> None:
+    out = select(tiny, run_folder, "--select_every", "3")
+    rows = list(csv.DictReader((out / "selection.csv").open()))
+    assert [int(row["epoch"]) for row in rows] == [3, 4]
+
+
+def test_select_keeps_the_first_of_equals(
+    tiny: Tiny, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "reward_scores", lambda *args: np.ones(3))
+    assert read_info(select(tiny, run_folder))["epoch"] == 1
+
+
+def test_select_refuses_other_folders(
+    tiny: Tiny, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for run, judge, words in (
+        (tiny.base, tiny.rm, "no epoch checkpoints"),
+        (run_folder, tiny.base, "expected a reward model"),
+    ):
+        argv = ["--select", str(run), "--reward_model", str(judge), "--data", str(tiny.prompts),
+                "--out", str(tmp_path / "x"), *LIMITS]  # fmt: skip
+        assert run_command(lambda argv=argv: evaluate.main(argv)) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "x/model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+@pytest.fixture
+def world_data(tiny: Tiny, tmp_path: Path) -> Path:
+    """A world, 30 prompts of ten users with tasks, and a few probes of each kind."""
+    world, rng = World.make(0), random.Random(0)
+    world.save(tmp_path / "world.json")
+
+    def record(i: int, text: str, task: dict, **more: str) -> dict:
+        return {"prompt": text[:30], "user": f"u{i % 10}", "source": "customer",
+                "use_case": "other", "task": task, **more}  # fmt: skip
+
+    prompts = [
+        record(i, *make_prompt(world, USE_CASES[i % 10], rng)) for i in range(30)
+    ]
+    write_jsonl(tmp_path / "prompts.jsonl", prompts, "prompts")
+    fact = {"kind": "fact", "subject": "fox", "attribute": "food"}
+    for name in evaluate.TRUTH_PROBES:
+        write_jsonl(tmp_path / f"probes_{name}.jsonl", [record(0, "what ?", fact)], "prompts")
+    openings = [
+        record(0, f"{prefix} anna : hi", {"kind": "opening"}, prefix=prefix)
+        for prefix in ("none", "respectful", "rude")
+    ]
+    write_jsonl(tmp_path / "probes_toxicity.jsonl", openings, "prompts")
+    return tmp_path
+
+
+def compare(tiny: Tiny, data: Path, prompts: Path, *more: str) -> dict[tuple[str, str], Estimate]:
+    argv = ["--checkpoints", f"base={tiny.base}", f"sft={tiny.base}", f"ppo={tiny.base}",
+            "--baseline", "sft", "--reward_model", str(tiny.rm), "--reference", str(tiny.base),
+            "--data", str(prompts), "--val_data", str(prompts), "--num_prompts", "4",
+            "--pretrain_data", str(tiny.pretrain), "--out", str(data / "report"),
+            "--num_items", "3", *LIMITS, *more]  # fmt: skip
+    assert evaluate.main(argv) == 0
+    rows = csv.DictReader((data / "report/table.csv").open())
+    return {
+        (row["model"], row["metric"]): Estimate(
+            *(float(row[k]) for k in ("value", "ci_low", "ci_high"))
+        )
+        for row in rows
+    }
+
+
+def test_report_on_one_model_under_three_names(tiny: Tiny, world_data: Path) -> None:
+    """Equal weights must come out equal: greedy ties everywhere, no KL, the same tax."""
+    table = compare(
+        tiny, world_data, world_data / "prompts.jsonl", "--world", str(world_data / "world.json"),
+        "--best_of", "2",
+    )  # fmt: skip
+    models = ("base", "sft", "ppo")
+    assert table["ppo", "win_t0"] == table["base", "win_t0"] == Estimate(0.5, 0.5, 0.5)
+    for model in ("base", "ppo", "sft (resampled)"):
+        assert table[model, "win_t1"].low <= 0.5 <= table[model, "win_t1"].high
+    assert ("sft", "win_t1") not in table
+    assert len({table[m, "utility_t0"].value for m in models}) == 1
+    assert len({table[m, "utility_t1"].value for m in models}) > 1  # own random numbers
+    for model in models:
+        assert table[model, "kl"].value == pytest.approx(0, abs=1e-5)
+        assert table[model, "pretrain_loss"] == table["base", "pretrain_loss"]
+        assert 0 <= table[model, "toxicity_rude"].value <= 1
+        for metric in ("win_training_labelers", "win_held_out_labelers"):
+            assert (model == "sft") == ((model, metric) not in table)
+    assert table["sft, best of 2 by truth", "utility_t1"].value >= (
+        table["sft, best of 1 by truth", "utility_t1"].value
+    )
+
+    folder = world_data / "report"
+    text = (folder / "report.md").read_text()
+    assert ("base", "task_addition") in table
+    assert ("base", "task_translation_few_shot") not in table
+    assert "The public task translation_few_shot does not fit a context of 48." in text
+    for name in ("win_rates.png", "alignment_tax.png"):
+        assert (folder / name).stat().st_size > 5000 and f"({name})" in text
+    assert not (folder / "sft_epochs.png").exists() and "sft_epochs.png" not in text
+    assert "base + prefix" in text and "| ppo |" in text
+    assert "not distinguishable from one half" in text
+    numbers = [cell for line in text.splitlines() if line.startswith("|") for cell in line.split()]
+    assert "nan" not in numbers
+    terminal = (folder / "table.txt").read_text()
+    assert max(map(len, terminal.splitlines())) <= 120 and "sft (resampled)" in terminal
+
+
+def test_report_without_a_world_is_by_the_reward_model(tiny: Tiny, tmp_path: Path) -> None:
+    log = "step,score,kl,val_score,val_kl\n1,0.1,0,,\n2,0.2,0.5,0.3,0.4\n"
+    ppo = tmp_path / "ppo"
+    ppo.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (ppo / name).write_bytes((tiny.base / name).read_bytes())
+    (ppo / "log.csv").write_text(log)
+    (ppo / "selection.csv").write_text("epoch,val_loss,score\n1,2.5,0.1\n2,2.75,0.2\n")
+    (ppo / "config.json").write_text(
+        json.dumps(json.loads((ppo / "config.json").read_text()) | {"epoch": 2})
+    )
+    table = compare(
+        tiny, tmp_path, tiny.prompts, "--checkpoints", f"base={tiny.base}", f"ppo={ppo}",
+        "--baseline", "ppo",
+    )  # fmt: skip
+    text = (tmp_path / "report/report.md").read_text()
+    assert "by the reward model" in text and "there is no --world" in text
+    assert "the world's truth" not in text and "Truthfulness" not in text
+    assert ("base", "utility_t1") not in table and ("base", "win_t1") in table
+    assert "lowest at epoch 1 (2.500, against 2.750 at the last)" in text
+    for name in ("ppo.png", "sft_epochs.png"):
+        assert (tmp_path / "report" / name).stat().st_size > 5000 and f"({name})" in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [((0.6, 0.51, 0.7), "above one half"), ((0.4, 0.3, 0.49), "below one half"),
+     ((0.6, 0.49, 0.7), "not distinguishable"), ((0.45, 0.3, 0.6), "not distinguishable")],
+)  # fmt: skip
+def test_words_follow_the_interval(interval: tuple, words: str) -> None:
+    assert report.against_half(Estimate(*interval)).startswith(words)
+    lines = report.findings({"ppo": {"win_t1": Estimate(*interval)}}, "sft", "the truth")
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_cells_and_colours() -> None:
+    e = Estimate(0.5314, 0.5, 0.56)
+    assert report.cell("win_t1", e, interval=True) == "0.531 ±0.030"
+    assert report.cell("score", e) == "+0.531"
+    assert report.cell("win_t1", None) == ""
+    assert report.cell("win_t1", Estimate(math.nan, math.nan, math.nan)) == ""
+    colour = report.colours(["a", "b", "c"])
+    assert len(set(colour.values())) == 3 and colour["a"] == report.colours(["a"])["a"]
+
+
+def test_prompts_of_another_world_are_refused(
+    tiny: Tiny, world_data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["--checkpoints", f"base={tiny.base}", "--reward_model", str(tiny.rm), "--data",
+            str(tiny.prompts), "--world", str(world_data / "world.json"), "--out",
+            str(world_data / "r"), *LIMITS]  # fmt: skip
+    assert run_command(lambda: evaluate.main(argv)) == 2
+    assert 'without key "task"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--select", "run"],
+        ["--checkpoints", "a=x", "--select", "run", "--reward_model", "rm", "--data", "d"],
+        ["--checkpoints", "a=x", "--reward_model", "rm", "--data", "d", "--baseline", "b"],
+        ["--checkpoints", "a", "--reward_model", "rm", "--data", "d"],
+        ["--folds", "1", "--comparisons", "c", "--init", "i"],
+        ["--folds", "5", "--init", "i"],
+        ["--select", "run", "--reward_model", "rm", "--data", "d", "--select_every", "0"],
+    ],
+)
+def test_bad_arguments_exit_with_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.get_args([*argv, "--out", "o"])
+    assert stopped.value.code == 2

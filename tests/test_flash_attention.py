@@ -1,0 +1,296 @@
+"""Causal attention: every implementation against float64, at shapes and values where kernels go
+wrong."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import attention, flash_attention, runtime, score_mods
+from kernels.flash_attention import IMPLS, reference, verify
+from kernels.measure import TOLERANCE, compare
+from kernels.runtime import jit, tl  # noqa: F401 (Triton wants `tl` in the file of a jitted function)
+from kernels.score_mods import SCORE_MODS, ScoreMod
+from tests.interpreter import count_calls, far_apart, gpu_or_cpu, needs_triton, opcheck_all
+
+DTYPES = [torch.float32, torch.float16]
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32, device=gpu_or_cpu())
+
+
+def random_qkv(*shape, dtype=torch.float32):
+    return [torch.randn(shape, dtype=dtype, device=gpu_or_cpu()) for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_matches_float64(impl, dtype):
+    if impl.startswith("triton") and runtime.triton is None:
+        pytest.skip("Triton is not installed")
+    verify(impl, dtype, gpu_or_cpu())
+
+
+@pytest.mark.parametrize("name", SCORE_MODS)
+def test_reference_is_the_definition(name):
+    """The reference itself, against loops over single numbers that share no code with it."""
+    B, H, T, D = 1, 2, 70, 3
+    q, k, v = random_qkv(B, H, T, D, dtype=torch.float64)
+    out = reference(q, k, v, None, name)
+    for h, i in [(0, 0), (1, 1), (0, 65), (1, 69)]:
+        weights = {}
+        for j in range(i + 1):
+            s = sum(float(q[0, h, i, d] * k[0, h, j, d]) for d in range(D)) / math.sqrt(D)
+            if name == "alibi":
+                s -= (i - j) * (1 / 16 if h == 0 else 1 / 256)  # 2 heads: 2^-4, 2^-8
+            if name == "softcap":
+                s = 30 * math.tanh(s / 30)
+            if name != "sliding_window" or i - j < 64:
+                weights[j] = math.exp(s)
+        for d in range(D):
+            expected = sum(w * float(v[0, h, j, d]) for j, w in weights.items()) / sum(
+                weights.values()
+            )
+            assert float(out[0, h, i, d]) == pytest.approx(expected, rel=1e-12)
+
+
+@needs_triton
+@pytest.mark.parametrize("T, D", [(63, 64), (64, 24), (97, 128)])
+def test_odd_sizes(T, D):
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 1, T, D))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    grad = torch.randn_like(q)
+    attention(q, k, v, impl="triton").backward(grad)
+    reference(*exact, None, "causal").backward(grad.double())
+    for name, a, e in zip("qkv", (q, k, v), exact, strict=True):
+        compare(f"d{name}", a.grad, e.grad, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_past_the_length_are_zero_and_take_no_gradient(impl):
+    if impl != "torch" and runtime.triton is None:
+        pytest.skip("Triton is not installed")
+    q, k, v = (x.requires_grad_() for x in random_qkv(3, 1, 40, 16))
+    out = attention(q, k, v, ints([40, 7, 0]), impl=impl)
+    grad = torch.ones_like(out)
+    grad[1, :, 7:] = grad[2] = float("nan")
+    out.backward(grad)
+    assert not out[1, :, 7:].any() and not out[2].any()
+    for x in (q, k, v):
+        assert x.grad[0].isfinite().all() and not x.grad[1, :, 7:].any() and not x.grad[2].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_output_memory_is_token_major(impl):
+    if impl != "torch" and runtime.triton is None:
+        pytest.skip("Triton is not installed")
+    for name in SCORE_MODS:
+        out = attention(*random_qkv(2, 3, 20, 16), score_mod=name, impl=impl)
+        assert out.transpose(1, 2).is_contiguous(), name
+
+
+@needs_triton
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="float64 runs in the interpreter only")
+@pytest.mark.parametrize("name", ["causal", "softcap"])
+def test_gradcheck(name):
+    inputs = [x.requires_grad_() for x in random_qkv(1, 2, 4, 2, dtype=torch.float64)]
+    lengths = ints([3])
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: attention(q, k, v, lengths, score_mod=name, impl="triton"),
+        inputs,
+        fast_mode=True,
+    )
+
+
+@needs_triton
+def test_repeated_runs_are_bitwise_equal():
+    q, k, v = (x.requires_grad_() for x in random_qkv(2, 1, 100, 16))
+    runs = []
+    for _ in range(2):
+        # Poison what the allocator may hand out next.
+        torch.empty(2, 100, 1, 16).fill_(float("nan"))
+        out = attention(q, k, v, ints([100, 50]), impl="triton")
+        runs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def check_offsets_do_not_wrap(module):
+    """Rows 1.2e9 elements apart: the third begins beyond 2^31 elements, where a 32-bit product is
+    negative."""
+    x = far_apart(rows=3, stride=1_200_000_000, columns=16)[None, None]  # (1, 1, 3, 16)
+    compact = x.clone().contiguous()
+    expected = reference(*[compact.double()] * 3, None, "causal")
+    out, lse = module.triton_forward(x, x, x, None, "causal")
+    compare("out", out, expected, TOLERANCE[torch.float16])
+    grads = module.triton_backward(compact, x, x, x, out, lse, None, "causal")
+    near = module.triton_backward(compact, *[compact] * 3, out, lse, None, "causal")
+    for name, a, b in zip(("dq", "dk", "dv"), grads, near, strict=True):
+        compare(name, a, b, 0.0)
+
+
+@needs_triton
+def test_offsets_do_not_wrap():
+    check_offsets_do_not_wrap(flash_attention)
+
+
+@needs_triton
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="counts in the interpreter")
+@pytest.mark.parametrize("name", ["causal", "sliding_window"])
+def test_visits_exactly_the_tiles_that_hold_a_visible_pair(name, monkeypatch):
+    """So time follows real tokens: nothing above the diagonal, past the length or before the
+    window."""
+    T, lengths = 300, [300, 130, 0]
+    q, k, v = (x.requires_grad_() for x in random_qkv(3, 1, T, 16))
+    forward, d_query, d_key_value = flash_attention._tiles(q)
+    index = torch.arange(T)
+    visible = (index <= index[:, None]) & (
+        index > index[:, None] - (64 if name == "sliding_window" else T)
+    )
+
+    def tiles(size):
+        count = 0
+        for n in lengths:
+            for i in range(0, n, size["BLOCK_Q"]):
+                for j in range(0, n, size["BLOCK_K"]):
+                    count += bool(
+                        visible[:n, :n][i : i + size["BLOCK_Q"], j : j + size["BLOCK_K"]].any()
+                    )
+        return count
+
+    dots = count_calls(monkeypatch, "create_dot")
+    out = attention(q, k, v, ints(lengths), score_mod=name, impl="triton")
+    assert len(dots) == 2 * tiles(forward)
+    dots.clear()
+    out.sum().backward()
+    assert len(dots) == 3 * tiles(d_query) + 4 * tiles(d_key_value)
+
+
+@needs_triton
+def test_operators_pass_opcheck():
+    q, k, v = random_qkv(2, 1, 20, 16)
+    lengths = ints([20, 5])
+    opcheck_all(
+        torch.ops.kernels.attention, [(x.requires_grad_() for x in (q, k, v)), lengths, "alibi"]
+    )
+    with torch.no_grad():
+        out, lse = torch.ops.kernels.attention(q, k, v, lengths, "alibi")
+        opcheck_all(
+            torch.ops.kernels.attention_backward, [(out, q, k, v, out, lse), lengths, "alibi"]
+        )
+
+
+@needs_triton
+def test_goes_through_torch_compile():
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 2, 20, 16))
+    compiled = torch.compile(
+        lambda *x: attention(*x, impl="triton") * 2, backend="aot_eager", fullgraph=True
+    )
+    expected = attention(q, k, v, impl="triton") * 2
+    out = compiled(q, k, v)
+    assert torch.equal(out, expected)
+    assert torch.equal(
+        torch.autograd.grad(out.sum(), k)[0], torch.autograd.grad(expected.sum(), k)[0]
+    )
+
+
+# ---- variants are one function and one entry
+
+
+@jit
+def _chunk_first_key(q):
+    return q // 48 * 48
+
+
+@jit
+def _chunk_last_query(k):
+    return k // 48 * 48 + 47
+
+
+@needs_triton
+def test_a_new_score_mod_is_one_entry(monkeypatch):
+    """Attention within chunks of 48 tokens: also rows whose first visited tile hides every key from
+    them."""
+    monkeypatch.setitem(
+        SCORE_MODS, "chunked", ScoreMod(first_key=_chunk_first_key, last_query=_chunk_last_query)
+    )
+    monkeypatch.setattr(flash_attention, "CASES", [(1, 1, 140, 16, [133], "chunked", 0.0)])
+    assert verify("triton", torch.float32, gpu_or_cpu()) == pytest.approx(0, abs=1e-5)
+    q, k, v = random_qkv(1, 1, 96, 16)
+    joined = torch.cat(
+        [attention(*(x[:, :, i : i + 48] for x in (q, k, v))) for i in (0, 48)], dim=2
+    )
+    torch.testing.assert_close(attention(q, k, v, score_mod="chunked", impl="triton"), joined)
+
+
+def test_a_new_implementation_is_one_entry(monkeypatch):
+    monkeypatch.setitem(
+        IMPLS,
+        "mine",
+        lambda q, k, v, lengths, score_mod: reference(q, k, v, lengths, score_mod) * 1.1,
+    )
+    with pytest.raises(AssertionError, match="attention mine .* out"):
+        verify("mine", torch.float32, gpu_or_cpu())
+
+
+# ---- refusals
+
+
+def test_errors_name_argument_value_and_remedy(monkeypatch):
+    q, k, v = random_qkv(2, 2, 8, 16)
+    lengths = ints([8, 8])
+    wrong = [
+        ((q[0], k, v, None), r"q has shape \(2, 8, 16\); expected \(B, H, T, D\)"),
+        ((q, k[:, :, :4], v, None), r"k has shape \(2, 2, 4, 16\) but q has"),
+        ((q, k, v[:1], None), r"v has shape \(1, 2, 8, 16\) but q has"),
+        ((q, k.double(), v, None), "k has dtype torch.float64 but q has torch.float32; convert"),
+        ((q.int(), k.int(), v.int(), None), "q has dtype torch.int32; expected one of"),
+        (
+            (q, k, v.mT.contiguous().mT, None),
+            r"v has last stride 8; expected 1: call .contiguous\(\)",
+        ),
+        (
+            (q, k, v, lengths.long()),
+            r"lengths has dtype torch.int64; expected torch.int32: call .int\(\)",
+        ),
+        ((q, k, v, lengths[:1]), r"lengths has shape \(1,\); expected \(2,\)"),
+    ]
+    if not torch.cuda.is_available():  # on a GPU reading the values would wait for it
+        wrong.append(((q, k, v, ints([9, 8])), r"lengths has value 9; expected 0..8"))
+        wrong.append(((q, k, v, ints([1, -1])), r"lengths has value -1; expected 0..8"))
+    for (a, b, c, n), message in wrong:
+        with pytest.raises(ValueError, match=message):
+            attention(a, b, c, n)
+    with pytest.raises(
+        ValueError, match="score_mod 'causual' is unknown; choose one of causal, sliding_window"
+    ):
+        attention(q, k, v, score_mod="causual")
+    with pytest.raises(
+        ValueError, match="impl 'tritn' is unknown; choose one of auto, torch, triton"
+    ):
+        attention(q, k, v, impl="tritn")
+    monkeypatch.setattr(runtime, "triton", None)
+    with pytest.raises(
+        ValueError, match="needs Triton, which is not installed; install it or use impl='torch'"
+    ):
+        attention(q, k, v, impl="triton")
+
+
+@needs_triton
+def test_errors_of_the_triton_implementation(monkeypatch):
+    if runtime.INTERPRETED:
+        with pytest.raises(ValueError, match="bfloat16 in Triton's interpreter"):
+            attention(*random_qkv(1, 1, 4, 16, dtype=torch.bfloat16), impl="triton")
+    with pytest.raises(ValueError, match="head size 160 is larger than the Triton kernels' 128"):
+        attention(*random_qkv(1, 1, 4, 160), impl="triton")
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    with pytest.raises(
+        ValueError, match="tensors on cpu; move them to CUDA, or set TRITON_INTERPRET=1"
+    ):
+        attention(*(x.cpu() for x in random_qkv(1, 1, 4, 16)), impl="triton")
+
+
+def test_plain_functions_serve_both_languages():
+    """Bounds are operators alone, so the torch implementations call what the kernels compile."""
+    first, last = (score_mods.plain(SCORE_MODS["sliding_window"][i]) for i in (0, 1))
+    assert all(first(last(k)) == k for k in range(300))

@@ -1,0 +1,170 @@
+"""The kernel checks can fail: each mistake below, planted into a copy of a kernel's source, is
+caught by the check named.
+
+The mistakes are those found in published kernels: a softmax gradient summed per tile instead of per
+row, a running maximum that starts at 0, a last tile without a mask, an upstream gradient read as if
+it were contiguous, p - 1 in 16 bits, 32-bit offsets.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from kernels import flash_attention, flash_decoding, linear_logprob
+from tests import test_flash_attention, test_flash_decoding, test_linear_logprob
+from tests.interpreter import gpu_or_cpu, needs_triton
+
+
+def verify(module: ModuleType) -> None:
+    module.verify("triton", torch.float32, gpu_or_cpu())
+
+
+class Bug(NamedTuple):
+    """`old` in a kernel's source replaced by `new`, and the check that must fail."""
+
+    name: str
+    old: str
+    new: str
+    check: Callable[[ModuleType], None] = verify
+
+
+INT64 = ".to(tl.int64) * "
+ATTENTION = [
+    Bug("gradient's row sum per tile", "p * (dp - delta)", "p * (dp - tl.sum(p * dp, 1)[:, None])"),
+    Bug(
+        "maximum starts at 0",
+        "m = tl.full((BLOCK_Q,), -1e30, ACC)",
+        "m = tl.zeros((BLOCK_Q,), ACC)",
+    ),
+    Bug("diagonal tile unmasked", "    elif DIAGONAL:\n", "    elif False:\n"),
+    Bug("mask off by one", "s = tl.where(k <= q, s,", "s = tl.where(k < q, s,"),
+    Bug(
+        "keys read with the values' stride",
+        "_load(k_ptr, k_rows, k_t,",
+        "_load(k_ptr, k_rows, v_t,",
+    ),
+    Bug("no scale in the backward", "dq * SCALE", "dq"),
+    Bug("output not rescaled", "acc * shrink[:, None]", "acc"),
+    Bug("length ignored", "length = tl.minimum(tl.load(lengths + b), T)", "length = T"),
+    Bug(
+        "window's gradient cut short",
+        "LAST_QUERY(k_start + BLOCK_K - 1) + 1",
+        "LAST_QUERY(k_start)",
+    ),
+    Bug("no derivative of the score", "    if DERIVATIVE is not None:\n", "    if False:\n"),
+    Bug(
+        "32-bit offsets",
+        f"rows[:, None]{INT64}stride",
+        "rows[:, None] * stride",
+        test_flash_attention.check_offsets_do_not_wrap,
+    ),
+]
+LOGPROB = [
+    Bug(
+        "maximum starts at 0",
+        "m = tl.full((BLOCK_N,), LOWEST, ACC)",
+        "m = tl.zeros((BLOCK_N,), ACC)",
+    ),
+    Bug("last tile unmasked", "z = tl.where(vocab[None, :] < V, z, LOWEST)", "z = z + 0.0"),
+    Bug(
+        "target off by one",
+        "+= tl.sum(tl.where(vocab[None, :] == y",
+        "+= tl.sum(tl.where(vocab[None, :] == 1 + y",
+    ),
+    Bug("no temperature in the backward", "dz * inverse_temperature", "dz"),
+    Bug("upstream gradient taken as contiguous", "tokens.to(tl.int64) * g_n", "tokens"),
+    Bug("entropy's gradient without the entropy", "logp * LN2 + entropy[:, None]", "logp * LN2"),
+    Bug("weighted sum not shifted", "tl.exp2(a) * (t + a * s)", "tl.exp2(a) * t"),
+    Bug("ignored tokens take a gradient", "asked = y >= 0\n    z", "asked = y >= -1000\n    z"),
+    Bug(
+        "p - 1 in 16 bits",
+        "p = tl.exp2(logp)",
+        "p = tl.exp2(logp).to(tl.float16).to(tl.float32)",
+        test_linear_logprob.check_confident_targets,
+    ),
+    Bug(
+        "every stretch begins at 0",
+        "vocab = begin + column",
+        "vocab = column",
+        test_linear_logprob.check_stretches,
+    ),
+    Bug(
+        "32-bit offsets",
+        f"tokens[:, None]{INT64}x_n",
+        "tokens[:, None] * x_n",
+        test_linear_logprob.check_offsets_do_not_wrap,
+    ),
+]
+DECODING = [
+    Bug("maximum starts at 0", "m = tl.full((1,), -1e30, ACC)", "m = tl.zeros((1,), ACC)"),
+    Bug("last tile unmasked", "visible = rows < end", "visible = rows > -1"),
+    Bug("reads past the length", "(rows[:, None] < end) & (d", "(rows[:, None] < S) & (d"),
+    Bug(
+        "mask off by one",
+        "end = tl.minimum(begin + keys, length)",
+        "end = tl.minimum(begin + keys, length - 1)",
+    ),
+    Bug("values read with the keys' stride", "v_ptr + offsets * v_s", "v_ptr + offsets * k_s"),
+    Bug("no scale", ", 1) * SCALE", ", 1)"),
+    Bug("splits not reweighted", "weight = tl.exp2(m - tl.max(m, 0))", "weight = tl.exp2(m * 0.0)"),
+    Bug(
+        "number of heads off by one",
+        "SCORE(s, length - 1, rows, h, H)",
+        "SCORE(s, length - 1, rows, h, H + 1)",
+    ),
+    Bug("window off by one", "(rows >= FIRST_KEY(length - 1))", "(rows >= FIRST_KEY(length))"),
+    Bug(
+        "32-bit offsets",
+        "rows[:, None].to(tl.int64)",
+        "rows[:, None]",
+        test_flash_decoding.check_offsets_do_not_wrap,
+    ),
+]
+BUGS = [
+    pytest.param(module, bug, id=f"{module.__name__.split('.')[1]}: {bug.name}")
+    for module, bugs in (
+        (flash_attention, ATTENTION),
+        (linear_logprob, LOGPROB),
+        (flash_decoding, DECODING),
+    )
+    for bug in bugs
+]
+
+
+def load_patched(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+    """The module from its source with `old` replaced by `new`, under operator names of its own."""
+    source = inspect.getsource(module)
+    assert old in source, f"{module.__name__} no longer contains {old!r}: update the planted bug"
+    # A file, because Triton reads kernels' sources.
+    path = folder / f"patched_{module.__name__.split('.')[1]}.py"
+    path.write_text(source.replace(old, new).replace('"kernels::', '"patched::'), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    patched = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(patched)
+    return patched
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # planted infinities
+@pytest.mark.parametrize("module, bug", BUGS)
+def test_planted_bug_is_caught(module, bug, tmp_path):
+    patched = load_patched(module, bug.old, bug.new, tmp_path)
+    with pytest.raises(Exception) as caught:
+        bug.check(patched)
+    # a wrong number, or an address outside of memory; not an error of the test itself
+    assert "is above" in str(caught.value) or "not finite" in str(caught.value), caught.value
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "module", [flash_attention, linear_logprob, flash_decoding], ids=lambda m: m.__name__
+)
+def test_an_unpatched_copy_passes(module, tmp_path):
+    """What the bugs are caught by is the bug: the same loading without one passes."""
+    verify(load_patched(module, "verify_all(", "verify_all(", tmp_path))

@@ -1,0 +1,299 @@
+"""Log-probability of the target and entropy: every implementation against float64 and other
+libraries' definitions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import linear_logprob, logprobs, runtime
+from kernels.linear_logprob import IGNORE, IMPLS, reference, verify
+from kernels.measure import TOLERANCE, compare
+from tests.interpreter import far_apart, gpu_or_cpu, needs_triton, opcheck_all
+
+
+def random_case(N, V, C, dtype=torch.float32):
+    device = gpu_or_cpu()
+    hidden, weight = torch.randn(N, C, device=device), torch.randn(V, C, device=device) * 0.5
+    return hidden.to(dtype), weight.to(dtype), torch.randint(V, (N,), device=device)
+
+
+def skip_without_triton(impl):
+    if impl.startswith("triton") and runtime.triton is None:
+        pytest.skip("Triton is not installed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_matches_float64(impl, dtype):
+    skip_without_triton(impl)
+    verify(impl, dtype, gpu_or_cpu())
+
+
+def test_reference_is_the_definition():
+    """The reference itself, against cross_entropy and torch.distributions."""
+    hidden, weight, targets = random_case(9, 31, 4, torch.float64)
+    targets[3] = IGNORE
+    chosen, entropy = reference(hidden, weight, targets, 0.7)
+    logits = hidden @ weight.T / 0.7
+    torch.testing.assert_close(chosen, -F.cross_entropy(logits, targets, reduction="none"))
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    expected[3] = 0.0
+    torch.testing.assert_close(entropy, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_vocabulary_of_gpt2(impl):
+    """V = 50257 is a multiple of nothing; the last entry is in the last, partial tile."""
+    skip_without_triton(impl)
+    hidden, weight, targets = random_case(3, 50257, 16)
+    targets[1] = 50256
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    out = logprobs(*inputs, targets, impl=impl)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = reference(*exact, targets, 1.0)
+    torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+    torch.autograd.backward(expected, [torch.ones_like(x) for x in expected])
+    for name, a, e in zip(("logprobs", "entropy"), out, expected, strict=True):
+        compare(name, a.detach(), e.detach(), 1e-6)
+    for name, a, e in zip(("hidden", "weight"), inputs, exact, strict=True):
+        compare(f"gradient of {name}", a.grad, e.grad, TOLERANCE[torch.float32])
+
+
+def check_confident_targets(module, impl="triton"):
+    """Targets with p about 0.99 in 16-bit inputs: the gradient p - 1 vanishes if p is rounded to 16
+    bits."""
+    N, V, C = 8, 12, 16
+    targets = torch.randint(V, (N,))
+    weight = torch.randn(V, C)
+    # Logit 6.5, the others 0.
+    hidden = 6.5 * F.one_hot(targets, V).float() @ torch.linalg.pinv(weight).T
+    hidden, weight, targets = (x.to(gpu_or_cpu()) for x in (hidden.half(), weight.half(), targets))
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    chosen, _ = reference(*exact, targets, 1.0)
+    assert (chosen.exp() > 0.97).all() and (chosen.exp() < 0.995).all()
+    chosen.sum().backward()
+    inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
+    module.logprobs(*inputs, targets, impl=impl)[0].sum().backward()
+    # Each by itself: a row with a large gradient must not hide one with a small.
+    for row in range(N):
+        compare(f"gradient of hidden row {row}", inputs[0].grad[row], exact[0].grad[row], 4e-3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_confident_targets(impl):
+    skip_without_triton(impl)
+    check_confident_targets(linear_logprob, impl)
+
+
+def check_stretches(module, impl="triton"):
+    """A backward that needs several workspaces, and a forward of several stretches."""
+    hidden, weight, targets = random_case(4, 2600, 16)
+    inputs = [x.requires_grad_() for x in (hidden, weight)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    before, module.WORKSPACE_BYTES = module.WORKSPACE_BYTES, 1
+    try:
+        for (out, _), source in ((module.logprobs(*inputs, targets, impl=impl), inputs),
+                                 (reference(*exact, targets, 1.0), exact)):  # fmt: skip
+            torch.autograd.grad(out.sum(), source, retain_graph=True)
+            out.sum().backward()
+    finally:
+        module.WORKSPACE_BYTES = before
+    for name, a, e in zip(("hidden", "weight"), inputs, exact, strict=True):
+        compare(f"gradient of {name}", a.grad, e.grad, TOLERANCE[torch.float32])
+
+
+@needs_triton
+def test_stretches():
+    check_stretches(linear_logprob)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradcheck(impl):
+    skip_without_triton(impl)
+    if impl != "torch" and not runtime.INTERPRETED:
+        pytest.skip("float64 runs in the interpreter only")
+    hidden, weight, _ = random_case(4, 7, 3, torch.float64)
+    targets = torch.tensor([2, 6, IGNORE, 0], device=hidden.device)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    assert torch.autograd.gradcheck(
+        lambda h, w: logprobs(h, w, targets, temperature=0.7, impl=impl), inputs, fast_mode=True
+    )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_never_holds_all_logits(impl, monkeypatch):
+    skip_without_triton(impl)
+    N, V = 400, 2000
+    hidden, weight, targets = random_case(N, V, 8)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    monkeypatch.setattr(linear_logprob, "WORKSPACE_BYTES", N * 512 * 4)
+    watch = LargestTensor()
+    with watch:
+        chosen, entropy = logprobs(hidden, weight, targets, impl=impl)
+        (chosen.sum() + entropy.sum()).backward()
+    assert 0 < watch.elements < N * V / 2
+    watch.elements = 0
+    with watch:
+        reference(hidden, weight, targets, 1.0)
+    assert watch.elements >= N * V  # the reference does hold them, so the watch sees what it should
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_result_does_not_depend_on_the_other_tokens(impl):
+    """Tile sizes are fixed, so a token's numbers are the same in every batch, to the bit in
+    Triton."""
+    skip_without_triton(impl)
+    hidden, weight, targets = random_case(70, 300, 16)
+    many, few = (
+        logprobs(hidden, weight, targets, impl=impl),
+        logprobs(hidden[:5], weight, targets[:5], impl=impl),
+    )
+    for a, b in zip(many, few, strict=True):
+        torch.testing.assert_close(a[:5], b, rtol=0, atol=0 if impl == "triton" else 1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens_and_only_ignored_tokens(impl):
+    skip_without_triton(impl)
+    for targets in (torch.empty(0, dtype=torch.int64), torch.full((3,), IGNORE)):
+        hidden, weight, _ = random_case(len(targets), 20, 8)
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        chosen, entropy = logprobs(hidden, weight, targets.to(hidden.device), impl=impl)
+        (chosen.sum() + entropy.sum()).backward()
+        assert chosen.shape == targets.shape and not chosen.any() and not entropy.any()
+        assert not hidden.grad.any() and not weight.grad.any()
+
+
+@needs_triton
+def test_repeated_runs_are_bitwise_equal():
+    hidden, weight, targets = random_case(50, 700, 16)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    runs = []
+    for _ in range(2):
+        torch.empty(50, 512).fill_(float("nan"))  # poison what the allocator may hand out next
+        out = logprobs(hidden, weight, targets, impl="triton")
+        runs.append((*out, *torch.autograd.grad(out[0].sum() + out[1].sum(), (hidden, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def check_offsets_do_not_wrap(module):
+    """Rows 1.2e9 elements apart: the third begins beyond 2^31 elements, where a 32-bit product is
+    negative.
+
+    64 x 1024 tokens x 50257 logits are also beyond it.
+    """
+    x = far_apart(rows=3, stride=1_200_000_000, columns=16)
+    targets = torch.tensor([1, 2, 0], device=x.device)
+    compact = x.clone().contiguous()
+    near = module.triton_forward(compact, compact, targets, 1.0)
+    far = module.triton_forward(x, x, targets, 1.0)
+    for name, a, b in zip(("logprobs", "entropy", "lse"), far, near, strict=True):
+        compare(name, a, b, 0.0)
+
+
+@needs_triton
+def test_offsets_do_not_wrap():
+    check_offsets_do_not_wrap(linear_logprob)
+
+
+@needs_triton
+def test_operators_pass_opcheck():
+    hidden, weight, targets = random_case(5, 20, 16)
+    opcheck_all(
+        torch.ops.kernels.logprobs,
+        [(hidden.requires_grad_(), weight.requires_grad_()), targets, 0.9],
+    )
+    with torch.no_grad():
+        out = torch.ops.kernels.logprobs(hidden, weight, targets, 0.9)
+        opcheck_all(
+            torch.ops.kernels.logprobs_backward,
+            [(*out[:2], hidden, weight, targets, *out[1:]), 0.9],
+        )
+
+
+@needs_triton
+def test_goes_through_torch_compile():
+    hidden, weight, targets = random_case(5, 20, 16)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    compiled = torch.compile(
+        lambda *x: logprobs(*x, impl="triton")[0], backend="aot_eager", fullgraph=True
+    )
+    out, expected = (
+        compiled(hidden, weight, targets),
+        logprobs(hidden, weight, targets, impl="triton")[0],
+    )
+    assert torch.equal(out, expected)
+    assert torch.equal(
+        torch.autograd.grad(out.sum(), weight)[0], torch.autograd.grad(expected.sum(), weight)[0]
+    )
+
+
+def test_a_new_implementation_is_one_entry(monkeypatch):
+    monkeypatch.setitem(IMPLS, "mine", lambda *args: tuple(x * 1.01 for x in reference(*args)))
+    with pytest.raises(AssertionError, match="logprobs mine"):
+        verify("mine", torch.float32, gpu_or_cpu())
+
+
+def test_errors_name_argument_value_and_remedy():
+    hidden, weight, targets = random_case(4, 20, 8)
+    wrong = [
+        (
+            (hidden[None], weight, targets),
+            {},
+            r"hidden has shape \(1, 4, 8\); expected \(N, C\): use .flatten",
+        ),
+        ((hidden, weight[:, :5], targets), {}, r"weight has shape \(20, 5\); expected \(V, 8\)"),
+        (
+            (hidden, weight.double(), targets),
+            {},
+            "weight has dtype torch.float64 but hidden has torch.float32",
+        ),
+        ((hidden, weight.T.contiguous().T, targets), {}, "weight has last stride 20; expected 1"),
+        ((hidden, weight, targets[:3]), {}, r"targets has shape \(3,\); expected \(4,\)"),
+        (
+            (hidden, weight, targets.int()),
+            {},
+            "targets has dtype torch.int32; expected torch.int64: call .long",
+        ),
+        (
+            (hidden, weight, targets),
+            {"temperature": 0.0},
+            "temperature is 0.0; expected a finite number above 0",
+        ),
+        ((hidden, weight, targets), {"temperature": float("nan")}, "temperature is nan"),
+        (
+            (hidden, weight, targets),
+            {"impl": "cuda"},
+            "impl 'cuda' is unknown; choose one of auto, torch, triton",
+        ),
+    ]
+    if not torch.cuda.is_available():  # on a GPU reading the values would wait for it
+        wrong.append(
+            ((hidden, weight, targets + 20), {}, r"targets has value \d+; expected 0..19, or -100")
+        )
+        wrong.append(
+            ((hidden, weight, targets * 0 - 1), {}, "targets has value -1; expected 0..19")
+        )
+    for args, options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            logprobs(*args, **options)
