@@ -51,10 +51,10 @@ $(D)/card.md: data/tiny_world.py data/world.py data/tasks.py data/raw.py data/hy
 $(call weights,base): train_sft.py model.py $(D)/card.md
 	$(py) train_sft.py --out $(OUT)/base --seed $(SEED) --tokenizer $(D)/tokenizer.json \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
-	  --epochs 1 --batch_size 16 --lr 3e-3 --warmup_steps 50 --weight_decay 0.1 --resid_pdrop 0
+	  --epochs 1 --batch_size 16 --lr 4e-3 --warmup_steps 50 --weight_decay 0.1 --resid_pdrop 0
 
 # Step 1: SFT, and the model that PPO starts from (C.3).
-sft_data := --data $(D)/train/demonstrations.jsonl --val_data $(D)/valid/demonstrations.jsonl
+sft_data = --data $(D)/train/demonstrations.jsonl --val_data $(D)/valid/demonstrations.jsonl
 $(call weights,sft): train_sft.py $(call weights,base)
 	$(py) train_sft.py --init $(OUT)/base --out $(OUT)/sft --seed $(SEED) $(sft_data)
 
@@ -64,9 +64,11 @@ $(call weights,init): train_sft.py $(call weights,base)
 	  --pretrain_fraction 0.1 --no-epoch_checkpoints
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
+# One training response a prompt is another prompt's; validation is on samples as they are.
+$(D)/train/candidates.jsonl: off_topic := --off_topic 1
 $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,init) $(call weights,base)
 	$(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
-	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base --shares 0.7 0.2 0.1
+	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base --shares 0.7 0.2 0.1 $(off_topic)
 
 $(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
@@ -86,7 +88,7 @@ $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid
 # The SFT baseline: the epoch that the reward model likes best on validation prompts (C.1).
 $(call weights,sft_selected): $(call weights,rm)
 	$(py) evaluate.py --select $(OUT)/sft --reward_model $(OUT)/rm --out $(OUT)/sft_selected \
-	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --seed $(SEED) --world $(D)/world.json
+	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --select_every 3 --seed $(SEED) --world $(D)/world.json
 
 # Step 3: PPO and PPO-ptx.
 ppo = $(py) train_ppo.py --init $(OUT)/init --reward_model $(OUT)/rm --seed $(SEED) \

@@ -61,6 +61,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_responses", type=int, nargs="+", metavar="K",
         help="responses a prompt, or least and most; 4 9 with --data, else 1")  # fmt: skip
     add("--shares", type=float, nargs="+", help="share of responses of each checkpoint; even")
+    add("--off_topic", type=int, default=0,
+        help="of a prompt's responses, so many are exchanged for another prompt's")  # fmt: skip
     add("--num_prompts", type=int, default=0, help="use only the first so many prompts; 0: all")
     add("--resume", action="store_true", help="go on with an interrupted run of the same command")
     # Sampling.
@@ -296,6 +298,7 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
             stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in chunk)
             stream.flush()
             done += chunk
+    done = with_off_topic(done, args)
     write_jsonl(out, done, "candidates")
     partial.unlink()
     ended = sum(sum(record["ended"]) for record in done)
@@ -303,6 +306,37 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
         f"wrote {out}: {total} responses to {len(done)} prompts, {ended / total:.1%} ended; "
         f"dropped {dropped} prompts over {args.max_prompt_tokens} tokens"
     )
+
+
+def with_off_topic(records: list[Record], args: argparse.Namespace) -> list[Record]:
+    """Exchange `--off_topic` responses of each prompt for ones that were sampled for other prompts.
+
+    Every second one comes from the same use case, where there is another prompt of it. Samples are
+    nearly always on topic, and a reward model that sees no others does not learn to read the prompt:
+    it then scores a good answer to another question as high as the right one. Such a response bears
+    the name "other prompt" in "models".
+    """
+    by_use_case: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        by_use_case.setdefault(record["use_case"], []).append(index)
+    exchanged = []
+    for index, record in enumerate(records):
+        rng = np.random.default_rng([args.seed, index, 2])
+        record = record | {key: list(record[key]) for key in ("responses", "ended", "models")}
+        num = min(args.off_topic, len(record["responses"]) - 1)
+        for turn, place in enumerate(rng.permutation(len(record["responses"]))[:num]):
+            alike = [other for other in by_use_case[record["use_case"]] if other != index]
+            same = alike and (index + turn) % 2
+            others = alike if same else [other for other in range(len(records)) if other != index]
+            if not others:
+                break
+            other = records[others[int(rng.integers(len(others)))]]
+            taken = int(rng.integers(len(other["responses"])))
+            record["responses"][place] = other["responses"][taken]
+            record["ended"][place] = other["ended"][taken]
+            record["models"][place] = "other prompt"
+        exchanged.append(record)
+    return exchanged
 
 
 def read_partial(partial: Path, header: str) -> list[Record]:

@@ -89,7 +89,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, help="of sampling and log-probs (paper: 1)")
     # Optimisation.
     add("--epochs", type=int, default=2, help="passes over the prompts (paper: 8.2)")
-    add("--max_steps", type=int, default=0, help="iterations; 0: by --epochs (paper: 500)")
+    add("--max_steps", type=int, default=40, help="iterations; 0: by --epochs (paper: 500)")
     add("--batch_size", type=int, default=128, help="episodes an iteration (paper: 512)")
     add("--num_minibatches", type=int, default=8, help="updates an iteration (paper: 8)")
     add("--micro_batch_size", type=int, default=0, help="sequences a forward pass; 0: a minibatch")

@@ -178,7 +178,8 @@ def test_an_interrupted_run_resumes_exactly(
     assert not out.exists()
     partial = tmp_path / ".out.jsonl.partial"
     if torn:  # killed in the middle of a write
-        partial.write_text(partial.read_text() + '{"prompt": "say r')
+        lines = partial.read_text().splitlines(keepends=True)
+        partial.write_text("".join([*lines, lines[1], '{"prompt": "say r']))
     calls.clear()
     monkeypatch.setattr(sample, "sample_chunk", lambda *a: calls.append(1) or real(*a))
     with pytest.raises(BadInput, match="other settings"):
