@@ -107,3 +107,57 @@ $(OUT)/report/report.md: evaluate.py $(call weights,base) $(call weights,sft_sel
 	  --reward_model $(OUT)/rm --reference $(OUT)/init --world $(D)/world.json \
 	  --data $(D)/test/prompts.jsonl --val_data $(D)/valid/rm_prompts.jsonl \
 	  --pretrain_data $(D)/test/pretrain.txt
+
+# ------------------------------------------------------------------------------------------------
+# Real human data: the same scripts with GPT-2's tokenizer, on local copies of the raw data sets.
+# The sizes below are for two CPU cores and half an hour; with a GPU start from --init gpt2 instead.
+
+DATA     ?=
+R        := $(OUT)/real
+real_lim := --max_prompt_tokens 160 --max_new_tokens 64
+
+real: $(R)/report/report.md $(R)/folds/folds.md
+	@cat $(R)/report/table.txt $(R)/folds/folds.md
+	@echo "The report is $(R)/report/report.md; reward-model accuracy in $(R)/folds/folds.md."
+
+$(R)/data/account.txt: data/prepare.py data/convert.py data/hygiene.py | .venv/ready
+	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
+	$(py) -m data.prepare novels alpaca oasst qa-feedback hh-rlhf --from $(DATA) --out $(R)/data \
+	  --passage_chars 300 --seed $(SEED)
+
+$(R)/base/model.safetensors: train_sft.py $(R)/data/account.txt
+	$(py) train_sft.py --out $(R)/base --seed $(SEED) --tokenizer $(R)/data/tokenizer.json \
+	  --pretrain_data $(R)/data/train/pretrain.txt --max_steps 300 --epochs 1 --batch_size 16 \
+	  --n_positions 256 --short_tokens 128 --lr 4e-3 --warmup_steps 50 --weight_decay 0.1 \
+	  --resid_pdrop 0
+
+real_sft = --data $(R)/data/train/demonstrations.jsonl --val_data $(R)/data/valid/demonstrations.jsonl \
+           --init $(R)/base --seed $(SEED) --epochs 1 --no-epoch_checkpoints $(real_lim)
+$(R)/sft/model.safetensors: $(R)/base/model.safetensors
+	$(py) train_sft.py $(real_sft) --out $(R)/sft
+$(R)/init/model.safetensors: $(R)/base/model.safetensors
+	$(py) train_sft.py $(real_sft) --out $(R)/init \
+	  --pretrain_data $(R)/data/train/pretrain.txt --pretrain_fraction 0.1
+
+$(R)/rm/model.safetensors: train_rm.py $(R)/sft/model.safetensors
+	$(py) train_rm.py --init $(R)/sft --out $(R)/rm --seed $(SEED) --lr 3e-4 $(real_lim) \
+	  --data $(R)/data/train/comparisons.jsonl --val_data $(R)/data/valid/comparisons.jsonl \
+	  --demonstrations $(R)/data/train/demonstrations.jsonl
+
+$(R)/ppo_ptx/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init/model.safetensors
+	$(py) train_ppo.py --init $(R)/init --reward_model $(R)/rm --out $(R)/ppo_ptx --seed $(SEED) \
+	  --data $(R)/data/train/prompts.jsonl --pretrain_data $(R)/data/train/pretrain.txt \
+	  --ptx_coef 1 --batch_size 32 --max_steps 30 --kl_coef 0.05 $(real_lim)
+
+$(R)/report/report.md: evaluate.py $(R)/ppo_ptx/model.safetensors
+	$(py) evaluate.py --out $(R)/report --seed $(SEED) --baseline sft \
+	  --checkpoints base=$(R)/base sft=$(R)/sft ppo_ptx=$(R)/ppo_ptx --num_prompts 64 \
+	  --reward_model $(R)/rm --reference $(R)/init --data $(R)/data/test/prompts.jsonl \
+	  --val_data $(R)/data/valid/prompts.jsonl --pretrain_data $(R)/data/test/pretrain.txt \
+	  $(real_lim)
+
+# Human comparisons, five folds by prompt: the reward model beside two simple rules.
+$(R)/folds/folds.md: evaluate.py folds.py train_rm.py $(R)/sft/model.safetensors
+	$(py) evaluate.py --folds 5 --init $(R)/sft --out $(R)/folds --seed $(SEED) --resume \
+	  --comparisons $(foreach s,train valid test,$(R)/data/$(s)/comparisons.jsonl) \
+	  --rm_flags "--lr 3e-4" $(real_lim)

@@ -312,9 +312,9 @@ def with_off_topic(records: list[Record], args: argparse.Namespace) -> list[Reco
     """Exchange `--off_topic` responses of each prompt for ones that were sampled for other prompts.
 
     Every second one comes from the same use case, where there is another prompt of it. Samples are
-    nearly always on topic, and a reward model that sees no others does not learn to read the prompt:
-    it then scores a good answer to another question as high as the right one. Such a response bears
-    the name "other prompt" in "models".
+    nearly always on topic, and a reward model that sees no others does not learn to read the
+    prompt: it scores a good answer to another question as high as the right one. Such a response
+    bears the name "other prompt" in "models".
     """
     by_use_case: dict[str, list[int]] = {}
     for index, record in enumerate(records):

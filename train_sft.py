@@ -85,7 +85,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Running.
     add("--max_prompt_tokens", type=int, default=96, help="a longer one is dropped (paper: 1000)")
     add("--max_new_tokens", type=int, default=32, help="longer responses are cut (paper: 1000)")
-    add("--save_every", type=int, default=200, help="steps between checkpoints; 0: by epoch only")
+    add("--save_every", type=int, default=200, help="steps between checkpoints; 0: by epoch")
     add("--epoch_checkpoints", action=argparse.BooleanOptionalAction, default=True,
         help="keep the model of each epoch under OUT/epochs/, for evaluate.py --select")  # fmt: skip
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")

@@ -1,0 +1,85 @@
+"""Words are tested too: README commands exist, its tables equal the code and the tree."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = ("train_sft", "train_rm", "train_ppo")
+
+
+def section(title: str) -> str:
+    """The README's text below a heading, up to the next of the same level."""
+    return re.split(r"^## ", README, flags=re.M)[
+        [part.split("\n")[0] for part in re.split(r"^## ", README, flags=re.M)].index(title)
+    ]
+
+
+def cells(text: str, column: int) -> list[str]:
+    """Code words of one column of a section's table."""
+    rows = [line.split("|")[column] for line in text.splitlines() if line.startswith("| `")]
+    return [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
+
+
+def test_the_glossary_has_the_columns_of_the_logs_and_no_other() -> None:
+    logged = set()
+    for name in SCRIPTS:
+        module = importlib.import_module(name)
+        logged |= set(module.LOG) | set(module.TIMING)
+    assert set(cells(section("The numbers in the logs"), 1)) == logged
+
+
+def test_the_file_table_is_the_tree() -> None:
+    named = {name.strip("/").split("/")[0] for name in cells(section("What is where"), 1)}
+    ignored = {"README.md", ".git", ".gitignore", ".venv", "out"}
+    kept = {path.name for path in ROOT.iterdir()} - ignored
+    kept = {name for name in kept if not name.endswith("cache") and name not in ("__pycache__",)}
+    kept -= {".hypothesis"}
+    assert named == kept
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"^make (\w+)", README, flags=re.M)):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_modules_run_in_the_readme_exist() -> None:
+    for module in set(re.findall(r"python -m ([\w.]+)", README)):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), module
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_that_docstrings_name_exist(name: str) -> None:
+    module = importlib.import_module(name)
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    defined = set(re.findall(r'add\("--(\w+)"', source))
+    named = set(re.findall(r"--(\w+)", module.__doc__ or "")) | set(
+        re.findall(rf"`--(\w+)`(?= to `{name})", README)
+    )
+    assert named <= defined
+
+
+def test_every_flag_is_read() -> None:
+    for name in SCRIPTS:
+        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        for flag in re.findall(r'add\("--(\w+)"', source):
+            assert f"args.{flag}" in source or f'"{flag}"' in source.replace(
+                f'add("--{flag}"', ""
+            ), f"{name}.py never reads --{flag}"
+
+
+def test_makefile_flags_exist() -> None:
+    """A flag that the Makefile gives to a script is one that the script defines."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    for script in ("train_sft", "train_rm", "train_ppo", "sample", "evaluate"):
+        source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+        defined = set(re.findall(r'add\("--(?:no-)?(\w+)"', source))
+        for line in re.findall(rf"{script}\.py (--.*)$", makefile, flags=re.M):
+            line = line.split('"')[0]
+            for flag in re.findall(r"--(?:no-)?(\w+)", line):
+                assert flag in defined, f"{script}.py has no --{flag}"
