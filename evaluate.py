@@ -18,9 +18,7 @@ tiny world's truth needs --world; without it the reward model is the judge, and 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import shutil
 import sys
@@ -266,19 +264,19 @@ def select(args: argparse.Namespace) -> None:
         )
     kept = [f for f in folders[:-1] if int(f.name) % args.select_every == 0] + folders[-1:]
     judge = load_reward_model(args)
-    records, prompts = None, None
+    world = World.load(args.world) if args.world else None
+    first = open_speaker("first", kept[0], args, judge)
+    records = load_prompts(args.data, first, args, limit=args.num_prompts)
+    prompts = [record["prompt"] for record in records]
     rows = []
     for folder in tqdm(kept, desc="epochs"):
         speaker = open_speaker(folder.name, folder, args, judge)
-        if records is None:
-            records = load_prompts(args.data, speaker, args, limit=args.num_prompts)
-            prompts = [record["prompt"] for record in records]
         samples = respond(speaker, prompts, sampling_of(args))
         scores = reward_scores(judge, speaker, prompts, samples, args.batch_size)
         info = read_info(folder)
         row = {"epoch": info["epoch"], "val_loss": info["val_loss"], "score": scores.mean()}
-        if args.world:
-            row["utility"] = utilities(World.load(args.world), records, samples).mean()
+        if world:
+            row["utility"] = utilities(world, records, samples).mean()
         rows.append(row)
     best = max(range(len(rows)), key=lambda i: rows[i]["score"])  # the first of equals
 
@@ -287,23 +285,13 @@ def select(args: argparse.Namespace) -> None:
             shutil.copyfile(kept[best] / name, aside / name)
         info = read_info(kept[best]) | {"selected_from": str(args.select), "selected_by": "score"}
         (aside / "config.json").write_text(json.dumps(info, indent=2) + "\n")
-        (aside / "selection.csv").write_text(csv_text(rows))
+        (aside / "selection.csv").write_text(report.csv_text(rows))
 
     write_folder_atomic(args.out, write)
     for i, row in enumerate(rows):
         shown = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None)
         print(shown + (" | chosen" if i == best else ""))
     print(f"wrote {args.out}: epoch {rows[best]['epoch']}, by reward-model score")
-
-
-def csv_text(rows: list[dict]) -> str:
-    """Rows of equal keys as CSV, floats with 6 significant digits, None as an empty cell."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    return stream.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -322,7 +310,7 @@ PREFIXES = (
     "Good answers:\n\n",
     "The following are helpful, truthful and harmless answers to what people ask.\n\n",
     "Below is a request. Write a response that completes it.\n\n",
-    "Q: What is the capital of France?\n\nA: The capital of France is Paris.\n\nQ: ",
+    "What is the capital of France?\n\nThe capital of France is Paris.\n\n",
 )
 
 

@@ -14,8 +14,6 @@ all pairs that the labeler did not tie, an equal score counting one half.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import shlex
 import shutil
@@ -40,7 +38,7 @@ from data.files import (
 )
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
 from model import ScalarModel, pad_right
-from report import as_markdown, as_text, estimate
+from report import as_markdown, as_text, csv_text, estimate
 
 JUDGES = ("reward_model", "longer", "features")
 COLUMNS = ["data_set", "prompt", "pairs", *JUDGES]  # of results.csv: pairs judged rightly by each
@@ -145,15 +143,19 @@ def deal(records: list[Record], num_folds: int, seed: int) -> tuple[np.ndarray, 
 
 @torch.no_grad()
 def judge(
-    train: list[Record], test: list[Record], model: ScalarModel, encoding: tiktoken.Encoding,
-    args: argparse.Namespace,
+    train: list[Record], test: list[tuple[int, Record]], model: ScalarModel,
+    encoding: tiktoken.Encoding, args: argparse.Namespace,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """For each test record, the number of its pairs and how many each judge orders rightly."""
+    """For each test record and its prompt's number, a row of COLUMNS.
+
+    The reward model reads responses cut to --max_new_tokens, as in training; the judges that
+    cannot read know their whole length.
+    """
 
     def responses_of(record: Record) -> list[list[int]]:
         ended = record.get("ended", [True] * len(record["responses"]))
         return [
-            encode_response(encoding, response, ended=end)[: args.max_new_tokens]
+            encode_response(encoding, response, ended=end)
             for response, end in zip(record["responses"], ended, strict=True)
         ]
 
@@ -173,13 +175,14 @@ def judge(
 
     rows = []
     end, device = model.config.eos_token_id, model.score.weight.device
-    for record in test:
+    for number, record in test:
         prompt = encode_prompt(encoding, record["prompt"])
         responses, pairs = responses_of(record), pairs_of(record["ranks"])
-        scores = model.scores(*pad_right([prompt + r for r in responses], end, device))
+        sequences = [prompt + response[: args.max_new_tokens] for response in responses]
+        scores = model.scores(*pad_right(sequences, end, device))
         lengths = np.array([len(response) for response in responses])
         rows.append({
-            "data_set": record["data_set"], "pairs": len(pairs),
+            "data_set": record["data_set"], "prompt": number, "pairs": len(pairs),
             "reward_model": rightly(scores.double().cpu().numpy(), pairs),
             "longer": rightly(lengths, pairs),
             "features": rightly(table_of(record) @ coefficients, pairs),
@@ -233,10 +236,9 @@ def cross_validate(args: argparse.Namespace) -> None:
             train = [record for record, f in zip(records, folds, strict=True) if f != fold]
             write_jsonl(folder / "train.jsonl", train, "comparisons")
             model = train_reward_model(folder / "rm", folder / "train.jsonl", args)
-            fresh = judge(train, [records[i] for i in inside], model, encoding, args)
-            for i, row in zip(inside, fresh, strict=True):
-                row["prompt"] = int(prompts[i])
-            write_atomic(done, _csv(COLUMNS, fresh))
+            test = [(int(prompts[i]), records[i]) for i in inside]
+            fresh = judge(train, test, model, encoding, args)
+            write_atomic(done, csv_text(fresh))
         rows += read_log(done, COLUMNS)
     write_results(out, rows, args.folds)
 
@@ -256,14 +258,14 @@ def write_results(out: Path, rows: list[dict], num_folds: int) -> None:
         for judge_name, values in right.items():
             e = estimate(values, asked, pairs)
             results.append({
-                "data_set": name, "judge": judge_name, "accuracy": f"{e.value:.6g}",
-                "ci_low": f"{e.low:.6g}", "ci_high": f"{e.high:.6g}",
+                "data_set": name, "judge": judge_name, "accuracy": e.value, "ci_low": e.low,
+                "ci_high": e.high,
                 "prompts": len(set(asked)), "pairs": int(pairs.sum()),
             })  # fmt: skip
             sign = "+" if judge_name == "difference" else ""
             cells.append(f"{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]")
         shown.append([name, str(len(set(asked))), str(int(pairs.sum())), *cells])
-    write_atomic(out / "folds.csv", _csv(list(results[0]), results))
+    write_atomic(out / "folds.csv", csv_text(results))
     words = (
         f"Share of human preferences that each judge reproduces, {num_folds} folds by prompt: "
         "every pair is judged by a model that was not trained on its prompt. 95 % intervals by "
@@ -274,11 +276,3 @@ def write_results(out: Path, rows: list[dict], num_folds: int) -> None:
         f"# Reward models on human comparisons\n\n{words}\n\n{as_markdown(shown)}\n",
     )
     print("\n" + as_text(shown) + f"\nwrote {out}/folds.md")
-
-
-def _csv(columns: list[str], rows: list[dict]) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()

@@ -675,7 +675,11 @@ class Checkpoints:
                     "start over without --resume"
                 ) from error
             self._fresh, self.resumed_from = False, folder
-            self._drop_all_but(folder)  # the process may have died before it had dropped them
+            # What `save` would have removed next, had the process not been killed.
+            older = [f for f in sorted(self.folder.glob("[0-9]*")) if f.name < folder.name]
+            mine = [f for f in older if files.folder_is_intact(f) and not self._differences(f)]
+            for superseded in set(self.folder.glob("[0-9]*")) - {*mine[1 - self.KEEP :], folder}:
+                shutil.rmtree(superseded)
             for epoch in (self.out / "epochs").glob("[0-9]*"):
                 if not files.folder_is_intact(epoch) or self._differences(epoch):
                     shutil.rmtree(epoch)  # of an earlier run, see above
@@ -715,7 +719,11 @@ class Checkpoints:
 
         name = f"{step:08d}"
         files.write_folder_atomic(self.folder / name, write)
-        self._drop_all_but(self.folder / name)
+        # Newer ones are damaged; those beside the first of a new run are an earlier run's.
+        folders = sorted(self.folder.glob("[0-9]*"))
+        mine = [f for f in folders if f.name == name or f.name < name and not self._fresh]
+        for superseded in set(folders) - set(mine[-self.KEEP :]):
+            shutil.rmtree(superseded)
         if self._fresh:
             (self.out / "model.safetensors").unlink(missing_ok=True)
             shutil.rmtree(self.out / "epochs", ignore_errors=True)
@@ -723,16 +731,6 @@ class Checkpoints:
         for log in logs:
             log.keep()
         self._keep_epoch(self.folder / name)
-
-    def _drop_all_but(self, last: Path) -> None:
-        """Keep the newest `KEEP` of this run up to `last`. Newer ones are damaged; others, and all
-        that stand beside the first of a new run, are an earlier run's."""
-        folders = sorted(self.folder.glob("[0-9]*"))
-        mine = [f for f in folders if f.name < last.name and not self._fresh]
-        mine = [f for f in mine if files.folder_is_intact(f) and not self._differences(f)]
-        for folder in folders:
-            if folder not in [*mine, last][-self.KEEP :]:
-                shutil.rmtree(folder)
 
     def _keep_epoch(self, checkpoint: Path) -> None:
         """Copy a checkpoint's model to `epochs/`; again after a resume: the copy may be missing."""

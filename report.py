@@ -167,12 +167,20 @@ def terminal_table(table: Table) -> str:
 
 def as_csv(table: Table) -> str:
     """table.csv, long form: model, metric, value, ci_low, ci_high."""
+    return csv_text([
+        {"model": model, "metric": metric, "value": e.value, "ci_low": e.low, "ci_high": e.high}
+        for model, row in table.items()
+        for metric, e in row.items()
+    ])  # fmt: skip
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows of equal keys as CSV, floats with 6 significant digits, None as an empty cell."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["model", "metric", "value", "ci_low", "ci_high"])
-    for model, row in table.items():
-        for metric, e in row.items():
-            writer.writerow([model, metric, *(f"{x:.6g}" for x in (e.value, e.low, e.high))])
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     return stream.getvalue()
 
 

@@ -49,6 +49,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import kernels
 from data.files import BadInput, Log, fingerprint, read_documents, read_jsonl, run_command
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
 from model import GPT, Checkpoints, ScalarModel, check_tokenizer, find_model, pad_right
@@ -583,8 +584,9 @@ def main(argv: list[str] | None = None) -> int:
 
     print(
         f"ppo: policy {policy.num_parameters:,} and reward model "
-        f"{reward_model.num_parameters:,} parameters, {args.device}, {args.dtype}, kernels "
-        f"{args.kernels}; {total_steps} iterations of {args.batch_size} episodes, from {step}"
+        f"{reward_model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
+        f"kernels {kernels.resolve(args.kernels, args.device)}; "
+        f"{total_steps} iterations of {args.batch_size} episodes, from {step}"
     )
     while step < total_steps:
         started = time.perf_counter()

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from data.files import BadInput, Log, fingerprint, read_jsonl, run_command, write_atomic
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
 from model import GPT, Checkpoints, ScalarModel, check_tokenizer, find_model, pad_right
@@ -71,7 +72,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Running.
     add("--max_prompt_tokens", type=int, default=96, help="a longer one is dropped (paper: 1000)")
     add("--max_new_tokens", type=int, default=32, help="longer responses are cut (paper: 1000)")
-    add("--eval_every", type=int, default=100, help="steps between validations; 0: at the end only")
+    add("--eval_every", type=int, default=200, help="steps between validations; 0: at the end only")
     add("--save_every", type=int, default=200, help="steps between checkpoints; 0: at the end only")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--seed", type=int, default=0, help="of all random draws")
@@ -373,8 +374,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, on_signal)
 
     print(
-        f"rm: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, kernels "
-        f"{args.kernels}; {total_steps} steps of {args.batch_size} prompts, from step {step}"
+        f"rm: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
+        f"kernels {kernels.resolve(args.kernels, args.device)}; "
+        f"{total_steps} steps of {args.batch_size} prompts, from step {step}"
     )
     batches, batches_epoch = [], -1
     while step < total_steps:

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import kernels
 from data.files import BadInput, Log, fingerprint, read_documents, read_jsonl, run_command
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
 from model import GPT, Checkpoints, GPTConfig, check_tokenizer, find_model, pad_right
@@ -87,7 +88,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=32, help="longer responses are cut (paper: 1000)")
     add("--save_every", type=int, default=200, help="steps between checkpoints; 0: by epoch")
     add("--epoch_checkpoints", action=argparse.BooleanOptionalAction, default=True,
-        help="keep the model of each epoch under OUT/epochs/, for evaluate.py --select")  # fmt: skip
+        help="keep each epoch's model under OUT/epochs/, for evaluate.py --select")  # fmt: skip
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--seed", type=int, default=0, help="of all random draws")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
@@ -358,8 +359,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, on_signal)
 
     print(
-        f"{stage}: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, kernels "
-        f"{args.kernels}; {total_steps} steps of {args.batch_size} sequences, from step {step}"
+        f"{stage}: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
+        f"kernels {kernels.resolve(args.kernels, args.device)}; "
+        f"{total_steps} steps of {args.batch_size} sequences, from step {step}"
     )
     batches, batches_epoch = [], -1
     while step < total_steps:

@@ -20,8 +20,9 @@ _HOME = {
     "decode_attention": "flash_decoding",
     "logprobs": "linear_logprob",
     "SCORE_MODS": "score_mods",
+    "resolve": "runtime",
 }
-__all__ = ["SCORE_MODS", "attention", "decode_attention", "logprobs"]
+__all__ = ["SCORE_MODS", "attention", "decode_attention", "logprobs", "resolve"]
 
 
 def __getattr__(name: str) -> Any:

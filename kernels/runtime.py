@@ -113,6 +113,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
+def resolve(impl: str, device: str) -> str:
+    """The name that "auto" stands for on a kind of device: "triton" on "cuda" where Triton is
+    installed, "torch" elsewhere; other names stand for themselves."""
+    if impl != "auto":
+        return impl
+    return "triton" if device == "cuda" and triton is not None else "torch"
+
+
 def choose(impl: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable:
     """The implementation that `impl` names; "auto" is Triton on CUDA and torch elsewhere.
 
@@ -120,7 +128,7 @@ def choose(impl: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable
     `tensor`.
     """
     if impl == "auto":
-        impl = "triton" if tensor.is_cuda and "triton" in impls and triton is not None else "torch"
+        impl = resolve(impl, tensor.device.type)
     if impl not in impls:
         raise ValueError(f"impl {impl!r} is unknown; choose one of auto, {', '.join(impls)}")
     if impl.startswith("triton"):
