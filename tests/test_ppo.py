@@ -828,7 +828,7 @@ def test_a_task_with_a_known_optimum_is_learned() -> None:
                   for name in ("policy", "value_network")}  # fmt: skip
     prompts = [[2, 4], [5], [6, 7, 8], [9]] * 8
     scores = []
-    for step in range(30):
+    for step in range(60):
         tokens, prompt_lengths, lengths = train_ppo.sample(models["policy"], prompts, step, args)
         minibatches = [
             train_ppo.score(tokens[rows], lengths[rows], prompt_lengths[rows], models, args)
@@ -839,7 +839,7 @@ def test_a_task_with_a_known_optimum_is_learned() -> None:
             train_ppo.update(mb, models, optimizers, None, args)
         scores.append(rollout_metrics(minibatches)["score"])
     assert scores[0] < 0.5
-    assert scores[-1] > 4.0
+    assert sum(scores[-5:]) / 5 > 3.5
 
 
 def test_the_log_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
