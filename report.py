@@ -201,8 +201,8 @@ def _bars(
         axes.bar(x + shift, e.value, width, color=colour[model], yerr=error, capsize=3,
                  error_kw={"linewidth": 1}, **style)  # fmt: skip
         axes.annotate(
-            f"{e.value:.2f}", (x + shift, e.high), xytext=(0, 2), textcoords="offset points",
-            ha="center", fontsize=8, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
+            f"{e.value:.2f}", (x + shift, e.high), xytext=(0, 4), textcoords="offset points",
+            ha="center", fontsize=8, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.3},
         )  # fmt: skip
     names = [model.replace(" + ", " +\n").replace(" (", "\n(") for model in models]
     axes.set_xticks(range(len(models)), [name.replace("_", "-") for name in names])

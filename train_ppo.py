@@ -136,7 +136,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.temperature <= 0:
         parser.error(f"--temperature {args.temperature}: expected over 0")
     args.minibatch_size = args.batch_size // args.num_minibatches
-    args.micro_batch_size = args.micro_batch_size or args.minibatch_size
     return args
 
 
@@ -314,7 +313,7 @@ def policy_logprobs(
 
 
 def micro_batches(num_rows: int, args: argparse.Namespace) -> list[slice]:
-    size = args.micro_batch_size
+    size = args.micro_batch_size or args.minibatch_size
     return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
@@ -554,7 +553,8 @@ def main(argv: list[str] | None = None) -> int:
     peak = {"policy": args.lr, "value_network": args.value_lr}
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
+    left_out = ("out", "resume", "save_every", "minibatch_size")
+    settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.pretrain_data, args.val_data, tokenizer_path,
             init / "model.safetensors", Path(args.reward_model, "model.safetensors"))  # fmt: skip
     settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
@@ -569,10 +569,6 @@ def main(argv: list[str] | None = None) -> int:
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
 
-    step = checkpoints.resume(restore) if args.resume else 0
-    log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
-    timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
-
     stop: list[int] = []  # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
 
     def on_signal(number: int, _) -> None:
@@ -582,6 +578,9 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
+    step = checkpoints.resume(restore) if args.resume else 0
+    log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
+    timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
         f"ppo: policy {policy.num_parameters:,} and reward model "
         f"{reward_model.num_parameters:,} parameters, {args.device}, {args.dtype}, "

@@ -360,10 +360,6 @@ def main(argv: list[str] | None = None) -> int:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
-    step = checkpoints.resume(restore) if args.resume else 0
-    log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
-    timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
-
     stop: list[int] = []  # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
 
     def on_signal(number: int, _) -> None:
@@ -373,6 +369,9 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
+    step = checkpoints.resume(restore) if args.resume else 0
+    log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
+    timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
         f"rm: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
         f"kernels {kernels.resolve(args.kernels, args.device)}; "

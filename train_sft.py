@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     mixing = bool(args.data and args.pretrain_data)
     pretraining = []
     if args.pretrain_data:
-        short = (args.short_tokens, 0.0 if mixing else args.short_fraction)
+        short = (min(args.short_tokens, context), 0.0 if mixing else args.short_fraction)
         pretraining = load_pretraining(args.pretrain_data, encoding, context, *short)
     examples = load_demonstrations(args.data, encoding, args) if args.data else pretraining
     val_examples = load_demonstrations(args.val_data, encoding, args) if args.val_data else []
@@ -345,10 +345,6 @@ def main(argv: list[str] | None = None) -> int:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
-    step = checkpoints.resume(restore) if args.resume else 0
-    log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
-    timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
-
     stop: list[int] = []  # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
 
     def on_signal(number: int, _) -> None:
@@ -358,6 +354,9 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
+    step = checkpoints.resume(restore) if args.resume else 0
+    log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
+    timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
         f"{stage}: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
         f"kernels {kernels.resolve(args.kernels, args.device)}; "

@@ -17,6 +17,8 @@ import pytest
 
 from tests.tiny import Tiny, make_tiny
 
+torch.set_num_threads(1)  # as the processes of tests/crash.py: bits depend on it
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():

@@ -270,7 +270,8 @@ def test_where_checkpoints_go_and_how_often_may_change(
     assert run.code == 143
     moved = first.rename(tmp_path / "moved")
     assert server.run("ppo", [*tiny.args("ppo", moved), "--resume"]).code == 0
-    assert_same(moved, whole["ppo"][0])
+    for name in ("model.safetensors", "log.csv"):  # which checkpoints are kept may differ
+        assert (moved / name).read_bytes() == (whole["ppo"][0] / name).read_bytes()
 
 
 @pytest.mark.parametrize("stage", STAGES)
