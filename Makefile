@@ -150,9 +150,10 @@ $(R)/ppo_ptx/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init
 	  --ptx_coef 1 --batch_size 32 --max_steps 30 --kl_coef 0.05 $(real_lim)
 
 $(R)/report/report.md: evaluate.py $(R)/ppo_ptx/model.safetensors
+	head -n 200 $(R)/data/test/prompts.jsonl > $(R)/data/test/prompts_200.jsonl
 	$(py) evaluate.py --out $(R)/report --seed $(SEED) --baseline sft \
 	  --checkpoints base=$(R)/base sft=$(R)/sft ppo_ptx=$(R)/ppo_ptx --num_prompts 64 \
-	  --reward_model $(R)/rm --reference $(R)/init --data $(R)/data/test/prompts.jsonl \
+	  --reward_model $(R)/rm --reference $(R)/init --data $(R)/data/test/prompts_200.jsonl \
 	  --val_data $(R)/data/valid/prompts.jsonl --pretrain_data $(R)/data/test/pretrain.txt \
 	  $(real_lim)
 
