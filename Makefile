@@ -100,7 +100,7 @@ $(call weights,ppo_ptx): train_ppo.py model.py $(call weights,rm) $(call weights
 	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1 --pretrain_data $(D)/train/pretrain.txt
 
 # What each step did.
-$(OUT)/report/report.md: evaluate.py $(call weights,base) $(call weights,sft_selected) \
+$(OUT)/report/report.md: evaluate.py report.py sample.py $(call weights,base) $(call weights,sft_selected) \
                          $(call weights,ppo) $(call weights,ppo_ptx)
 	$(py) evaluate.py --out $(OUT)/report --seed $(SEED) --baseline sft \
 	  --checkpoints base=$(OUT)/base sft=$(OUT)/sft_selected ppo=$(OUT)/ppo ppo_ptx=$(OUT)/ppo_ptx \

@@ -201,6 +201,33 @@ def test_chunks_draw_different_numbers(
     assert responses[:4] != responses[4:]
 
 
+def test_off_topic_responses_come_from_other_prompts() -> None:
+    records = [
+        {"use_case": f"u{i % 2}", "responses": [f"{i} {k}" for k in range(4)],
+         "ended": [(i + k) % 3 > 0 for k in range(4)], "models": ["sft"] * 4}
+        for i in range(20)
+    ]  # fmt: skip
+    args = sample.argparse.Namespace(off_topic=2, seed=0)
+    exchanged = sample.with_off_topic(records, args)
+    said = {r["responses"][k]: r["ended"][k] for r in records for k in range(4)}
+    alike = []
+    for i, (old, new) in enumerate(zip(records, exchanged, strict=True)):
+        assert new["models"].count("other prompt") == 2
+        for k in range(4):
+            text, name = new["responses"][k], new["models"][k]
+            owner = int(text.split()[0])
+            assert new["ended"][k] == said[text]
+            assert (owner != i) == (name == "other prompt")
+            assert text == old["responses"][k] or owner != i
+            alike += [owner % 2 == i % 2] if owner != i else []
+    assert 0.5 < np.mean(alike) < 1  # half of them on purpose, and some by chance
+    assert records[0]["models"] == ["sft"] * 4  # the input is left alone
+    args.off_topic = 0
+    assert sample.with_off_topic(records, args) == records
+    args.off_topic = 9
+    assert all(r["models"].count("sft") == 1 for r in sample.with_off_topic(records, args))
+
+
 # -------------------------------------------------------------------- talk and bad input
 
 
