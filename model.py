@@ -608,15 +608,19 @@ def save_model(
         name.removeprefix("trunk."): tensor.detach().float().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
+    # In a folder aside, because safetensors writes to a file of its own making first, which a
+    # killed process would leave behind; and it makes that file private.
     aside = folder / f".model.safetensors.{os.getpid()}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
     try:
-        save_file(weights, aside, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", aside)  # safetensors makes it private
-        with aside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(aside, folder / "model.safetensors")
+        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", aside / "model.safetensors")
+        files.flush_to_disk(aside / "model.safetensors")
+        os.replace(aside / "model.safetensors", folder / "model.safetensors")
+        files.flush_to_disk(folder)
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _interned(value: Any) -> Any:

@@ -265,7 +265,7 @@ def write_documents(path: Path | str, documents: Iterable[str]) -> None:
 # Atomic writes
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """fsync a file or a folder, so that a later rename cannot be on disk before its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -281,9 +281,9 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush_to_disk(aside)
+        flush_to_disk(aside)
         os.replace(aside, path)
-        _flush_to_disk(path.parent)
+        flush_to_disk(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -303,11 +303,11 @@ def write_folder_atomic(folder: Path | str, write: Callable[[Path], None]) -> No
         sums = "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(aside.iterdir()))
         (aside / "SHA256SUMS").write_text(sums)
         for file in aside.iterdir():
-            _flush_to_disk(file)
-        _flush_to_disk(aside)
+            flush_to_disk(file)
+        flush_to_disk(aside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
-        _flush_to_disk(folder.parent)
+        flush_to_disk(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -455,7 +455,7 @@ def check_writable(folder: Path | str) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_probe.{os.getpid()}"
+        probe = folder / f".write_probe.{os.getpid()}.tmp"
         probe.touch()
         probe.unlink()
     except OSError as error:
