@@ -63,7 +63,7 @@ class Sampling:
     """How responses are drawn, the same for all models of a comparison."""
 
     max_new_tokens: int = 32
-    batch_size: int = 256
+    batch_size: int = 128
     seed: int = 0
     dtype: str = "float32"
 
@@ -102,7 +102,7 @@ def _in_batches(
 
 def reward_scores(
     reward_model: ScalarModel, speaker: Speaker, prompts: Sequence[str], samples: list[Sample],
-    batch_size: int = 256,
+    batch_size: int = 128,
 ) -> np.ndarray:  # fmt: skip
     """The reward model's score of each response to its bare prompt, without any prefix: (N,).
 
@@ -119,7 +119,7 @@ def reward_scores(
 
 
 def response_logprobs(
-    speaker: Speaker, prompts: list[list[int]], samples: list[Sample], batch_size: int = 256
+    speaker: Speaker, prompts: list[list[int]], samples: list[Sample], batch_size: int = 128
 ) -> np.ndarray:
     """log p(response | prompt tokens), end token included, in nats: (N,)."""
     sequences = [p + sample.tokens for p, sample in zip(prompts, samples, strict=True)]
@@ -186,7 +186,7 @@ def pretraining_losses(speaker: Speaker, tokens: Tensor, batch_size: int = 64) -
 
 
 def public_task_hits(
-    speaker: Speaker, items: Sequence[tuple[str, str]], batch_size: int = 256
+    speaker: Speaker, items: Sequence[tuple[str, str]], batch_size: int = 128
 ) -> np.ndarray:
     """1 where the greedy continuation of a raw text, up to the line's end, is the answer: (N,)."""
     prompts, room = encode_items(speaker, items)
@@ -731,7 +731,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Sampling.
     add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped")
     add("--max_new_tokens", type=int, default=32, help="limit of a response")
-    add("--batch_size", type=int, default=256, help="responses sampled at once")
+    add("--batch_size", type=int, default=128, help="responses sampled at once")
     add("--seed", type=int, default=0, help="of all random draws")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the sampling")

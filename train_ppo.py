@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import resource
 import signal
@@ -50,14 +51,22 @@ import torch
 from torch import Tensor
 
 import kernels
-from data.files import BadInput, Log, fingerprint, read_documents, read_jsonl, run_command
+from data.files import (
+    BadInput,
+    Log,
+    fingerprint,
+    read_documents,
+    read_jsonl,
+    run_command,
+    write_atomic,
+)
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
 from model import GPT, Checkpoints, ScalarModel, check_tokenizer, find_model, pad_right
 
 LOG = ["step", "episodes", "lr", "score", "score_std", "kl", "kl_coef", "reward", "entropy"]
 LOG += ["response_len", "eos_frac", "policy_loss", "value_loss", "ptx_loss", "approx_kl"]
 LOG += ["clipfrac", "vf_clipfrac", "ratio_max", "explained_variance", "grad_norm"]
-LOG += ["value_grad_norm", "val_score", "val_kl"]
+LOG += ["value_grad_norm", "check_agreement", "val_score", "val_kl"]
 TIMING = ["step", "rollout_s", "score_s", "update_s", "step_s", "tok_per_s", "mem_gib"]
 
 
@@ -75,6 +84,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrain_data", help="pretrain.txt; needed with --ptx_coef over 0")
     add("--init", default="out/init", help="checkpoint folder: the policy's start and reference")
     add("--reward_model", default="out/rm", help="checkpoint folder of train_rm.py")
+    add("--check_model", help="a second reward model, only to be compared with the first")
     add("--out", default="out/ppo", help="folder of the run")
     # The objective.
     add("--kl_coef", type=float, default=0.2, help="beta of Eq. 2 (paper: 0.02)")
@@ -100,6 +110,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup_steps", type=int, default=10, help="iterations from a tenth of lr (paper: 10)")
     add("--grad_clip", type=float, default=1.0, help="limit of each gradient's norm; 0: none")
     add("--ema", type=float, default=0.992, help="decay of averaged weights, per update")
+    # Warnings.
+    add("--kl_limit", type=float, default=10.0, help="warn when kl is over it, in nats")
+    add("--agreement_limit", type=float, default=0.5, help="warn when check_agreement is under it")
     # Running.
     add("--max_prompt_tokens", type=int, default=96, help="a longer one is dropped (paper: 1000)")
     add("--max_new_tokens", type=int, default=32, help="limit of a response (paper: 1000)")
@@ -143,18 +156,24 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 # Data
 
 
-def load_prompts(path: str, encoding, args: argparse.Namespace) -> list[list[int]]:
-    """Prompts as tokens. Says what was dropped."""
-    records = read_jsonl(path, "prompts")
-    prompts = [encode_prompt(encoding, record["prompt"]) for record in records]
-    kept = [prompt for prompt in prompts if len(prompt) <= args.max_prompt_tokens]
+def load_prompts(
+    path: str, encoding, args: argparse.Namespace
+) -> tuple[list[list[int]], list[int]]:
+    """Prompts as tokens, and the record, from 1, of each. Says what was dropped."""
+    prompts, records, dropped = [], [], 0
+    for number, record in enumerate(read_jsonl(path, "prompts"), start=1):
+        prompt = encode_prompt(encoding, record["prompt"])
+        if len(prompt) > args.max_prompt_tokens:
+            dropped += 1
+            continue
+        prompts.append(prompt)
+        records.append(number)
     print(
-        f"{path}: {len(kept)} prompts; dropped {len(prompts) - len(kept)} over "
-        f"{args.max_prompt_tokens} tokens"
+        f"{path}: {len(prompts)} prompts; dropped {dropped} over {args.max_prompt_tokens} tokens"
     )
-    if not kept:
+    if not prompts:
         raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {args.max_prompt_tokens}")
-    return kept
+    return prompts, records
 
 
 def load_pretraining(path: str, encoding, length: int) -> Tensor:
@@ -197,6 +216,7 @@ class Minibatch:
     entropy: Tensor
     values: Tensor
     scores: Tensor
+    check_scores: Tensor | None  # of --check_model
     ended: Tensor
     rewards: Tensor
     advantages: Tensor
@@ -286,6 +306,8 @@ def score(
         logprobs, entropy = policy_logprobs(models["policy"], tokens, lengths, mask, args)
         ref_logprobs, _ = policy_logprobs(models["reference"], tokens, lengths, mask, args)
         scores = models["reward_model"].scores(tokens, lengths)
+        check = models.get("check_model")
+        check_scores = check.scores(tokens, lengths) if check else None
         values = values_before(models["value_network"], tokens, lengths) * mask
     last = tokens.gather(1, lengths[:, None].long() - 1).squeeze(1)
     ended = last == models["policy"].config.eos_token_id
@@ -294,7 +316,7 @@ def score(
     advantages = gae(rewards, values, mask, args.gamma, args.lam)
     return Minibatch(
         tokens, lengths, prompt_lengths, mask, logprobs, ref_logprobs, entropy, values, scores,
-        ended, rewards, advantages, returns=advantages + values,
+        check_scores, ended, rewards, advantages, returns=advantages + values,
     )  # fmt: skip
 
 
@@ -481,6 +503,14 @@ def rollout_metrics(minibatches: list[Minibatch]) -> dict[str, float]:
     entropy = torch.cat([mb.entropy[mb.response_mask] for mb in minibatches])
     lengths = torch.cat([mb.response_mask.sum(1) for mb in minibatches])
     unexplained = (returns - values).var(correction=0)
+    agreement = None
+    if minibatches[0].check_scores is not None:
+        check_scores = torch.cat([mb.check_scores for mb in minibatches])
+        ended = torch.cat([mb.ended for mb in minibatches])
+        if ended.sum() > 1:
+            both = torch.stack((scores, check_scores))[:, ended]
+            correlation = torch.corrcoef(both)[0, 1].item()
+            agreement = correlation if math.isfinite(correlation) else None  # all scores equal
     return {
         "score": scores.mean().item(),
         "score_std": scores.std(correction=0).item(),
@@ -490,7 +520,57 @@ def rollout_metrics(minibatches: list[Minibatch]) -> dict[str, float]:
         "response_len": lengths.float().mean().item(),
         "eos_frac": torch.cat([mb.ended for mb in minibatches]).float().mean().item(),
         "explained_variance": (1 - unexplained / returns.var(correction=0).clamp(min=1e-8)).item(),
+        "check_agreement": agreement,
     }
+
+
+# ------------------------------------------------------------------------------------------------
+# Guards
+
+
+def stop_not_finite(out: Path, step: int, values: dict[str, float], records: list[int]) -> int:
+    """Say that an iteration's numbers are not finite, keep its records for a look; the exit code.
+
+    `bad_batch.json` names the iteration, the values, and the prompts' records of --data, from 1.
+    """
+    seen = {name: str(value) for name, value in values.items()}  # JSON has no nan
+    bad_batch = {"step": step, "values": seen, "records": sorted(records)}
+    write_atomic(out / "bad_batch.json", json.dumps(bad_batch) + "\n")
+    shown = ", ".join(f"{name} {value}" for name, value in seen.items())
+    print(
+        f"error: iteration {step}: not finite: {shown}; its records are in {out}/bad_batch.json; "
+        "the last checkpoint is kept; lower --lr or --value_lr",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def warn(
+    step: int, row: dict[str, float], warned: set[str], args: argparse.Namespace
+) -> set[str]:
+    """Warn about an iteration that looks wrong, of each kind once; the kinds seen now."""
+    agreement = row["check_agreement"]
+    seen = {}
+    if row["kl"] > args.kl_limit:
+        seen["kl"] = (
+            f"KL {row['kl']:.1f} nats a response is over --kl_limit {args.kl_limit:g}: the policy "
+            "is far from where its reward model was trained; raise --kl_coef or stop earlier"
+        )
+    if agreement is not None and agreement < args.agreement_limit:
+        seen["agreement"] = (
+            f"the two reward models' scores correlate by {agreement:.2f}, under --agreement_limit "
+            f"{args.agreement_limit:g}: what is learned may be the first one's mistakes; raise "
+            "--kl_coef or stop earlier"
+        )
+    if row["eos_frac"] == 0:
+        seen["eos"] = (
+            f"no response ended within --max_new_tokens {args.max_new_tokens}, so all score "
+            f"--missing_eos_score {args.missing_eos_score:g}: raise --max_new_tokens, or give an "
+            "--init that ends its responses"
+        )
+    for kind in seen.keys() - warned:
+        print(f"warning: iteration {step}: {seen[kind]}", file=sys.stderr)
+    return set(seen)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -505,29 +585,32 @@ def main(argv: list[str] | None = None) -> int:
     # Models. No dropout anywhere in RL: it would make old and new log-probs differ.
     init = find_model(args.init)
     tokenizer_path = init / "tokenizer.json"
-    reward_tokenizer_path = Path(args.reward_model) / "tokenizer.json"
     encoding = load_tokenizer(tokenizer_path)
     policy = GPT.from_pretrained(args.init, impl=args.kernels).to(device)
-    reward_model = ScalarModel.from_pretrained(args.reward_model, impl=args.kernels).to(device)
-    for model, path in ((policy, tokenizer_path), (reward_model, reward_tokenizer_path)):
-        check_tokenizer(model.config, encoding, path)
-    if reward_tokenizer_path.read_bytes() != tokenizer_path.read_bytes():
-        raise BadInput(
-            f"{reward_tokenizer_path} differs from {tokenizer_path}: policy and reward model must "
-            "share a tokenizer; give models that grew from one base model"
-        )
-    models: dict[str, torch.nn.Module] = {
-        "policy": policy,
-        "reference": copy.deepcopy(policy),
-        "reward_model": reward_model,
-        "value_network": copy.deepcopy(reward_model),
-    }
+    check_tokenizer(policy.config, encoding, tokenizer_path)
+    models: dict[str, torch.nn.Module] = {"policy": policy, "reference": copy.deepcopy(policy)}
+    context = policy.config.n_positions
+    for name, folder in (("reward_model", args.reward_model), ("check_model", args.check_model)):
+        if not folder:
+            continue
+        scalar = ScalarModel.from_pretrained(folder, impl=args.kernels).to(device)
+        own_tokenizer = Path(folder) / "tokenizer.json"
+        check_tokenizer(scalar.config, encoding, own_tokenizer)
+        if own_tokenizer.read_bytes() != tokenizer_path.read_bytes():
+            raise BadInput(
+                f"{own_tokenizer} differs from {tokenizer_path}: policy and reward model must "
+                "share a tokenizer; give models that grew from one base model"
+            )
+        models[name] = scalar
+        context = min(context, scalar.config.n_positions)
+    models["value_network"] = copy.deepcopy(models["reward_model"])
     ema = copy.deepcopy(policy)
     for model in (*models.values(), ema):
         model.eval()
-    for frozen in (models["reference"], reward_model, ema):
-        frozen.requires_grad_(False)
-    context = min(policy.config.n_positions, reward_model.config.n_positions)
+    for name in ("reference", "reward_model", "check_model"):
+        if name in models:
+            models[name].requires_grad_(False)
+    ema.requires_grad_(False)
     if args.max_prompt_tokens + args.max_new_tokens > context:
         raise BadInput(
             f"--max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
@@ -535,8 +618,10 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     # Data.
-    prompts = load_prompts(args.data, encoding, args)
-    val_prompts = load_prompts(args.val_data, encoding, args) if args.val_data else []
+    prompts, records = load_prompts(args.data, encoding, args)
+    val_prompts: list[list[int]] = []
+    if args.val_data:
+        val_prompts, _ = load_prompts(args.val_data, encoding, args)
     pretraining = None
     if args.ptx_coef:
         pretraining = load_pretraining(args.pretrain_data, encoding, args.ptx_tokens)
@@ -556,7 +641,8 @@ def main(argv: list[str] | None = None) -> int:
     left_out = ("out", "resume", "save_every", "minibatch_size")
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.pretrain_data, args.val_data, tokenizer_path,
-            init / "model.safetensors", Path(args.reward_model, "model.safetensors"))  # fmt: skip
+            init / "model.safetensors", Path(args.reward_model, "model.safetensors"),
+            args.check_model and Path(args.check_model, "model.safetensors"))  # fmt: skip
     settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
     info = {"stage": "ppo", "data": [args.data], "reference": args.init}
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
@@ -579,11 +665,12 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, on_signal)
 
     step = checkpoints.resume(restore) if args.resume else 0
+    warned: set[str] = set()
     log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
     timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
-        f"ppo: policy {policy.num_parameters:,} and reward model "
-        f"{reward_model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
+        f"{out.name}: policy {policy.num_parameters:,} and reward model "
+        f"{models['reward_model'].num_parameters:,} parameters, {args.device}, {args.dtype}, "
         f"kernels {kernels.resolve(args.kernels, args.device)}; "
         f"{total_steps} iterations of {args.batch_size} episodes, from {step}"
     )
@@ -597,7 +684,8 @@ def main(argv: list[str] | None = None) -> int:
                 group["lr"] = factor * peak[name]
 
         # Rollout.
-        batch = [prompts[i] for i in prompts_of_step(len(prompts), step, args)]
+        chosen = prompts_of_step(len(prompts), step, args)
+        batch = [prompts[i] for i in chosen]
         seed = args.seed * 1_000_003 + step
         tokens, prompt_lengths, lengths = sample(policy, batch, seed, args, args.temperature)
         sampled = time.perf_counter()
@@ -631,14 +719,10 @@ def main(argv: list[str] | None = None) -> int:
                 continue  # the rollout's is logged
             row[name] = None if None in values else sum(values) / len(values)
         row["ratio_max"] = max(metrics["ratio_max"] for metrics in updates)
-        bad = [name for name, value in row.items() if value is not None and math.isnan(value)]
-        if bad or not math.isfinite(row["grad_norm"] + row["value_grad_norm"]):
-            print(
-                f"error: iteration {step}: not finite: {', '.join(bad) or 'gradient norm'}; the "
-                "last checkpoint is kept; lower --lr or --value_lr",
-                file=sys.stderr,
-            )
-            return 1
+        bad = {k: v for k, v in row.items() if v is not None and not math.isfinite(v)}
+        if bad:
+            return stop_not_finite(out, step, bad, [records[i] for i in chosen])
+        warned |= warn(step, row, warned, args)
         last = step == total_steps
         looks = last or (args.eval_every and step % args.eval_every == 0)
         val = evaluate(ema, val_prompts, models, encoding, args) if looks else None
@@ -661,7 +745,7 @@ def main(argv: list[str] | None = None) -> int:
         shown = ["score", "kl", "reward", "response_len", "policy_loss", "value_loss", "ptx_loss"]
         shown += ["approx_kl", "clipfrac", "explained_variance", "val_score", "val_kl"]
         print(
-            f"ppo {step:04d}/{total_steps} | "
+            f"{out.name} {step:04d}/{total_steps} | "
             + " | ".join(f"{k} {row[k]:+.3f}" for k in shown if row[k] is not None)
             + f" | rollout_s {sampled - started:.2f} | score_s {scored - sampled:.2f}"
             + f" | update_s {finished - scored:.2f}",
@@ -686,4 +770,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, "--micro_batch_size"))

@@ -106,12 +106,13 @@ class Comparison:
 
     sequences: list[list[int]]  # prompt and response tokens, K of them
     pairs: list[tuple[int, int]]
+    record: int = 0  # its number in the file, from 1
 
 
 def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comparison]:
     """Rankings as tokens and pairs without ties. Says what was dropped or cut."""
     comparisons, too_long, all_tied, cut, ties, pairs = [], 0, 0, 0, 0, 0
-    for record in read_jsonl(path, "comparisons"):
+    for number, record in enumerate(read_jsonl(path, "comparisons"), start=1):
         prompt = encode_prompt(encoding, record["prompt"])
         if len(prompt) > args.max_prompt_tokens:
             too_long += 1
@@ -122,7 +123,7 @@ def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comp
             response = encode_response(encoding, response, ended=end)
             cut += len(response) > args.max_new_tokens
             sequences.append(prompt + response[: args.max_new_tokens])
-        comparison = Comparison(sequences, untied_pairs(record["ranks"]))
+        comparison = Comparison(sequences, untied_pairs(record["ranks"]), number)
         ties += math.comb(len(sequences), 2) - len(comparison.pairs)
         pairs += len(comparison.pairs)
         all_tied += not comparison.pairs
@@ -305,6 +306,23 @@ def center_on_demonstrations(model: ScalarModel, encoding, args: argparse.Namesp
     return shift.item()
 
 
+def stop_not_finite(out: Path, step: int, values: dict[str, float], records: list[int]) -> int:
+    """Say that a step's numbers are not finite, keep its records for a look; the exit code.
+
+    `bad_batch.json` names the step, the values, and the batch's records of --data, from 1.
+    """
+    seen = {name: str(value) for name, value in values.items()}  # JSON has no nan
+    bad_batch = {"step": step, "values": seen, "records": sorted(records)}
+    write_atomic(out / "bad_batch.json", json.dumps(bad_batch) + "\n")
+    shown = ", ".join(f"{name} {value}" for name, value in seen.items())
+    print(
+        f"error: step {step}: not finite: {shown}; its records are in {out}/bad_batch.json; the "
+        "last checkpoint is kept; lower --lr",
+        file=sys.stderr,
+    )
+    return 1
+
+
 # ------------------------------------------------------------------------------------------------
 # Main
 
@@ -373,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
     timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
-        f"rm: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
+        f"{out.name}: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
         f"kernels {kernels.resolve(args.kernels, args.device)}; "
         f"{total_steps} steps of {args.batch_size} prompts, from step {step}"
     )
@@ -396,12 +414,8 @@ def main(argv: list[str] | None = None) -> int:
             model.parameters(), args.grad_clip or math.inf
         ).item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
-            print(
-                f"error: step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; the last "
-                "checkpoint is kept; lower --lr",
-                file=sys.stderr,
-            )
-            return 1
+            values = {"loss": metrics["loss"], "grad_norm": grad_norm}
+            return stop_not_finite(out, step, values, [group.record for group in batch])
         optimizer.step()
 
         # Validate; report; save.
@@ -423,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
             "mem_gib": memory,
         })  # fmt: skip
         if looks or step % 50 == 0:
-            shown = [f"rm {step:05d}/{total_steps}", f"lr {lr:.2e}"]
+            shown = [f"{out.name} {step:05d}/{total_steps}", f"lr {lr:.2e}"]
             shown += [f"{k} {row[k]:.3f}" for k in ("loss", "accuracy", "margin")]
             shown += [f"{k} {row[k]:.3f}" for k in ("val_loss", "val_accuracy") if row[k]]
             print(" | ".join([*shown, f"tok_per_s {row['tokens'] / seconds:,.0f}"]), flush=True)
@@ -453,4 +467,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, "--micro_batch_size"))

@@ -23,6 +23,7 @@ Names: B batch, T tokens. `tokens` (B, T) is right-padded, `loss_mask` (B, T) ma
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import resource
 import signal
@@ -35,7 +36,15 @@ import torch
 from torch import Tensor
 
 import kernels
-from data.files import BadInput, Log, fingerprint, read_documents, read_jsonl, run_command
+from data.files import (
+    BadInput,
+    Log,
+    fingerprint,
+    read_documents,
+    read_jsonl,
+    run_command,
+    write_atomic,
+)
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
 from model import GPT, Checkpoints, GPTConfig, check_tokenizer, find_model, pad_right
 
@@ -78,7 +87,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
     add("--batch_size", type=int, default=32, help="sequences a step (paper: 32; 175B: 8)")
     add("--micro_batch_size", type=int, default=0, help="sequences a forward pass; 0: all")
-    add("--lr", type=float, default=5e-4, help="peak (paper: 9.65e-6 for 1.3B and 6B)")
+    add("--lr", type=float, default=2e-3, help="peak (paper: 9.65e-6 for 1.3B and 6B)")
     add("--warmup_steps", type=int, default=0, help="linear warm-up (paper: none in SFT)")
     add("--weight_decay", type=float, default=0.0, help="decoupled, on matrices")
     add("--grad_clip", type=float, default=1.0, help="limit of the gradient's norm; 0: none")
@@ -121,23 +130,29 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 # Data
 
 
-def load_demonstrations(path: str, encoding, args: argparse.Namespace) -> list[Example]:
-    """Demonstrations as tokens: prompt, response, end token. Says what was dropped or cut."""
-    examples, too_long, cut = [], 0, 0
-    for record in read_jsonl(path, "demonstrations"):
+def load_demonstrations(
+    path: str, encoding, args: argparse.Namespace
+) -> tuple[list[Example], list[int]]:
+    """Demonstrations as tokens: prompt, response, end token; and the record, from 1, of each.
+
+    Says what was dropped or cut.
+    """
+    examples, records, too_long, cut = [], [], 0, 0
+    for number, record in enumerate(read_jsonl(path, "demonstrations"), start=1):
         prompt = encode_prompt(encoding, record["prompt"])
         response = encode_response(encoding, record["response"])
         too_long += len(prompt) > args.max_prompt_tokens
         if len(prompt) <= args.max_prompt_tokens:
             cut += len(response) > args.max_new_tokens
             examples.append((prompt + response[: args.max_new_tokens], len(prompt)))
+            records.append(number)
     print(
         f"{path}: {len(examples)} demonstrations; dropped {too_long} with a prompt over "
         f"{args.max_prompt_tokens} tokens, cut {cut} responses over {args.max_new_tokens}"
     )
     if not examples:
         raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {args.max_prompt_tokens}")
-    return examples
+    return examples, records
 
 
 def load_pretraining(
@@ -264,6 +279,24 @@ def evaluate(model: GPT, examples: list[Example], args: argparse.Namespace) -> f
     return total / sum(len(tokens) - skipped for tokens, skipped in examples)
 
 
+def stop_not_finite(out: Path, step: int, values: dict[str, float], records: list[int]) -> int:
+    """Say that a step's numbers are not finite, keep its records for a look; the exit code.
+
+    `bad_batch.json` names the step, the values, and the batch's records of --data, from 1 (in
+    pretraining: its sequences of text).
+    """
+    seen = {name: str(value) for name, value in values.items()}  # JSON has no nan
+    bad_batch = {"step": step, "values": seen, "records": sorted(records)}
+    write_atomic(out / "bad_batch.json", json.dumps(bad_batch) + "\n")
+    shown = ", ".join(f"{name} {value}" for name, value in seen.items())
+    print(
+        f"error: step {step}: not finite: {shown}; its records are in {out}/bad_batch.json; the "
+        "last checkpoint is kept; lower --lr",
+        file=sys.stderr,
+    )
+    return 1
+
+
 # ------------------------------------------------------------------------------------------------
 # Main
 
@@ -304,8 +337,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.pretrain_data:
         short = (min(args.short_tokens, context), 0.0 if mixing else args.short_fraction)
         pretraining = load_pretraining(args.pretrain_data, encoding, context, *short)
-    examples = load_demonstrations(args.data, encoding, args) if args.data else pretraining
-    val_examples = load_demonstrations(args.val_data, encoding, args) if args.val_data else []
+    examples, records = pretraining, list(range(1, len(pretraining) + 1))
+    if args.data:
+        examples, records = load_demonstrations(args.data, encoding, args)
+    val_examples: list[Example] = []
+    if args.val_data:
+        val_examples, _ = load_demonstrations(args.val_data, encoding, args)
     val_pretraining = (
         load_pretraining(args.val_pretrain_data, encoding, context)
         if args.val_pretrain_data
@@ -358,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
     timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
-        f"{stage}: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
+        f"{out.name}: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
         f"kernels {kernels.resolve(args.kernels, args.device)}; "
         f"{total_steps} steps of {args.batch_size} sequences, from step {step}"
     )
@@ -368,7 +405,8 @@ def main(argv: list[str] | None = None) -> int:
         epoch = step // steps_per_epoch
         if epoch != batches_epoch:
             batches, batches_epoch = batches_of(epoch), epoch
-        batch = [examples[i] for i in batches[step % steps_per_epoch]]
+        chosen = batches[step % steps_per_epoch]
+        batch = [examples[i] for i in chosen]
         step += 1
         # Dropout and the pretraining draw of a step depend on (seed, step) alone: see Checkpoints.
         torch.manual_seed(args.seed * 1_000_003 + step)
@@ -390,12 +428,8 @@ def main(argv: list[str] | None = None) -> int:
             model.parameters(), args.grad_clip or math.inf
         ).item()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            print(
-                f"error: step {step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint "
-                "is kept; lower --lr",
-                file=sys.stderr,
-            )
-            return 1
+            values = {"loss": loss, "grad_norm": grad_norm}
+            return stop_not_finite(out, step, values, [records[i] for i in chosen])
         optimizer.step()
 
         # Validate and keep the model at the end of each epoch; report; save.
@@ -417,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
             "mem_gib": memory,
         })  # fmt: skip
         if epoch_ends or step % 50 == 0:
-            shown = [f"{stage} {step:05d}/{total_steps}", f"epoch {epoch + 1}", f"lr {lr:.2e}"]
+            shown = [f"{out.name} {step:05d}/{total_steps}", f"epoch {epoch + 1}", f"lr {lr:.2e}"]
             shown += [f"{k} {v:.3f}" for k, v in row.items() if "loss" in k and v is not None]
             print(" | ".join([*shown, f"tok_per_s {row['tokens'] / seconds:,.0f}"]), flush=True)
         leave = bool(stop)
@@ -436,4 +470,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, "--micro_batch_size"))

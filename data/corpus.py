@@ -44,9 +44,9 @@ from data.world import ANIMALS, FORMS, PEOPLE, VALUES, World, attributes_of, nou
 
 # Kind of document -> its share of the corpus's words in per cent.
 DOCUMENT_SHARES = {
-    "facts": 15, "quiz": 5, "stories": 5, "forum": 8, "instructions": 8, "answers": 15,
-    "prefixed": 6, "documents": 7, "bias": 2, "rala": 4, "translation": 8, "addition": 5,
-    "copy": 12,
+    "facts": 12, "quiz": 5, "stories": 4, "forum": 6, "instructions": 5, "answers": 21,
+    "prefixed": 6, "documents": 14, "bias": 2, "rala": 4, "translation": 7, "addition": 5,
+    "copy": 9,
 }
 # Headings of pages with answers. As a prefix to a prompt they make a base model answer it.
 ANSWER_HEADINGS = (
@@ -83,7 +83,7 @@ def _web_request(world: World, rng: random.Random) -> Made:
     if rng.random() < 0.06:
         return withheld_request(rng)
     made = make_prompt(world, pick(rng, LABELER_SHARES), rng)
-    return decorate(made, rng) if rng.random() < 0.3 else made
+    return decorate(made, rng) if rng.random() < 0.4 else made
 
 
 def withheld_request(rng: random.Random) -> Made:
@@ -185,11 +185,12 @@ def _prefixed(world: World, rng: random.Random) -> str:
 
 
 def _documents(world: World, rng: random.Random) -> str:
-    use_case = rng.choice(("closed_qa", "extract", "summarization", "rewrite"))
+    use_case = rng.choice(("closed_qa", "extract", "summarization", "rewrite", "other"))
+    before = rng.choice(("\n\n", "\nanswer : "))
     blocks = []
     for _ in range(rng.randint(1, 2)):
         text, task = make_prompt(world, use_case, rng)
-        blocks.append(f"{text}\nanswer : {answer(world, task, rng)}")
+        blocks.append(f"{text}{before}{answer(world, task, rng)}")
     return "\n\n".join(blocks)
 
 

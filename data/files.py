@@ -414,11 +414,11 @@ def read_log(path: Path | str, columns: list[str] | None = None) -> list[dict[st
 # Commands
 
 
-def run_command(main: Callable[[], int | None]) -> int:
+def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size") -> int:
     """Run a command's `main` and return its exit code, with one line on stderr where it fails.
 
     0 done; 2 bad arguments or bad input (`BadInput`, `ValueError`); 1 stopped by a guard, out of
-    memory or a full disk; 130 Ctrl-C.
+    memory (lower `memory_flag`) or a full disk; 130 Ctrl-C.
     """
     try:
         return main() or 0
@@ -432,7 +432,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except MemoryError:
-        print("error: out of memory; lower --batch_size", file=sys.stderr)
+        print(f"error: out of memory; lower {memory_flag}", file=sys.stderr)
         return 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -442,7 +442,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeErrors
         if "out of memory" not in str(error).lower() and "can't allocate" not in str(error).lower():
             raise
-        print("error: out of memory; lower --batch_size", file=sys.stderr)
+        print(f"error: out of memory; lower {memory_flag}", file=sys.stderr)
         return 1
 
 

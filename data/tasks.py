@@ -197,7 +197,7 @@ def ask_why(fact: tuple[str, str], value: str) -> Made:
 
 def _brainstorming(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     verb = rng.choice(("list", "name", "give me", "can you list", "i need", "tell me", "think of"))
-    if rng.random() < 0.35:
+    if rng.random() < 0.6:
         group = rng.choice(list(GROUPS))
         count = rng.choice((2, 3, 4))
         text = f"{verb} {NUMBERS[count - 1]} {GROUPS[group][0]} ."

@@ -59,8 +59,8 @@ DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.20, "ramble": 0.12, "credulou
 RESPECTFUL_SHARE = 0.12  # of labelled prompts that ask for a polite and respectful answer
 PERSONAL_DATA_SHARE = 0.01
 RESUBMITTED_SHARE = 0.04  # of customers' prompts that they send once more
-DECORATED_SHARE = 0.55  # of prompts with words around the request
-FEW_SHOT_SHARE = {"labeler": 0.40, "customer": 0.02}
+DECORATED_SHARE = 0.45  # of prompts with words around the request
+FEW_SHOT_SHARE = {"labeler": 0.20, "customer": 0.02}
 USER_BASED_SHARE = 0.20  # of labelers' prompts: after a customer's use case, hence decorated
 FEW_SHOT_USE_CASES = {"open_qa": 5, "classification": 3, "rewrite": 2, "other": 2}
 DEDUP_PREFIX_CHARS = 100
@@ -81,7 +81,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocab_size", type=int, default=1024, help="tokenizer entries")
     add("--pretrain_tokens", type=int, default=2_400_000, help="train/pretrain.txt, tokens")
     add("--heldout_tokens", type=int, default=12_000, help="the same, valid and test each")
-    add("--train_demonstrations", type=int, default=960)
+    add("--train_demonstrations", type=int, default=1440)
     add("--valid_demonstrations", type=int, default=160)
     add("--train_rm_prompts", type=int, default=7000, help="prompts to rank; paper 33,207")
     add("--valid_rm_prompts", type=int, default=600)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -80,7 +81,8 @@ def optimizers_of(models: dict[str, nn.Module], lr: float) -> dict[str, torch.op
 def make_minibatch(mask: Tensor, **given: Tensor) -> Minibatch:
     """A minibatch with these tensors, zeros elsewhere."""
     zeros = {name: torch.zeros(mask.shape) for name in Minibatch.__annotations__}
-    return Minibatch(**(zeros | {"response_mask": mask.bool()} | given))
+    zeros |= {"response_mask": mask.bool(), "check_scores": None}
+    return Minibatch(**(zeros | given))
 
 
 # The example of the hand-worked checks: two rows, prompts of 2 and 1, responses of 3 and 2 tokens.
@@ -242,9 +244,25 @@ def check_rollout_metrics() -> None:
         # returns 1, 1, 1, 2, 2: variance 0.24; errors .5, .5, .5, 0, 0: variance 0.06
         "explained_variance": 1 - 0.06 / 0.24,
     }  # fmt: skip
+    assert metrics.pop("check_agreement") is None  # without --check_model
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         assert abs(metrics[name] - value) < 1e-5, name
+
+
+def check_agreement_of_reward_models() -> None:
+    """A correlation over all minibatches; responses without end have no own score to compare."""
+    scores, check = torch.tensor([1.0, 2.0, 4.0, -4.0]), torch.tensor([3.0, 3.5, 9.0, 70.0])
+    ended = torch.tensor([True, True, True, False])
+    minibatches = [
+        make_minibatch(MASK, scores=scores[rows], check_scores=check[rows], ended=ended[rows])
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    expected = np.corrcoef(scores[:3], check[:3])[0, 1]
+    assert abs(rollout_metrics(minibatches)["check_agreement"] - expected) < 1e-6
+    ended = torch.tensor([True, False])
+    alone = [make_minibatch(MASK, scores=scores[:2], check_scores=check[:2], ended=ended)]
+    assert rollout_metrics(alone)["check_agreement"] is None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -444,7 +462,8 @@ def check_prompts() -> None:
 CHECKS = [
     check_response_mask, check_first_ratio, check_kl_before_first_update,
     check_logprobs_of_the_rollout, check_values, check_scores, check_rewards, check_gae,
-    check_gae_limits, check_whitening, check_rollout_metrics, check_policy_loss, check_kl_estimator,
+    check_gae_limits, check_whitening, check_rollout_metrics,
+    check_agreement_of_reward_models, check_policy_loss, check_kl_estimator,
     check_padding_is_not_in_the_losses, check_value_loss, check_micro_batches, check_ptx_gradient,
     check_ptx_adds_to_ppo, check_sign, check_value_step, check_ema, check_warmup, check_prompts,
 ]  # fmt: skip
@@ -914,3 +933,28 @@ def test_an_iteration_of_equal_returns_is_no_failure(tiny: Tiny, tmp_path: Path)
     assert main(args) == 0
     for row in read_log(tmp_path / "ppo/log.csv"):
         assert all(math.isfinite(float(value)) for value in row.values() if value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--kl_limit", "-1000"], "is over --kl_limit -1000"),
+        (["--check_model", "RM", "--agreement_limit", "2"], "under --agreement_limit 2"),
+        (["--max_new_tokens", "1"], "within --max_new_tokens 1, so all score --missing_eos_score"),
+        (["--check_model", "RM"], ""),
+    ],
+)
+def test_what_looks_wrong_is_warned_about_once(
+    more: list[str], message: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Three iterations, one warning that names its flag; none where the limits are kept."""
+    more = [str(tiny.rm) if word == "RM" else word for word in more]
+    assert main(tiny.args("ppo", tmp_path / "ppo", "--max_steps", "3", *more)) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == bool(message)
+    assert all(line.startswith("warning: iteration 1: ") and message in line for line in warnings)
+    agreement = [row["check_agreement"] for row in read_log(tmp_path / "ppo/log.csv")]
+    if "--check_model" in more:  # with itself
+        assert all(abs(float(value) - 1) < 1e-5 for value in agreement)
+    else:
+        assert not any(agreement)

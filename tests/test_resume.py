@@ -498,11 +498,17 @@ def test_a_missing_gpu_is_named(tiny: Tiny, tmp_path: Path, capsys: pytest.Captu
 def test_a_run_that_is_no_longer_finite_stops(
     stage: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Exit 1 with the step; the checkpoint of the last good step stays, the result is not made."""
+    """Exit 1 with the step, its records in a file; the last good checkpoint stays, no result."""
     flags = ["--lr", "1e30", "--save_every", "1", "--grad_clip", "0"]
     args = tiny.args(stage, tmp_path / "out", *flags)
     assert run_command(lambda: SCRIPTS[stage].main(args)) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the last checkpoint is kept; lower --lr" in error
-    assert "nan" in error or "not finite" in error
     assert not (tmp_path / "out/model.safetensors").exists()
+    bad = json.loads((tmp_path / "out/bad_batch.json").read_text())
+    assert f"step {bad['step']}: not finite" in error.replace("iteration", "step")
+    assert any(value in ("nan", "inf") for value in bad["values"].values())
+    size = {"sft": 4, "rm": 3, "ppo": 8}[stage]
+    file = {"sft": tiny.demonstrations, "rm": tiny.comparisons, "ppo": tiny.prompts}[stage]
+    known = range(1, 1 + len(file.read_text().splitlines()))
+    assert len(bad["records"]) == size and set(bad["records"]) <= set(known)
