@@ -48,6 +48,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -89,8 +90,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     # The objective.
     add("--kl_coef", type=float, default=0.2, help="beta of Eq. 2 (paper: 0.02)")
     add("--ptx_coef", type=float, default=0.0, help="gamma of Eq. 2; 0: PPO (paper: 27.8)")
-    add("--ptx_ratio", type=float, default=1.0, help="pretraining sequences an episode (paper: 8)")
-    add("--ptx_tokens", type=int, default=64, help="tokens a pretraining sequence (paper: 2048)")
+    add("--ptx_ratio", type=float, default=0.5, help="pretraining sequences an episode (paper: 8)")
+    add("--ptx_tokens", type=int, default=128, help="tokens a pretraining sequence (paper: 2048)")
     add("--missing_eos_score", type=float, default=-4.0, help="score of a response without end")
     add("--gamma", type=float, default=1.0, help="discount (paper: none)")
     add("--lam", type=float, default=0.95, help="lambda of GAE (not in the paper)")
@@ -103,10 +104,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_steps", type=int, default=40, help="iterations; 0: by --epochs (paper: 500)")
     add("--batch_size", type=int, default=128, help="episodes an iteration (paper: 512)")
     add("--num_minibatches", type=int, default=8, help="updates an iteration (paper: 8)")
-    add("--micro_batch_size", type=int, default=0, help="sequences a forward pass; 0: a minibatch")
+    add("--micro_batch_size", type=int, default=8, help="sequences a forward pass; 0: a minibatch")
     add("--inner_epochs", type=int, default=1, help="passes over an iteration's batch (paper: 1)")
-    add("--lr", type=float, default=2e-4, help="of the policy (not printed in the paper)")
-    add("--value_lr", type=float, default=3e-4, help="of the value network (paper: 9e-6)")
+    add("--lr", type=float, default=8e-4, help="of the policy (not printed in the paper)")
+    add("--value_lr", type=float, default=6e-4, help="of the value network (paper: 9e-6)")
     add("--warmup_steps", type=int, default=10, help="iterations from a tenth of lr (paper: 10)")
     add("--grad_clip", type=float, default=1.0, help="limit of each gradient's norm; 0: none")
     add("--ema", type=float, default=0.992, help="decay of averaged weights, per update")
@@ -176,15 +177,22 @@ def load_prompts(
     return prompts, records
 
 
-def load_pretraining(path: str, encoding, length: int) -> Tensor:
-    """Documents joined by the end token and cut into sequences: (N, length) int64."""
+def load_pretraining(path: str, encoding, length: int) -> tuple[Tensor, Tensor]:
+    """Documents joined by the end token, (M,) int64, and where sequences of it may start, (N,).
+
+    A sequence starts where a document does, and in a long one every `length` tokens, and runs on
+    into what follows. Cut anywhere, text at a sequence's start would be the middle of something;
+    but a prompt stands at the start, and what the model does there is what PPO changes most.
+    """
     stream: list[int] = []
+    starts: list[int] = []
     for document in read_documents(path):
-        stream += [*encoding.encode_ordinary(document), encoding.eot_token]
+        tokens = [*encoding.encode_ordinary(document), encoding.eot_token]
+        starts += range(len(stream), len(stream) + len(tokens), length)
+        stream += tokens
     if len(stream) < length:
         raise BadInput(f"{path}: {len(stream)} tokens, fewer than --ptx_tokens {length}")
-    whole = len(stream) // length * length
-    return torch.tensor(stream[:whole]).view(-1, length)
+    return torch.tensor(stream), torch.tensor([s for s in starts if s + length <= len(stream)])
 
 
 def prompts_of_step(num_prompts: int, step: int, args: argparse.Namespace) -> list[int]:
@@ -231,8 +239,9 @@ def response_mask_of(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) ->
 
 def values_before(value_network: ScalarModel, tokens: Tensor, lengths: Tensor) -> Tensor:
     """V of the state before each token: values[:, t] is the scalar output at t - 1; 0 at t = 0."""
-    outputs = value_network(tokens, lengths)
-    return torch.nn.functional.pad(outputs[:, :-1], (1, 0))
+    longest = int(lengths.max())  # of these rows: the rest is padding
+    outputs = value_network(tokens[:, :longest], lengths)
+    return F.pad(outputs[:, :-1], (1, tokens.shape[1] - longest))
 
 
 def shape_rewards(
@@ -302,13 +311,17 @@ def score(
     """
     tokens = tokens[:, : int(lengths.max())]
     mask = response_mask_of(tokens, prompt_lengths, lengths)
+    slices = micro_batches(len(tokens), args)
+    parts = [(tokens[rows, : int(lengths[rows].max())], lengths[rows]) for rows in slices]
     with autocast(args):
         logprobs, entropy = policy_logprobs(models["policy"], tokens, lengths, mask, args)
         ref_logprobs, _ = policy_logprobs(models["reference"], tokens, lengths, mask, args)
-        scores = models["reward_model"].scores(tokens, lengths)
-        check = models.get("check_model")
-        check_scores = check.scores(tokens, lengths) if check else None
-        values = values_before(models["value_network"], tokens, lengths) * mask
+        scores = torch.cat([models["reward_model"].scores(*part) for part in parts])
+        check_scores = None
+        if "check_model" in models:
+            check_scores = torch.cat([models["check_model"].scores(*part) for part in parts])
+        values = [values_before(models["value_network"], tokens[r], lengths[r]) for r in slices]
+        values = torch.cat(values) * mask
     last = tokens.gather(1, lengths[:, None].long() - 1).squeeze(1)
     ended = last == models["policy"].config.eos_token_id
     scores = torch.where(ended, scores, args.missing_eos_score)
@@ -328,10 +341,22 @@ def policy_logprobs(
     The same cut into micro-batches as in the update, or the first ratio would not be exactly 1.
     """
     parts = [
-        model.logprobs(tokens[rows], lengths[rows], mask=mask[rows], temperature=args.temperature)
+        response_logprobs(model, tokens[rows], lengths[rows], mask[rows], args)
         for rows in micro_batches(len(tokens), args)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def response_logprobs(
+    model: GPT, tokens: Tensor, lengths: Tensor, mask: Tensor, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the masked tokens of one micro-batch: (B, T) each."""
+    longest = int(lengths.max())  # of these rows: the rest is padding
+    logprobs, entropy = model.logprobs(
+        tokens[:, :longest], lengths, mask=mask[:, :longest], temperature=args.temperature
+    )
+    padding = (0, tokens.shape[1] - longest)
+    return F.pad(logprobs, padding), F.pad(entropy, padding)
 
 
 def micro_batches(num_rows: int, args: argparse.Namespace) -> list[slice]:
@@ -409,9 +434,7 @@ def update(
     for rows in micro_batches(len(mb.tokens), args):
         tokens, lengths, mask = mb.tokens[rows], mb.lengths[rows], mb.response_mask[rows]
         with autocast(args):
-            new_logprobs, entropy = policy.logprobs(
-                tokens, lengths, mask=mask, temperature=args.temperature
-            )
+            new_logprobs, entropy = response_logprobs(policy, tokens, lengths, mask, args)
         loss, metrics = policy_loss(new_logprobs, mb, rows, args.cliprange)
         total = loss - args.entropy_coef * entropy.sum() if args.entropy_coef else loss
         (total / counted).backward()
@@ -622,9 +645,9 @@ def main(argv: list[str] | None = None) -> int:
     val_prompts: list[list[int]] = []
     if args.val_data:
         val_prompts, _ = load_prompts(args.val_data, encoding, args)
-    pretraining = None
+    stream, starts = None, torch.empty(0)
     if args.ptx_coef:
-        pretraining = load_pretraining(args.pretrain_data, encoding, args.ptx_tokens)
+        stream, starts = load_pretraining(args.pretrain_data, encoding, args.ptx_tokens)
     num_ptx = round(args.ptx_ratio * args.minibatch_size)  # sequences an update
 
     total_steps = args.max_steps or max(1, args.epochs * len(prompts) // args.batch_size)
@@ -691,11 +714,13 @@ def main(argv: list[str] | None = None) -> int:
         sampled = time.perf_counter()
 
         # Score: minibatches are drawn first, and everything is computed on their tensors.
+        # Within a minibatch, rows of like length stand together: less padding is computed.
         order = torch.from_numpy(rng.permutation(args.batch_size)).to(device)
-        minibatches = [
-            score(tokens[rows], lengths[rows], prompt_lengths[rows], models, args)
-            for rows in order.split(args.minibatch_size)
-        ]
+        minibatches = []
+        for rows in order.split(args.minibatch_size):
+            rows = rows[lengths[rows].argsort(stable=True)]
+            part = tokens[rows], lengths[rows], prompt_lengths[rows]
+            minibatches.append(score(*part, models, args))
         whiten(minibatches)
         scored = time.perf_counter()
 
@@ -704,9 +729,10 @@ def main(argv: list[str] | None = None) -> int:
         for _ in range(args.inner_epochs):
             for mb in minibatches:
                 ptx_sequences = None
-                if pretraining is not None:
-                    draw = rng.integers(len(pretraining), size=num_ptx)
-                    ptx_sequences = pretraining[torch.from_numpy(draw)].to(device)
+                if stream is not None:
+                    first = starts[torch.from_numpy(rng.integers(len(starts), size=num_ptx))]
+                    ptx_sequences = stream[first[:, None] + torch.arange(args.ptx_tokens)]
+                    ptx_sequences = ptx_sequences.to(device)
                 updates.append(update(mb, models, optimizers, ptx_sequences, args))
                 update_ema(ema, policy, args.ema)
         finished = time.perf_counter()

@@ -156,18 +156,28 @@ def load_demonstrations(
 
 
 def load_pretraining(
-    path: str, encoding, length: int, short_tokens: int = 64, short_fraction: float = 0.0
-) -> list[Example]:
+    path: str, encoding, length: int, short_tokens: int = 64, short_fraction: float = 0.0,
+    at_documents: bool = False,
+) -> list[Example]:  # fmt: skip
     """Documents joined by the end token and cut into sequences of `length` tokens, all counted.
 
-    The first `short_fraction` of the text is cut into sequences of `short_tokens` instead.
+    The first `short_fraction` of the text is cut into sequences of `short_tokens` instead. With
+    `at_documents`, sequences overlap: one starts at each document, and in a long one every `length`
+    tokens, so that a sequence's start, where a prompt stands in other data, is no middle.
     """
     stream: list[int] = []
+    starts: list[tuple[int, int]] = []
     for document in read_documents(path):
-        stream += [*encoding.encode_ordinary(document), encoding.eot_token]
-    turn = int(len(stream) * short_fraction)
-    starts = [(start, short_tokens) for start in range(0, turn - short_tokens + 1, short_tokens)]
-    starts += [(start, length) for start in range(turn, len(stream) - length + 1, length)]
+        tokens = [*encoding.encode_ordinary(document), encoding.eot_token]
+        if at_documents:
+            starts += [(len(stream) + i, length) for i in range(0, len(tokens), length)]
+        stream += tokens
+    if at_documents:
+        starts = [(start, size) for start, size in starts if start + size <= len(stream)]
+    else:
+        turn = int(len(stream) * short_fraction)
+        starts = [(i, short_tokens) for i in range(0, turn - short_tokens + 1, short_tokens)]
+        starts += [(i, length) for i in range(turn, len(stream) - length + 1, length)]
     if not starts:
         raise BadInput(f"{path}: {len(stream)} tokens, fewer than the context of {length}")
     print(f"{path}: {len(stream):,} tokens in {len(starts):,} sequences of up to {length}")
@@ -335,8 +345,10 @@ def main(argv: list[str] | None = None) -> int:
     mixing = bool(args.data and args.pretrain_data)
     pretraining = []
     if args.pretrain_data:
-        short = (min(args.short_tokens, context), 0.0 if mixing else args.short_fraction)
-        pretraining = load_pretraining(args.pretrain_data, encoding, context, *short)
+        pretraining = load_pretraining(
+            args.pretrain_data, encoding, context, min(args.short_tokens, context),
+            args.short_fraction, at_documents=mixing,
+        )  # fmt: skip
     examples, records = pretraining, list(range(1, len(pretraining) + 1))
     if args.data:
         examples, records = load_demonstrations(args.data, encoding, args)

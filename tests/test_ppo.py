@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import train_ppo
-from data.files import read_log
+from data.files import BadInput, read_log, write_documents
 from model import GPT, GPTConfig, ScalarModel, read_info
 from tests.tiny import Tiny
 from train_ppo import (
@@ -958,3 +958,42 @@ def test_what_looks_wrong_is_warned_about_once(
         assert all(abs(float(value) - 1) < 1e-5 for value in agreement)
     else:
         assert not any(agreement)
+
+
+def test_pretraining_sequences_start_at_documents(tiny: Tiny, tmp_path: Path) -> None:
+    """One at each document's start, one every 4 tokens in a longer one, none past the end."""
+    documents = ["red is a colour", "blue", "the house is white"]
+    write_documents(tmp_path / "p.txt", documents)
+    stream, starts = train_ppo.load_pretraining(str(tmp_path / "p.txt"), tiny.encoding, 4)
+    end, begin, expected = tiny.encoding.eot_token, 0, []
+    for document in documents:
+        tokens = [*tiny.encoding.encode_ordinary(document), end]
+        assert stream[begin : begin + len(tokens)].tolist() == tokens
+        expected += range(begin, begin + len(tokens), 4)
+        begin += len(tokens)
+    assert len(stream) == begin
+    assert starts.tolist() == [start for start in expected if start + 4 <= begin]
+    with pytest.raises(BadInput, match=f"{begin} tokens, fewer than --ptx_tokens 100"):
+        train_ppo.load_pretraining(str(tmp_path / "p.txt"), tiny.encoding, 100)
+
+
+def test_rows_of_a_minibatch_are_sorted_by_length(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that micro-batches hold little padding; each row still stands with its own lengths."""
+    seen = []
+
+    def look(tokens, lengths, prompt_lengths, *rest):
+        end = tiny.encoding.eot_token
+        for row, length, first in zip(tokens, lengths, prompt_lengths, strict=True):
+            assert 0 < first < length and end not in row[first : length - 1].tolist()
+            assert (row[length:] == end).all()
+        seen.append(lengths.tolist())
+        return original(tokens, lengths, prompt_lengths, *rest)
+
+    original = train_ppo.score
+    monkeypatch.setattr(train_ppo, "score", look)
+    assert main(tiny.args("ppo", tmp_path / "ppo", "--max_steps", "2", "--eval_every", "0")) == 0
+    rollouts = seen[:2] + seen[2:4]
+    assert all(lengths == sorted(lengths) for lengths in rollouts)
+    assert any(len(set(lengths)) > 1 for lengths in rollouts)

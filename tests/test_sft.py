@@ -288,9 +288,10 @@ def test_a_demonstration_is_prompt_response_end(tiny: Tiny, tmp_path: Path) -> N
     record = {"prompt": "say red 1 times ", "response": "red red", "user": "u", "source": "labeler",
               "use_case": "other"}  # fmt: skip
     write_jsonl(tmp_path / "d.jsonl", [record], "demonstrations")
-    ((tokens, skipped),) = train_sft.load_demonstrations(
+    [(tokens, skipped)], numbers = train_sft.load_demonstrations(
         str(tmp_path / "d.jsonl"), tiny.encoding, arguments()
     )
+    assert numbers == [1]
     assert tiny.encoding.decode(tokens) == "say red 1 times\n\nred red<|endoftext|>"
     assert tiny.encoding.decode(tokens[:skipped]) == "say red 1 times\n\n"
 
@@ -308,8 +309,8 @@ def test_long_prompts_are_dropped_and_long_responses_cut_with_a_count(
     prompt = encode_prompt(tiny.encoding, records[2]["prompt"])
     response = encode_response(tiny.encoding, records[2]["response"])
     args = arguments("--max_prompt_tokens", str(len(prompt)), "--max_new_tokens", "20")
-    examples = train_sft.load_demonstrations(path, tiny.encoding, args)
-    assert len(examples) == 2
+    examples, numbers = train_sft.load_demonstrations(path, tiny.encoding, args)
+    assert len(examples) == 2 and numbers == [1, 3]
     assert examples[1] == (prompt + response[:20], len(prompt))  # exactly at the limit: kept
     said = capsys.readouterr().out
     assert f"2 demonstrations; dropped 2 with a prompt over {len(prompt)} tokens" in said
@@ -330,6 +331,15 @@ def test_pretraining_sequences_are_the_stream_of_documents(tiny: Tiny, tmp_path:
     assert [t for tokens, _ in examples for t in tokens] == stream[: len(stream) // 7 * 7]
     assert {len(tokens) for tokens, _ in examples} == {7}
     assert {skipped for _, skipped in examples} == {1}
+    # To be mixed in: a sequence at each document's start, and every 7 tokens in a longer one.
+    begin, expected = 0, []
+    for document in documents:
+        size = len(tiny.encoding.encode_ordinary(document)) + 1
+        expected += [stream[i : i + 7] for i in range(begin, begin + size, 7)]
+        begin += size
+    mixed = train_sft.load_pretraining(path, tiny.encoding, 7, at_documents=True)
+    assert len(expected[-1]) < 7  # the text ends before it does
+    assert [tokens for tokens, _ in mixed] == [tokens for tokens in expected if len(tokens) == 7]
     with pytest.raises(BadInput, match=f"{len(stream)} tokens, fewer than the context of 100"):
         train_sft.load_pretraining(path, tiny.encoding, 100)
 
