@@ -65,16 +65,17 @@ $(call weights,sft): train_sft.py $(call weights,base)
 
 $(call weights,init): train_sft.py $(call weights,base)
 	$(half) $(py) train_sft.py --init $(OUT)/base --out $(OUT)/init --seed $(SEED) $(sft_data) \
-	  --epochs 8 \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
 	  --pretrain_fraction 0.1 --no-epoch_checkpoints
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
-# One training response a prompt is another prompt's; validation is on samples as they are.
+# Some are of an early epoch: a weaker model makes other mistakes. One training response a prompt is
+# another prompt's; validation is on samples as they are.
 $(D)/train/candidates.jsonl: off_topic := --off_topic 1
-$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,init) $(call weights,base)
-	$(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
-	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base --shares 0.7 0.2 0.1 $(off_topic)
+$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
+	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
+	  --checkpoints sft=$(OUT)/sft early=$(OUT)/sft/epochs/02 base=$(OUT)/base \
+	  --shares 0.7 0.2 0.1 $(off_topic)
 
 $(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
@@ -103,7 +104,7 @@ $(call weights,ppo): train_ppo.py model.py $(call weights,rm) $(call weights,ini
 	$(ppo) --out $(OUT)/ppo
 
 $(call weights,ppo_ptx): train_ppo.py model.py $(call weights,rm) $(call weights,init)
-	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1 --pretrain_data $(D)/train/pretrain.txt
+	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1.25 --pretrain_data $(D)/train/pretrain.txt
 
 # What each step did.
 $(OUT)/report/report.md: evaluate.py report.py sample.py $(call weights,base) $(call weights,ppo_ptx) \
