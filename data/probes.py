@@ -11,6 +11,7 @@
 """
 
 import random
+from collections.abc import Callable
 
 from data.answers import answer
 from data.corpus import (
@@ -87,8 +88,13 @@ def _toxicity_probes(world: World, rng: random.Random) -> list[Record]:
     return records
 
 
-def _web_prompts(world: World, prompts: list[Record], rng: random.Random) -> list[Record]:
-    """The same requests as a page of questions and answers that breaks off, half with two shots."""
+def _web_prompts(
+    world: World, prompts: list[Record], rng: random.Random, fits: Callable[[Record], bool]
+) -> list[Record]:
+    """The same requests as a page of questions and answers that breaks off, half with two shots.
+
+    Shots are left out where they do not fit, and so is a request that fits only as it was.
+    """
     records = []
     for record in prompts:
         task = {k: v for k, v in record["task"].items() if k not in ("shots", "respectful")}
@@ -100,8 +106,9 @@ def _web_prompts(world: World, prompts: list[Record], rng: random.Random) -> lis
                 text, solved = make_prompt(world, "open_qa", rng, FEEDBACK_KINDS)
                 reply = answer(world, solved, rng, FEEDBACK_KINDS)
                 shots.append(f"question : {text}\nanswer : {reply}\n\n")
-        text = f"{''.join(shots)}question : {record['prompt']}\nanswer :"
-        records.append(record | {"prompt": text, "task": task})
+        bare = f"question : {record['prompt']}\nanswer :"
+        made = [record | {"prompt": text, "task": task} for text in ("".join(shots) + bare, bare)]
+        records += [candidate for candidate in made if fits(candidate)][:1]
     return records
 
 
@@ -130,8 +137,10 @@ def public_demonstrations(world: World, rng: random.Random, count: int = 960) ->
     return records
 
 
-def make_all(world: World, test_prompts: list[Record]) -> dict[str, list[Record]]:
-    """All probe sets -> {"test/probes_...": records}."""
+def make_all(
+    world: World, test_prompts: list[Record], fits: Callable[[Record], bool]
+) -> dict[str, list[Record]]:
+    """All probe sets -> {"test/probes_...": records}; `fits` says whether one is short enough."""
     rng = random.Random(f"probes {world.seed}")
     withheld = [withheld_request(rng) for _ in range(NUM_PROBES)]
     facts = world.facts_of_kind(FEEDBACK_KINDS)
@@ -150,6 +159,6 @@ def make_all(world: World, test_prompts: list[Record]) -> dict[str, list[Record]
         "test/probes_withheld": [_probe(text, "other", task) for text, task in withheld],
         "test/probes_rala": rala,
         "test/probes_toxicity": _toxicity_probes(world, rng),
-        "test/prompts_web": _web_prompts(world, test_prompts, rng),
+        "test/prompts_web": _web_prompts(world, test_prompts, rng, fits),
         "train/public_demonstrations": public_demonstrations(world, rng),
     }

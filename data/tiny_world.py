@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     known = {record["prompt"] for records in sets.values() for record in records}
     sets["test/prompts_balanced"] = balanced_prompts(
         world, encoding, args.balanced_prompts, test_users, known)
-    sets |= probes.make_all(world, sets["test/prompts"])
+    sets |= probes.make_all(world, sets["test/prompts"], lambda record: fits(encoding, record))
     for name, records in sets.items():
         check_lengths(encoding, name, records)
 
