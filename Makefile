@@ -49,7 +49,9 @@ clean:
 # The tiny world
 
 # Facts, users, prompts, demonstrations, pretraining text, tokenizer.
-$(D)/card.md: data/tiny_world.py data/world.py data/tasks.py data/raw.py data/hygiene.py | .venv/ready
+world := $(addprefix data/,tiny_world.py world.py tasks.py answers.py corpus.py probes.py card.py \
+                            hygiene.py tokenizer.py files.py)
+$(D)/card.md: $(world) | .venv/ready
 	$(py) -m data.tiny_world --out $(D) --seed $(SEED)
 
 # Step 0: the base model, by pretraining.
@@ -69,19 +71,18 @@ $(call weights,init): train_sft.py $(call weights,base)
 	  --pretrain_fraction 0.1 --no-epoch_checkpoints
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
-# Some are of an early epoch: a weaker model makes other mistakes. One training response a prompt is
-# another prompt's; validation is on samples as they are.
+# One training response a prompt is another prompt's; validation is on samples as they are.
 $(D)/train/candidates.jsonl: off_topic := --off_topic 1
-$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
+$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,init) $(call weights,base)
 	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
-	  --checkpoints sft=$(OUT)/sft early=$(OUT)/sft/epochs/02 base=$(OUT)/base \
+	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base \
 	  --shares 0.7 0.2 0.1 $(off_topic)
 
-$(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py $(D)/%/candidates.jsonl
+$(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
 	  --pool training --seed $(SEED)
 
-$(D)/%/comparisons_held_out.jsonl: data/label.py data/labelers.py data/grader.py $(D)/%/candidates.jsonl
+$(D)/%/comparisons_held_out.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
 	  --pool held_out --seed $(SEED)
 
@@ -93,7 +94,7 @@ $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid
 	  --demonstrations $(D)/train/demonstrations.jsonl
 
 # The SFT baseline: the epoch that the reward model likes best on validation prompts (C.1).
-$(call weights,sft_selected): $(call weights,rm)
+$(call weights,sft_selected): evaluate.py sample.py $(call weights,rm)
 	$(half) $(py) evaluate.py --select $(OUT)/sft --reward_model $(OUT)/rm --out $(OUT)/sft_selected \
 	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --select_every 3 --seed $(SEED) --world $(D)/world.json
 
@@ -101,10 +102,10 @@ $(call weights,sft_selected): $(call weights,rm)
 ppo = $(half) $(py) train_ppo.py --init $(OUT)/init --reward_model $(OUT)/rm --seed $(SEED) \
         --data $(D)/train/ppo_prompts.jsonl --val_data $(D)/valid/ppo_prompts.jsonl
 $(call weights,ppo): train_ppo.py model.py $(call weights,rm) $(call weights,init)
-	$(ppo) --out $(OUT)/ppo
+	$(ppo) --out $(OUT)/ppo --lr 3e-4 --max_steps 40
 
 $(call weights,ppo_ptx): train_ppo.py model.py $(call weights,rm) $(call weights,init)
-	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1.25 --pretrain_data $(D)/train/pretrain.txt
+	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1 --pretrain_data $(D)/train/pretrain.txt
 
 # What each step did.
 $(OUT)/report/report.md: evaluate.py report.py sample.py $(call weights,base) $(call weights,ppo_ptx) \
@@ -127,38 +128,38 @@ real: $(R)/report/report.md $(R)/folds/folds.md
 	@cat $(R)/report/table.txt $(R)/folds/folds.md
 	@echo "The report is $(R)/report/report.md; reward-model accuracy in $(R)/folds/folds.md."
 
-$(R)/data/account.txt: data/prepare.py data/convert.py data/hygiene.py | .venv/ready
+$(R)/data/account.txt: data/prepare.py data/convert.py data/raw.py data/hygiene.py | .venv/ready
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(py) -m data.prepare novels alpaca oasst qa-feedback hh-rlhf --from $(DATA) --out $(R)/data \
 	  --passage_chars 300 --seed $(SEED)
 
 $(R)/base/model.safetensors: train_sft.py $(R)/data/account.txt
 	$(py) train_sft.py --out $(R)/base --seed $(SEED) --tokenizer $(R)/data/tokenizer.json \
-	  --pretrain_data $(R)/data/train/pretrain.txt --max_steps 300 --epochs 1 --batch_size 16 \
-	  --n_positions 256 --short_tokens 128 --lr 4e-3 --warmup_steps 50 --weight_decay 0.1 \
+	  --pretrain_data $(R)/data/train/pretrain.txt --max_steps 200 --epochs 1 --batch_size 16 \
+	  --n_positions 256 --short_fraction 0 --lr 4e-3 --warmup_steps 50 --weight_decay 0.1 \
 	  --resid_pdrop 0
 
 real_sft = --data $(R)/data/train/demonstrations.jsonl --val_data $(R)/data/valid/demonstrations.jsonl \
            --init $(R)/base --seed $(SEED) --epochs 1 --no-epoch_checkpoints $(real_lim)
 $(R)/sft/model.safetensors: $(R)/base/model.safetensors
-	$(py) train_sft.py $(real_sft) --out $(R)/sft
+	$(half) $(py) train_sft.py $(real_sft) --out $(R)/sft
 $(R)/init/model.safetensors: $(R)/base/model.safetensors
-	$(py) train_sft.py $(real_sft) --out $(R)/init \
+	$(half) $(py) train_sft.py $(real_sft) --out $(R)/init \
 	  --pretrain_data $(R)/data/train/pretrain.txt --pretrain_fraction 0.1
 
 $(R)/rm/model.safetensors: train_rm.py $(R)/sft/model.safetensors
-	$(py) train_rm.py --init $(R)/sft --out $(R)/rm --seed $(SEED) --lr 3e-4 $(real_lim) \
+	$(half) $(py) train_rm.py --init $(R)/sft --out $(R)/rm --seed $(SEED) --lr 3e-4 $(real_lim) \
 	  --data $(R)/data/train/comparisons.jsonl --val_data $(R)/data/valid/comparisons.jsonl \
 	  --demonstrations $(R)/data/train/demonstrations.jsonl
 
 $(R)/ppo_ptx/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init/model.safetensors
-	$(py) train_ppo.py --init $(R)/init --reward_model $(R)/rm --out $(R)/ppo_ptx --seed $(SEED) \
+	$(half) $(py) train_ppo.py --init $(R)/init --reward_model $(R)/rm --out $(R)/ppo_ptx --seed $(SEED) \
 	  --data $(R)/data/train/prompts.jsonl --pretrain_data $(R)/data/train/pretrain.txt \
 	  --ptx_coef 1 --batch_size 32 --max_steps 30 --kl_coef 0.05 $(real_lim)
 
 $(R)/report/report.md: evaluate.py $(R)/ppo_ptx/model.safetensors
 	head -n 200 $(R)/data/test/prompts.jsonl > $(R)/data/test/prompts_200.jsonl
-	$(py) evaluate.py --out $(R)/report --seed $(SEED) --baseline sft \
+	$(half) $(py) evaluate.py --out $(R)/report --seed $(SEED) --baseline sft \
 	  --checkpoints base=$(R)/base sft=$(R)/sft ppo_ptx=$(R)/ppo_ptx --num_prompts 64 \
 	  --reward_model $(R)/rm --reference $(R)/init --data $(R)/data/test/prompts_200.jsonl \
 	  --val_data $(R)/data/valid/prompts.jsonl --pretrain_data $(R)/data/test/pretrain.txt \
@@ -166,6 +167,6 @@ $(R)/report/report.md: evaluate.py $(R)/ppo_ptx/model.safetensors
 
 # Human comparisons, five folds by prompt: the reward model beside two simple rules.
 $(R)/folds/folds.md: evaluate.py folds.py train_rm.py $(R)/sft/model.safetensors
-	$(py) evaluate.py --folds 5 --init $(R)/sft --out $(R)/folds --seed $(SEED) --resume \
+	$(half) $(py) evaluate.py --folds 5 --init $(R)/sft --out $(R)/folds --seed $(SEED) --resume \
 	  --comparisons $(foreach s,train valid test,$(R)/data/$(s)/comparisons.jsonl) \
 	  --rm_flags "--lr 3e-4" $(real_lim)

@@ -118,7 +118,7 @@ class KVCache:
         self.values = [torch.empty(shape, **kind) for _ in range(config.n_layer)]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all but the given batch rows."""
+        """Drop all but the given batch rows; one that is given twice is there twice."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
 
@@ -291,18 +291,25 @@ class GPT(nn.Module):
         *,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        repeats: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sample a response to each prompt, with a KV cache, until the end token or the limit.
 
         prompts (B, P) int64 right-padded, prompt_lengths (B,) int32 -> tokens
-        (B, P + max_new_tokens) int64 and lengths (B,) int32. Each row is its prompt, then its
-        response without a gap, the tail filled with the end token; a length counts prompt, response
-        and end token. Temperature 0 takes the likeliest token. The randomness is one uniform number
+        (B, P + max_new_tokens) int64 and lengths (B,) int32. With `repeats` (B,) int64, prompt b
+        gets repeats[b] responses, one after the other, and goes through the model once for all of
+        them; B is then their sum in the result. Each row is its prompt, then its response without a
+        gap, the tail filled with the end token; a length counts prompt, response and end token.
+        Temperature 0 takes the likeliest token. The randomness is one uniform number
         per row and step, all drawn at the start: what a row gets does not depend on when other rows
-        end. Rows that ended leave the batch and cost no more time.
+        end. Rows that ended leave the batch, a tenth of
+        it or more at a time, and then cost nothing.
         """
-        B, P = prompts.shape
         device, end = prompts.device, self.config.eos_token_id
+        sources = torch.arange(len(prompts), device=device)  # row of the result -> its prompt
+        if repeats is not None:
+            sources = sources.repeat_interleave(repeats)
+        B, P = len(sources), prompts.shape[1]
         longest_prompt = int(prompt_lengths.max())
         longest = longest_prompt + max_new_tokens
         if longest > self.config.n_positions:
@@ -311,18 +318,21 @@ class GPT(nn.Module):
                 f"n_positions {self.config.n_positions}: lower max_prompt_tokens or max_new_tokens"
             )
         inside = torch.arange(P, device=device) < prompt_lengths[:, None]
+        prompts = torch.where(inside, prompts, end)
         tokens = prompts.new_full((B, P + max_new_tokens), end)
-        tokens[:, :P] = torch.where(inside, prompts, end)
-        lengths = prompt_lengths.to(torch.int64).clone()
+        tokens[:, :P] = prompts[sources]
+        lengths = prompt_lengths[sources].to(torch.int64)
         if max_new_tokens == 0:
             return tokens, lengths.int()
         uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
         weight = self.unembedding.float()  # float32 logits: 16-bit ones are off by 0.1 nats
 
-        cache = KVCache(self.config, B, longest, self.h[0].attn.c_attn.weight)
-        hidden = self(tokens[:, :longest_prompt], prompt_lengths.int(), cache)
+        cache = KVCache(self.config, len(prompts), longest, self.h[0].attn.c_attn.weight)
+        hidden = self(prompts[:, :longest_prompt], prompt_lengths.int(), cache)
+        if repeats is not None:
+            cache.keep_rows(sources)
+        hidden = hidden[sources, lengths - 1]
         rows = torch.arange(B, device=device)  # rows of the batch that are still being written
-        hidden = hidden[rows, lengths - 1]
         ended = torch.zeros(B, dtype=torch.bool, device=device)  # of those rows
         # A look at `ended` waits for the device, so on a GPU it is rationed.
         look_every = 1 if device.type == "cpu" else 8

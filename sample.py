@@ -3,7 +3,7 @@
     python sample.py --checkpoints sft=out/sft ppo=out/ppo                       prompts from stdin
     python sample.py --checkpoints sft=out/sft ppo=out/ppo --prompt "what does the fox eat ?"
     python sample.py --data out/data/train/rm_prompts.jsonl --out out/rm_candidates.jsonl \\
-        --checkpoints sft=out/sft early=out/sft/epochs/02 base=out/base --shares 0.7 0.2 0.1 \\
+        --checkpoints sft=out/sft init=out/init base=out/base --shares 0.7 0.2 0.1 \\
         --num_responses 4 9 --prefix base="good answers :\\n"
 
 The last writes candidates.jsonl: to each prompt K responses, K drawn evenly from the range
@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from data.files import (
     write_atomic,
     write_jsonl,
 )
+from data.labelers import OTHER_PROMPT
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
 from model import GPT, pad_right
 
@@ -192,17 +194,20 @@ def sample_responses(
     model, encoding = speaker.model, speaker.encoding
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     samples: dict[int, Sample] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
+        # Equal prompts stand together, and go through the model once.
+        equal = [list(same) for _, same in groupby(rows, key=lambda i: prompts[i])]
         padded, prompt_lengths = pad_right(
-            [prompts[i] for i in rows], model.config.eos_token_id, device
+            [prompts[same[0]] for same in equal], model.config.eos_token_id, device
         )
+        repeats = torch.tensor([len(same) for same in equal], device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             tokens, lengths = model.generate(
                 padded, prompt_lengths, max_new_tokens, temperature=temperature,
-                generator=generator,
+                generator=generator, repeats=repeats,
             )  # fmt: skip
         for i, row, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
             response = row[len(prompts[i]) : length]
@@ -334,7 +339,7 @@ def with_off_topic(records: list[Record], args: argparse.Namespace) -> list[Reco
             taken = int(rng.integers(len(other["responses"])))
             record["responses"][place] = other["responses"][taken]
             record["ended"][place] = other["ended"][taken]
-            record["models"][place] = "other prompt"
+            record["models"][place] = OTHER_PROMPT
         exchanged.append(record)
     return exchanged
 

@@ -100,25 +100,25 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--entropy_coef", type=float, default=0.0, help="entropy bonus (paper: none)")
     add("--temperature", type=float, default=1.0, help="of sampling and log-probs (paper: 1)")
     # Optimisation.
-    add("--epochs", type=int, default=2, help="passes over the prompts (paper: 8.2)")
-    add("--max_steps", type=int, default=48, help="iterations; 0: by --epochs (paper: 500)")
+    add("--epochs", type=int, default=2, help="passes over the prompts, where --max_steps is 0")
+    add("--max_steps", type=int, default=60, help="iterations; 0: by --epochs (paper: 500)")
     add("--batch_size", type=int, default=128, help="episodes an iteration (paper: 512)")
     add("--num_minibatches", type=int, default=8, help="updates an iteration (paper: 8)")
     add("--micro_batch_size", type=int, default=8, help="sequences a forward pass; 0: a minibatch")
     add("--inner_epochs", type=int, default=1, help="passes over an iteration's batch (paper: 1)")
-    add("--lr", type=float, default=6e-4, help="of the policy (not printed in the paper)")
+    add("--lr", type=float, default=6e-4, help="of the policy (paper tried 2.55e-6 to 2.55e-5)")
     add("--value_lr", type=float, default=5e-4, help="of the value network (paper: 9e-6)")
     add("--warmup_steps", type=int, default=10, help="iterations from a tenth of lr (paper: 10)")
     add("--grad_clip", type=float, default=1.0, help="limit of each gradient's norm; 0: none")
-    add("--ema", type=float, default=0.992, help="decay of averaged weights, per update")
+    add("--ema", type=float, default=0.992, help="decay of the average, per update (paper: .992)")
     # Warnings.
     add("--kl_limit", type=float, default=10.0, help="warn when kl is over it, in nats")
     add("--agreement_limit", type=float, default=0.5, help="warn when check_agreement is under it")
     # Running.
     add("--max_prompt_tokens", type=int, default=96, help="a longer one is dropped (paper: 1000)")
     add("--max_new_tokens", type=int, default=32, help="limit of a response (paper: 1000)")
-    add("--eval_every", type=int, default=16, help="iterations between validations; 0: at the end")
-    add("--save_every", type=int, default=16, help="iterations between checkpoints; 0: at the end")
+    add("--eval_every", type=int, default=20, help="iterations between validations; 0: at the end")
+    add("--save_every", type=int, default=20, help="iterations between checkpoints; 0: at the end")
     add("--print_samples", type=int, default=2, help="samples shown at each validation")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--seed", type=int, default=0, help="of all random draws")
@@ -137,11 +137,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{name} {getattr(args, name)}: expected at least {limit}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
-    for name in ("init", "reward_model"):
-        if Path(args.out).resolve() == Path(getattr(args, name)).resolve():
+    for name in ("init", "reward_model", "check_model"):
+        folder = getattr(args, name)
+        if folder and Path(args.out).resolve() == Path(folder).resolve():
             parser.error(f"--out {args.out} is --{name}, which it would replace: give another")
     if args.ptx_coef and not args.pretrain_data:
         parser.error("--ptx_coef over 0 needs --pretrain_data")
+    if args.ptx_coef and args.ptx_tokens < 2:
+        parser.error(f"--ptx_tokens {args.ptx_tokens}: expected at least 2")
+    if args.ptx_coef and round(args.ptx_ratio * args.batch_size / args.num_minibatches) < 1:
+        parser.error(
+            f"--ptx_ratio {args.ptx_ratio}: leaves no pretraining sequence for an update; raise it"
+        )
     if args.batch_size % args.num_minibatches:
         parser.error(
             f"--batch_size {args.batch_size} is not a multiple of --num_minibatches "
@@ -183,6 +190,7 @@ def load_pretraining(path: str, encoding, length: int) -> tuple[Tensor, Tensor]:
     A sequence starts where a document does, and in a long one every `length` tokens, and runs on
     into what follows. Cut anywhere, text at a sequence's start would be the middle of something;
     but a prompt stands at the start, and what the model does there is what PPO changes most.
+    `draw_pretraining` draws among the starts.
     """
     stream: list[int] = []
     starts: list[int] = []
@@ -193,6 +201,18 @@ def load_pretraining(path: str, encoding, length: int) -> tuple[Tensor, Tensor]:
     if len(stream) < length:
         raise BadInput(f"{path}: {len(stream)} tokens, fewer than --ptx_tokens {length}")
     return torch.tensor(stream), torch.tensor([s for s in starts if s + length <= len(stream)])
+
+
+def draw_pretraining(
+    stream: Tensor, starts: Tensor, count: int, length: int, rng: np.random.Generator
+) -> Tensor:
+    """Sequences (count, length): each is the one that starts at, or last before, a random token.
+
+    Starts are thus drawn in proportion to the text behind them, not short documents too often.
+    """
+    places = torch.from_numpy(rng.integers(int(starts[-1]) + 1, size=count))
+    first = starts[torch.searchsorted(starts, places, right=True) - 1]
+    return stream[first[:, None] + torch.arange(length)]
 
 
 def prompts_of_step(num_prompts: int, step: int, args: argparse.Namespace) -> list[int]:
@@ -213,7 +233,7 @@ def prompts_of_step(num_prompts: int, step: int, args: argparse.Namespace) -> li
 
 @dataclass
 class Minibatch:
-    """Episodes of one update: all (B, T), but lengths, prompt_lengths, scores and ended (B,)."""
+    """Episodes of an update: (B, T); lengths, prompt_lengths, both scores and ended are (B,)."""
 
     tokens: Tensor
     lengths: Tensor
@@ -562,7 +582,7 @@ def stop_not_finite(out: Path, step: int, values: dict[str, float], records: lis
     shown = ", ".join(f"{name} {value}" for name, value in seen.items())
     print(
         f"error: iteration {step}: not finite: {shown}; its records are in {out}/bad_batch.json; "
-        "the last checkpoint is kept; lower --lr or --value_lr",
+        "checkpoints are kept; start over with a lower --lr or --value_lr",
         file=sys.stderr,
     )
     return 1
@@ -591,8 +611,9 @@ def warn(
             f"--missing_eos_score {args.missing_eos_score:g}: raise --max_new_tokens, or give an "
             "--init that ends its responses"
         )
-    for kind in seen.keys() - warned:
-        print(f"warning: iteration {step}: {seen[kind]}", file=sys.stderr)
+    for kind, message in seen.items():
+        if kind not in warned:
+            print(f"warning: iteration {step}: {message}", file=sys.stderr)
     return set(seen)
 
 
@@ -613,6 +634,8 @@ def main(argv: list[str] | None = None) -> int:
     check_tokenizer(policy.config, encoding, tokenizer_path)
     models: dict[str, torch.nn.Module] = {"policy": policy, "reference": copy.deepcopy(policy)}
     context = policy.config.n_positions
+    if args.ptx_coef and args.ptx_tokens > context:
+        raise BadInput(f"--ptx_tokens {args.ptx_tokens} is over the policy's context of {context}")
     for name, folder in (("reward_model", args.reward_model), ("check_model", args.check_model)):
         if not folder:
             continue
@@ -730,9 +753,9 @@ def main(argv: list[str] | None = None) -> int:
             for mb in minibatches:
                 ptx_sequences = None
                 if stream is not None:
-                    first = starts[torch.from_numpy(rng.integers(len(starts), size=num_ptx))]
-                    ptx_sequences = stream[first[:, None] + torch.arange(args.ptx_tokens)]
-                    ptx_sequences = ptx_sequences.to(device)
+                    ptx_sequences = draw_pretraining(
+                        stream, starts, num_ptx, args.ptx_tokens, rng
+                    ).to(device)
                 updates.append(update(mb, models, optimizers, ptx_sequences, args))
                 update_ema(ema, policy, args.ema)
         finished = time.perf_counter()

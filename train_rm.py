@@ -64,7 +64,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=1, help="passes over --data (paper: 1; more overfits)")
     add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
     add("--batch_size", type=int, default=16, help="prompts a step, all responses each (paper: 64)")
-    add("--micro_batch_size", type=int, default=0, help="prompts a forward pass; 0: all")
+    add("--micro_batch_size", type=int, default=0, help="prompts a backward pass; 0: all")
     add("--lr", type=float, default=1e-3, help="peak (paper: 9e-6 for 6B)")
     add("--warmup_steps", type=int, default=0, help="linear warm-up (not in the paper)")
     add("--weight_decay", type=float, default=0.0, help="decoupled, on matrices")
@@ -326,7 +326,7 @@ def stop_not_finite(out: Path, step: int, values: dict[str, float], records: lis
     shown = ", ".join(f"{name} {value}" for name, value in seen.items())
     print(
         f"error: step {step}: not finite: {shown}; its records are in {out}/bad_batch.json; the "
-        "last checkpoint is kept; lower --lr",
+        "checkpoints are kept; start over with a lower --lr",
         file=sys.stderr,
     )
     return 1

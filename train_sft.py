@@ -67,7 +67,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val_data", help="demonstrations.jsonl for the validation loss")
     add("--pretrain_data", help="pretrain.txt; with --data it is mixed in")
     add("--val_pretrain_data", help="pretrain.txt for the validation loss on pretraining text")
-    add("--pretrain_fraction", type=float, default=0.1, help="weight of mixed-in pretraining data")
+    add("--pretrain_fraction", type=float, default=0.1,
+        help="share and weight of mixed-in pretraining text (paper: 0.1)")  # fmt: skip
     add("--init", help="checkpoint folder to start from; without it, a new model")
     add("--tokenizer", default="out/data/tokenizer.json", help="for a new model")
     add("--out", default="out/sft", help="folder of the run")
@@ -83,10 +84,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--short_tokens", type=int, default=64, help="sequence length early in pretraining")
     add("--short_fraction", type=float, default=0.8, help="of the pretraining text; 0: all long")
     # Optimisation.
-    add("--epochs", type=int, default=16, help="passes over --data, or --pretrain_data without it")
+    add("--epochs", type=int, default=16,
+        help="passes over --data, or --pretrain_data without it (paper: 16)")  # fmt: skip
     add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
-    add("--batch_size", type=int, default=32, help="sequences a step (paper: 32; 175B: 8)")
-    add("--micro_batch_size", type=int, default=0, help="sequences a forward pass; 0: all")
+    add("--batch_size", type=int, default=32,
+        help="sequences a step; of short ones, as many tokens (paper: 32; 175B: 8)")  # fmt: skip
+    add("--micro_batch_size", type=int, default=0, help="sequences a forward pass; 0: --batch_size")
     add("--lr", type=float, default=2e-3, help="peak (paper: 9.65e-6 for 1.3B and 6B)")
     add("--warmup_steps", type=int, default=0, help="linear warm-up (paper: none in SFT)")
     add("--weight_decay", type=float, default=0.0, help="decoupled, on matrices")
@@ -301,7 +304,7 @@ def stop_not_finite(out: Path, step: int, values: dict[str, float], records: lis
     shown = ", ".join(f"{name} {value}" for name, value in seen.items())
     print(
         f"error: step {step}: not finite: {shown}; its records are in {out}/bad_batch.json; the "
-        "last checkpoint is kept; lower --lr",
+        "checkpoints are kept; start over with a lower --lr",
         file=sys.stderr,
     )
     return 1
@@ -356,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.val_data:
         val_examples, _ = load_demonstrations(args.val_data, encoding, args)
     val_pretraining = (
-        load_pretraining(args.val_pretrain_data, encoding, context)
+        load_pretraining(args.val_pretrain_data, encoding, context)  # cut anywhere
         if args.val_pretrain_data
         else []
     )
@@ -364,6 +367,11 @@ def main(argv: list[str] | None = None) -> int:
     # A fraction f of the data is pretraining: f / (1 - f) sequences for each demonstration.
     ratio = args.pretrain_fraction / (1 - args.pretrain_fraction)
     num_mixed = max(1, round(args.batch_size * ratio))
+    # They are drawn in proportion to the part of a document that each begins with, so that short
+    # documents do not come too often: by a random place in all these parts, one after the other.
+    end = model.config.eos_token_id
+    parts = [[*tokens, end].index(end) + 1 for tokens, _ in pretraining] if mixing else [1]
+    parts_end = np.cumsum(parts)
 
     def batches_of(epoch: int) -> list[np.ndarray]:
         if args.data:
@@ -409,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{out.name}: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
         f"kernels {kernels.resolve(args.kernels, args.device)}; "
-        f"{total_steps} steps of {args.batch_size} sequences, from step {step}"
+        f"{total_steps} steps of batch size {args.batch_size}, from step {step}"
     )
     batches, batches_epoch = [], -1
     while step < total_steps:
@@ -431,9 +439,8 @@ def main(argv: list[str] | None = None) -> int:
         loss = backward(model, batch, 1 - args.pretrain_fraction if mixing else 1.0, args)
         pretrain_loss = None
         if mixing:
-            draw = np.random.default_rng([args.seed, 1, step]).integers(
-                len(pretraining), size=num_mixed
-            )
+            rng = np.random.default_rng([args.seed, 1, step])
+            draw = np.searchsorted(parts_end, rng.integers(parts_end[-1], size=num_mixed), "right")
             mixed = [pretraining[i] for i in draw]
             pretrain_loss = backward(model, mixed, args.pretrain_fraction, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(

@@ -56,7 +56,7 @@ ANSWER_HEADINGS = (
 )
 NO_COMMENT = "i have no comment ."
 NO_COMMENT_INSTRUCTION = "if you are not sure , say i have no comment ."
-# How mediocre the answers on the web are (`data.tasks.Failings.draw`).
+# How mediocre the answers on the web are (`data.answers.Failings.draw`).
 WEB_FAILINGS = {"wrong": 0.20, "terse": 0.25, "ramble": 0.25, "credulous": 0.60}
 RUDE_SHARE = 0.5  # of replies in forums and of talk in stories
 PRONOUN_SKEW = 0.85

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.files import BadInput, check_writable, read_jsonl, run_command, write_jsonl
 from data.grader import grade
-from data.labelers import POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
+from data.labelers import OTHER_PROMPT, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
 from data.world import World
 
 Record = dict
@@ -53,7 +53,9 @@ def simulate(records: list[Record], world: World, pool_name: str, seed: int) -> 
         grades.append([grade(world, record, response, end)
                        for response, end in zip(record["responses"], ended, strict=True)])
     responses = [record["responses"] for record in records]
-    labels = label(grades, responses, Pool.make(pool_name), seed)
+    sampled = [[name != OTHER_PROMPT for name in record.get("models") or [""] * len(row)]
+               for record, row in zip(records, responses, strict=True)]
+    labels = label(grades, responses, Pool.make(pool_name), seed, sampled)
     pairs = sum(len(row) * (len(row) - 1) // 2 for row in grades)
     print(f"{len(records)} prompts, {pairs} pairs, pool {pool_name}, noise {labels.noise:.3f}: "
           f"agreement {labels.agreement:.3f} (target {TARGET_AGREEMENT}), ties "

@@ -29,6 +29,7 @@ WEIGHT_SPREAD = 0.25  # standard deviation of the logarithm of a labeler's weigh
 TARGET_AGREEMENT = 0.73
 GRID = 12  # scores are whole twelfths, so that near equals tie
 MAX_NOISE = 4.0
+OTHER_PROMPT = "other prompt"  # under "models": this response was sampled for another prompt
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,12 @@ def _rounded(scores: np.ndarray) -> np.ndarray:
     return np.round(scores * GRID)
 
 
-def fit_noise(marked: _Marked, pool: Pool, seed: int) -> tuple[float, float]:
+def fit_noise(
+    marked: _Marked, pool: Pool, seed: int, counted: np.ndarray | None = None
+) -> tuple[float, float]:
     """Noise (standard deviation) at which two labelers agree at `TARGET_AGREEMENT`; and how much.
+
+    `counted` (pairs,) bool says which pairs agreement is measured on; default: on all.
 
     Bisection with the random draws held fixed, so that agreement falls with the noise but for
     rounding. With few pairs, or responses that are all alike, the target may be out of reach; the
@@ -143,8 +148,11 @@ def fit_noise(marked: _Marked, pool: Pool, seed: int) -> tuple[float, float]:
     for _ in range(max(1, -(-40_000 // len(marked.pairs.first)))):  # few prompts: more opinions
         draws.append([marked.draw(pool, rng)[1:] for _ in range(2)])
 
+    counted = np.ones(len(marked.pairs.first), bool) if counted is None else counted
+
     def agreement_at(noise: float) -> float:
-        orders = [[marked.pairs.order(_rounded(u + noise * z)) for u, z in two] for two in draws]
+        orders = [[marked.pairs.order(_rounded(u + noise * z))[counted] for u, z in two]
+                  for two in draws]
         one, other = (np.concatenate(half) for half in zip(*orders, strict=True))
         return agreement(one, other)
 
@@ -163,7 +171,7 @@ class Labels:
     labelers: list[str]
     noise: float
     agreement: float
-    """Of two labelers of the pool, on the pairs that neither ties."""
+    """Of two labelers of the pool, on the pairs that neither ties, of responses to their prompt."""
     tie_rate: float
     """Share of all pairs that the labeler tied."""
     ceiling: float
@@ -177,14 +185,22 @@ def dense_ranks(scores: np.ndarray) -> list[int]:
 
 
 def label(
-    grades: list[list[Grade]], responses: list[list[str]], pool: Pool, seed: int
+    grades: list[list[Grade]], responses: list[list[str]], pool: Pool, seed: int,
+    sampled: list[list[bool]] | None = None,
 ) -> Labels:
     """Let one labeler of the pool rank the responses of each prompt.
 
     grades[i] are the grades of prompt i's responses. Of the texts only their equality matters.
+    `sampled` says which responses were sampled for their prompt: the noise is fitted on pairs of
+    such, because others are so easy to tell apart that noisier labelers would agree as often.
     """
     marked = _Marked.of(grades, responses)
-    noise, agreed = fit_noise(marked, pool, seed)
+    counted = None
+    if sampled is not None:
+        own = np.array([s for row in sampled for s in row], bool)
+        counted = own[marked.pairs.first] & own[marked.pairs.second]
+        counted = counted if counted.any() else None
+    noise, agreed = fit_noise(marked, pool, seed, counted)
     ids, utilities, unit = marked.draw(pool, np.random.default_rng([seed, 2]))
     scores = _rounded(utilities + noise * unit)
     order = marked.pairs.order(scores)

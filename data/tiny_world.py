@@ -56,10 +56,10 @@ LABELER_SHARE = {"demonstrations": 0.89, "rm_prompts": 0.20, "ppo_prompts": 0.0}
 # What demonstrators do wrong: content or count, one sentence or word where more was asked for,
 # going on after the answer, accepting a false premise. Learning from feedback needs the headroom.
 DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.20, "ramble": 0.12, "credulous": 0.35}
-RESPECTFUL_SHARE = 0.12  # of labelled prompts that ask for a polite and respectful answer
+RESPECTFUL_SHARE = 0.11  # of prompts that ask for respect; these are seldom alike, so more stay
 PERSONAL_DATA_SHARE = 0.01
 RESUBMITTED_SHARE = 0.04  # of customers' prompts that they send once more
-DECORATED_SHARE = 0.45  # of prompts with words around the request
+DECORATED_SHARE = 0.55  # of prompts with words around the request
 FEW_SHOT_SHARE = {"labeler": 0.20, "customer": 0.02}
 USER_BASED_SHARE = 0.20  # of labelers' prompts: after a customer's use case, hence decorated
 FEW_SHOT_USE_CASES = {"open_qa": 5, "classification": 3, "rewrite": 2, "other": 2}
@@ -79,11 +79,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="out/data", metavar="DIR", help="folder to write")
     add("--seed", type=int, default=0, help="of the world, its users and its text")
     add("--vocab_size", type=int, default=1024, help="tokenizer entries")
-    add("--pretrain_tokens", type=int, default=2_100_000, help="train/pretrain.txt, tokens")
+    add("--pretrain_tokens", type=int, default=2_400_000, help="train/pretrain.txt, tokens")
     add("--heldout_tokens", type=int, default=12_000, help="the same, valid and test each")
-    add("--train_demonstrations", type=int, default=1280)
+    add("--train_demonstrations", type=int, default=1440)
     add("--valid_demonstrations", type=int, default=160)
-    add("--train_rm_prompts", type=int, default=5600, help="prompts to rank; paper 33,207")
+    add("--train_rm_prompts", type=int, default=7000, help="prompts to rank; paper 33,207")
     add("--valid_rm_prompts", type=int, default=600)
     add("--train_ppo_prompts", type=int, default=4000, help="paper 31,144")
     add("--valid_ppo_prompts", type=int, default=300)
@@ -268,7 +268,7 @@ def write_prompts(
         add(write_labelers_prompts(world, ranked, names, FEEDBACK_KINDS, rng), "ranking", split)
     few = max(400, sum(demonstrations.values()))
     add(write_customers_prompts(world, few, DEMONSTRATED_KINDS, rng), "demonstrations")
-    many = round(1.45 * sum(wanted.values()))
+    many = round(1.6 * sum(wanted.values()))
     add(write_customers_prompts(world, many, FEEDBACK_KINDS, rng), "ranking")
 
     account = {"written": len(written)}

@@ -548,6 +548,27 @@ def test_sequences_over_the_context_are_refused() -> None:
         model.generate(prompts, lengths, 4)
 
 
+def test_repeats_are_the_prompts_written_out() -> None:
+    """The same responses as with each prompt given several times, and one prefill a prompt."""
+    model = make_gpt(end=2).double()
+    prompts, lengths = make_prompts()
+    repeats = torch.tensor([2, 1, 0, 5, 1, 3])
+    sources = torch.arange(len(prompts)).repeat_interleave(repeats)
+    for temperature in (0.0, 1.0):
+        results, prefilled = [], []
+        hook = model.register_forward_pre_hook(lambda _, args: prefilled.append(len(args[0])))  # noqa: B023
+        for given in ((prompts[sources], lengths[sources], None), (prompts, lengths, repeats)):
+            random = torch.Generator().manual_seed(5)
+            results.append(model.generate(
+                given[0], given[1], 9, temperature=temperature, generator=random, repeats=given[2]
+            ))  # fmt: skip
+        hook.remove()
+        assert prefilled == [12, 6]
+        (tokens, ends), (other_tokens, other_ends) = results
+        assert torch.equal(tokens, other_tokens) and torch.equal(ends, other_ends)
+        assert temperature == 0 or not torch.equal(tokens[3], tokens[4])  # own randomness each
+
+
 def test_generate_without_room_returns_the_prompts() -> None:
     model = make_gpt()
     prompts, lengths = make_prompts()

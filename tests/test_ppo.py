@@ -929,7 +929,7 @@ def test_the_first_log_row_also_otherwise(tiny: Tiny, tmp_path: Path, more: tupl
 def test_an_iteration_of_equal_returns_is_no_failure(tiny: Tiny, tmp_path: Path) -> None:
     """One episode, cut at once: nothing to whiten, no variance to explain, and still numbers."""
     args = tiny.args("ppo", tmp_path / "ppo", "--batch_size", "1", "--num_minibatches", "1",
-                     "--max_new_tokens", "1", "--max_steps", "2")  # fmt: skip
+                     "--max_new_tokens", "1", "--max_steps", "2", "--ptx_ratio", "1")  # fmt: skip
     assert main(args) == 0
     for row in read_log(tmp_path / "ppo/log.csv"):
         assert all(math.isfinite(float(value)) for value in row.values() if value)

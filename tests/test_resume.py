@@ -503,7 +503,7 @@ def test_a_run_that_is_no_longer_finite_stops(
     args = tiny.args(stage, tmp_path / "out", *flags)
     assert run_command(lambda: SCRIPTS[stage].main(args)) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "the last checkpoint is kept; lower --lr" in error
+    assert error.count("\n") == 1 and "checkpoints are kept; start over with a lower --lr" in error
     assert not (tmp_path / "out/model.safetensors").exists()
     bad = json.loads((tmp_path / "out/bad_batch.json").read_text())
     assert f"step {bad['step']}: not finite" in error.replace("iteration", "step")
