@@ -18,7 +18,8 @@ py      := .venv/bin/python
 # Two stages at a time where the graph allows it, each on half of the cores: small matrix products
 # use two separate cores better than two together. A stage that has to run alone gets them all.
 MAKEFLAGS += --jobs=2
-half    := OMP_NUM_THREADS=$(shell $(PYTHON) -c 'import os; print(max(1, os.cpu_count() // 2))')
+half    := OMP_NUM_THREADS=$(shell $(PYTHON) -c 'import os; a = getattr(os, "sched_getaffinity", 0); \
+             print(max(1, (len(a(0)) if a else os.cpu_count()) // 2))')
 export TQDM_MININTERVAL := 5
 D       := $(OUT)/data
 weights  = $(OUT)/$(1)/model.safetensors

@@ -740,6 +740,7 @@ class Checkpoints:
             shutil.rmtree(superseded)
         if self._fresh:
             (self.out / "model.safetensors").unlink(missing_ok=True)
+            (self.out / "bad_batch.json").unlink(missing_ok=True)
             shutil.rmtree(self.out / "epochs", ignore_errors=True)
             self._fresh = False
         for log in logs:

@@ -552,8 +552,8 @@ def rollout_metrics(minibatches: list[Minibatch]) -> dict[str, float]:
         ended = torch.cat([mb.ended for mb in minibatches])
         if ended.sum() > 1:
             both = torch.stack((scores, check_scores))[:, ended]
-            correlation = torch.corrcoef(both)[0, 1].item()
-            agreement = correlation if math.isfinite(correlation) else None  # all scores equal
+            if both.std(dim=1).min() != 0:
+                agreement = torch.corrcoef(both)[0, 1].item()
     return {
         "score": scores.mean().item(),
         "score_std": scores.std(correction=0).item(),
@@ -781,13 +781,14 @@ def main(argv: list[str] | None = None) -> int:
             "val_kl": val and val["val_kl"],
         }  # fmt: skip
         log.write(row)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        kib = 2**10 if sys.platform == "darwin" else 1  # macOS counts in bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / kib
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         new_tokens = int((lengths - prompt_lengths).sum())
         timing.write({
             "step": step, "rollout_s": sampled - started, "score_s": scored - sampled,
-            "update_s": finished - scored, "step_s": time.perf_counter() - started,
+            "update_s": finished - scored, "step_s": finished - started,
             "tok_per_s": new_tokens / (sampled - started),
             "mem_gib": memory,
         })  # fmt: skip

@@ -315,6 +315,10 @@ def center_on_demonstrations(model: ScalarModel, encoding, args: argparse.Namesp
     return shift.item()
 
 
+# ------------------------------------------------------------------------------------------------
+# Guards
+
+
 def stop_not_finite(out: Path, step: int, values: dict[str, float], records: list[int]) -> int:
     """Say that a step's numbers are not finite, keep its records for a look; the exit code.
 
@@ -426,6 +430,7 @@ def main(argv: list[str] | None = None) -> int:
             values = {"loss": metrics["loss"], "grad_norm": grad_norm}
             return stop_not_finite(out, step, values, [group.record for group in batch])
         optimizer.step()
+        seconds = time.perf_counter() - started
 
         # Validate; report; save.
         last = step == total_steps
@@ -437,8 +442,8 @@ def main(argv: list[str] | None = None) -> int:
             "val_loss": val and val["loss"], "val_accuracy": val and val["accuracy"],
         }  # fmt: skip
         log.write(row)
-        seconds = time.perf_counter() - started
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        kib = 2**10 if sys.platform == "darwin" else 1  # macOS counts in bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / kib
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         timing.write({

@@ -292,6 +292,10 @@ def evaluate(model: GPT, examples: list[Example], args: argparse.Namespace) -> f
     return total / sum(len(tokens) - skipped for tokens, skipped in examples)
 
 
+# ------------------------------------------------------------------------------------------------
+# Guards
+
+
 def stop_not_finite(out: Path, step: int, values: dict[str, float], records: list[int]) -> int:
     """Say that a step's numbers are not finite, keep its records for a look; the exit code.
 
@@ -448,8 +452,10 @@ def main(argv: list[str] | None = None) -> int:
         ).item()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             values = {"loss": loss, "grad_norm": grad_norm}
+            values |= {"pretrain_loss": pretrain_loss} if mixing else {}
             return stop_not_finite(out, step, values, [records[i] for i in chosen])
         optimizer.step()
+        seconds = time.perf_counter() - started
 
         # Validate and keep the model at the end of each epoch; report; save.
         epoch_ends = step % steps_per_epoch == 0 or step == total_steps
@@ -461,8 +467,8 @@ def main(argv: list[str] | None = None) -> int:
             "val_pretrain_loss": evaluate(model, val_pretraining, args) if epoch_ends else None,
         }  # fmt: skip
         log.write(row)
-        seconds = time.perf_counter() - started
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        kib = 2**10 if sys.platform == "darwin" else 1  # macOS counts in bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / kib
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         timing.write({

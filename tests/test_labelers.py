@@ -105,6 +105,19 @@ def test_labels_report_what_they_are(candidates: list[dict], grades: list[list[G
     assert 0.1 < labels.tie_rate < 0.5 and 0.7 < labels.ceiling < 0.9
 
 
+def test_noise_is_fitted_on_responses_to_their_prompt(
+    candidates: list[dict], grades: list[list[Grade]]
+) -> None:
+    """Answers to other prompts are told apart by everyone; they must not make labelers noisier."""
+    pool, bad = Pool.make("training"), Grade(0.0, 0.0, 0.0, 0.0, 0.0)
+    without = label(grades, texts(candidates), pool, seed=0).noise
+    more = [[*row, bad] for row in grades]
+    more_texts = [[*row, "an answer to another prompt"] for row in texts(candidates)]
+    sampled = [[True] * len(row) + [False] for row in grades]
+    assert label(more, more_texts, pool, 0, sampled).noise == pytest.approx(without, rel=0.1)
+    assert label(more, more_texts, pool, 0).noise > 1.2 * without
+
+
 def test_ranks_follow_utility_when_labelers_always_agree(
     candidates: list[dict], grades: list[list[Grade]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -977,6 +977,17 @@ def test_pretraining_sequences_start_at_documents(tiny: Tiny, tmp_path: Path) ->
         train_ppo.load_pretraining(str(tmp_path / "p.txt"), tiny.encoding, 100)
 
 
+def test_pretraining_is_drawn_by_length() -> None:
+    """A start as often as there is text up to the next: else short documents would be too many."""
+    stream, starts = torch.arange(100), torch.tensor([0, 10, 14, 44, 74])
+    rng = np.random.default_rng(0)
+    drawn = train_ppo.draw_pretraining(stream, starts, 30_000, 4, rng)
+    assert drawn.shape == (30_000, 4) and (drawn.diff(dim=1) == 1).all()
+    shares = [(drawn[:, 0] == start).float().mean().item() for start in starts]
+    # Places are drawn up to the last start, which stands for itself alone.
+    assert np.abs(np.array(shares) - np.array([10, 4, 30, 30, 1]) / 75).max() < 0.01
+
+
 def test_rows_of_a_minibatch_are_sorted_by_length(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

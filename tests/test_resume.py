@@ -84,9 +84,11 @@ def test_dying_at_a_file_operation_loses_nothing(
     stage: str, server: Server, tiny: Tiny, whole: dict, tmp_path: Path
 ) -> None:
     """Also over an earlier run of other settings, whose files must all be gone at the end."""
-    reference, operations = whole[stage]
-    earlier = tmp_path / "earlier"
+    reference, _ = whole[stage]
+    earlier, over = tmp_path / "earlier", tmp_path / "over"
     assert server.run(stage, tiny.args(stage, earlier, "--seed", "9")).code == 0
+    shutil.copytree(earlier, over)
+    operations = server.run(stage, tiny.args(stage, over)).operations
     for number in sorted(random.Random(stage).sample(range(1, operations + 1), 7)):
         out = tmp_path / f"dies-at-{number}"
         shutil.copytree(earlier, out)
@@ -460,6 +462,9 @@ BAD_ARGUMENTS = [
     ("ppo", ["--num_minibatches", "3"], "--batch_size 8 is not a multiple of --num_minibatches 3"),
     ("ppo", ["--temperature", "0"], "--temperature 0.0: expected over 0"),
     ("ppo", ["--pretrain_data", ""], "--ptx_coef over 0 needs --pretrain_data"),
+    ("ppo", ["--ptx_tokens", "1"], "--ptx_tokens 1: expected at least 2"),
+    ("ppo", ["--ptx_ratio", "0.1"], "--ptx_ratio 0.1: leaves no pretraining sequence"),
+    ("ppo", ["--ptx_ratio", "-1"], "--ptx_ratio -1.0: leaves no pretraining sequence"),
 ]  # fmt: skip
 
 
@@ -479,7 +484,7 @@ def test_bad_arguments_exit_with_2(
 def test_a_run_into_its_own_input_is_refused(
     stage: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for flag in ["--init"] + ["--reward_model"] * (stage == "ppo"):
+    for flag in ["--init"] + ["--reward_model", "--check_model"] * (stage == "ppo"):
         with pytest.raises(SystemExit):
             SCRIPTS[stage].main(tiny.args(stage, tmp_path / "x", flag, f"{tmp_path}/y/../x"))
         assert f"is {flag}, which it would replace" in capsys.readouterr().err
