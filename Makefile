@@ -136,7 +136,7 @@ $(R)/data/account.txt: data/prepare.py data/convert.py data/raw.py data/hygiene.
 
 $(R)/base/model.safetensors: train_sft.py $(R)/data/account.txt
 	$(py) train_sft.py --out $(R)/base --seed $(SEED) --tokenizer $(R)/data/tokenizer.json \
-	  --pretrain_data $(R)/data/train/pretrain.txt --max_steps 200 --epochs 1 --batch_size 16 \
+	  --pretrain_data $(R)/data/train/pretrain.txt --max_steps 120 --epochs 1 --batch_size 16 \
 	  --n_positions 256 --short_fraction 0 --lr 4e-3 --warmup_steps 50 --weight_decay 0.1 \
 	  --resid_pdrop 0
 
