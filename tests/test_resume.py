@@ -430,7 +430,7 @@ BAD_INPUT = [
         "ranks": [str(x) for x in r["ranks"]]})], 'key "ranks": expected a list of whole numbers'),
     ("ppo", lambda t, p: ["--reward_model", str(t.base)], "expected a reward model"),
     ("ppo", lambda t, p: ["--reward_model", other_tokenizer(t, p)], "must share a tokenizer"),
-    ("ppo", lambda t, p: ["--ptx_tokens", "99999"], "--ptx_tokens 99999 is over the policy.s context of 48"),
+    ("ppo", lambda t, p: ["--ptx_tokens", "99999"], "is over the policy.s context of 48"),
     ("sft", lambda t, p: ["--pretrain_data", f"{p}/absent.txt"], "{tmp}/absent.txt: no such file"),
 ]  # fmt: skip
 
