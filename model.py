@@ -123,6 +123,45 @@ class KVCache:
         self.values = [values[rows] for values in self.values]
 
 
+@dataclass
+class Packing:
+    """Right-padded rows (B, T) as a list of N tokens: padding is left out, and so are repetitions.
+
+    All but attention treats tokens one by one, and does so on (N, C). Attention needs rows:
+    `index` (B, T) is the number of the token at each place (of padding: any), and `places` (N,) the
+    place in B * T at which each token is found.
+    """
+
+    index: Tensor
+    places: Tensor
+
+    @classmethod
+    def make(
+        cls, shape: tuple[int, int], lengths: Tensor, prefixes: tuple[Tensor, Tensor] | None = None
+    ) -> Packing:
+        """Of rows with these `lengths`. `prefixes` = (source, shared), (B,) each: the first
+        shared[b] tokens of row b are those of row source[b], a row that shares nothing."""
+        B, T = shape
+        places = torch.arange(T, device=lengths.device)
+        listed = places < lengths[:, None]
+        if prefixes is not None:
+            source, shared = prefixes
+            repeated = places < shared[:, None]
+            listed &= ~repeated
+        index = (listed.flatten().cumsum(0) - 1).clamp_min(0).view(B, T)
+        if prefixes is not None:
+            index = torch.where(repeated, index[source], index)
+        return cls(index, listed.flatten().nonzero().squeeze(1))
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """(N, C) -> (B, T, C)."""
+        return x.index_select(0, self.index.flatten()).view(*self.index.shape, -1)
+
+    def to_list(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (N, C)."""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.places)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, impl: str):
         super().__init__()
@@ -132,16 +171,24 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, lengths: Tensor | None, cache: KVCache | None) -> Tensor:
-        """(B, T, C) -> (B, T, C); fills the first T places of the cache if one is given."""
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, packing: Packing | None, cache: KVCache | None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C), or packed (N, C) -> (N, C); fills the first T places of the cache
+        if one is given."""
+        qkv = self.c_attn(x)
+        if packing:
+            qkv = packing.to_rows(qkv)
+        B, T, C = *qkv.shape[:2], x.shape[-1]
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
         if cache is not None:
             cache.keys[self.layer][:, :, :T] = k
             cache.values[self.layer][:, :, :T] = v
         y = kernels.attention(q, k, v, lengths, score_mod=self.score_mod, impl=self.impl)
         y = y.transpose(1, 2).reshape(B, T, C)  # the kernel lays y out as (B, T, H, D): no copy
+        if packing:
+            y = packing.to_list(y)
         return self.dropout(self.c_proj(y))
 
     def step(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
@@ -178,8 +225,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, lengths: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), lengths, cache)
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, packing: Packing | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), lengths, packing, cache)
         return x + self.mlp(self.ln_2(x))
 
     def step(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
@@ -235,12 +284,18 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        cache: KVCache | None = None,
+        prefixes: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Final hidden states: tokens (B, T) int64 -> (B, T, C), after the last layer norm.
 
         `lengths` (B,) int32 spares work past each row's end (hidden states there are finite but
-        meaningless). Raises ValueError if T is over n_positions.
+        meaningless). `prefixes` (see `Packing.make`) spares work on what rows have in common: the
+        first shared[b] tokens of row b, equal to those of row source[b], go through all but
+        attention once. Raises ValueError if T is over n_positions.
         """
         T = tokens.shape[1]
         if T > self.config.n_positions:
@@ -248,10 +303,17 @@ class GPT(nn.Module):
                 f"sequence of {T} tokens, over n_positions {self.config.n_positions}: "
                 "shorten it or use a model with a longer context"
             )
-        x = self.dropout(self.wte(tokens) + self.wpe.weight[:T])
+        # The number of tokens decides shapes, and a GPU would have to be waited for to know it: so
+        # there rows stay padded, and the kernels skip what is past their ends.
+        packing = None
+        if prefixes is not None or (lengths is not None and not tokens.is_cuda):
+            packing = Packing.make(tokens.shape, lengths, prefixes)
+        x = self.wte(tokens) + self.wpe.weight[:T]
+        x = self.dropout(packing.to_list(x) if packing else x)
         for block in self.h:
-            x = block(x, lengths, cache)
-        return self.ln_f(x)
+            x = block(x, lengths, packing, cache)
+        x = self.ln_f(x)
+        return packing.to_rows(x) if packing else x
 
     def logprobs(
         self,
@@ -431,9 +493,12 @@ class ScalarModel(nn.Module):
         """One number per position: tokens (B, T) int64 -> (B, T) float32."""
         return self._head(self.trunk(tokens, lengths))
 
-    def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """One number per row, read at its last token: (B, T), (B,) -> (B,) float32."""
-        hidden = self.trunk(tokens, lengths)
+    def scores(
+        self, tokens: Tensor, lengths: Tensor, prefixes: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """One number per row, read at its last token: (B, T), (B,) -> (B,) float32. With
+        `prefixes`, see `GPT.forward`, what rows have in common is computed once."""
+        hidden = self.trunk(tokens, lengths, prefixes=prefixes)
         rows = torch.arange(len(tokens), device=tokens.device)
         return self._head(hidden[rows, lengths.long() - 1])
 

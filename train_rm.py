@@ -106,6 +106,7 @@ class Comparison:
 
     sequences: list[list[int]]  # prompt and response tokens, K of them
     pairs: list[tuple[int, int]]
+    prompt_tokens: int = 0  # how many of them, at the start, all K have in common
     record: int = 0  # its number in the file, from 1
 
 
@@ -123,7 +124,9 @@ def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comp
             response = encode_response(encoding, response, ended=end)
             cut += len(response) > args.max_new_tokens
             sequences.append(prompt + response[: args.max_new_tokens])
-        comparison = Comparison(sequences, untied_pairs(record["ranks"]), number)
+        comparison = Comparison(
+            sequences, untied_pairs(record["ranks"]), len(prompt), number
+        )
         ties += math.comb(len(sequences), 2) - len(comparison.pairs)
         pairs += len(comparison.pairs)
         all_tied += not comparison.pairs
@@ -191,18 +194,18 @@ def rm_loss(scores: Tensor, groups: list[Comparison]) -> tuple[Tensor, Tensor, T
 def score_all(model: ScalarModel, groups: list[Comparison], args: argparse.Namespace) -> Tensor:
     """One forward pass for each response: scores (B,) of all responses of `groups`, in order.
 
-    Quarters of like length go through the model together, so that little padding is computed.
+    The tokens of a prompt are computed once for its K responses.
     """
     sequences = [sequence for group in groups for sequence in group.sequences]
     end, device = model.config.eos_token_id, torch.device(args.device)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    size = math.ceil(len(order) / 4)
-    scores = []
+    source: list[int] = []  # of each row, the first of its group, which all others share with
+    shared: list[int] = []
+    for group in groups:
+        source += [len(source)] * len(group.sequences)
+        shared += [0] + [group.prompt_tokens] * (len(group.sequences) - 1)
+    prefixes = torch.tensor(source, device=device), torch.tensor(shared, device=device)
     with autocast(args):
-        for start in range(0, len(order), size):
-            part = [sequences[i] for i in order[start : start + size]]
-            scores.append(model.scores(*pad_right(part, end, device)))
-    return torch.cat(scores)[torch.tensor(order, device=device).argsort()]
+        return model.scores(*pad_right(sequences, end, device), prefixes)
 
 
 def backward(

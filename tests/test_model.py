@@ -19,7 +19,7 @@ from torch import Tensor
 import kernels
 import model as model_file
 from data.files import BadInput
-from model import GPT, Block, GPTConfig, KVCache, ScalarModel, pad_right, save_model
+from model import GPT, Block, GPTConfig, KVCache, Packing, ScalarModel, pad_right, save_model
 from tests.tiny import Tiny
 
 GPT2_TINY = Path(__file__).parent / "data" / "gpt2_tiny"  # made by tests/data/make_gpt2_tiny.py
@@ -224,6 +224,37 @@ def check_scores() -> None:
         assert (scores[row] - expected[-1]).abs() < 1e-5
 
 
+def shared_prompts() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Rows 0 to 2 begin with the same 5 tokens, rows 3 and 4 with the same 2; row 5 is alone. Row 1
+    has nothing else. Returns tokens, lengths and prefixes."""
+    tokens, lengths = make_prompts((9, 5, 12, 4, 7, 3))
+    tokens[1:3, :5], tokens[4, :2] = tokens[0, :5], tokens[3, :2]
+    source, shared = torch.tensor([0, 0, 0, 3, 3, 5]), torch.tensor([0, 5, 5, 0, 2, 0])
+    return tokens, lengths, (source, shared)
+
+
+def check_shared_prefixes() -> None:
+    """Scores, and their gradients, are those of rows computed one by one; what rows have in common
+    and padding go through the MLP not once more than needed."""
+    scalar = ScalarModel.from_gpt(make_gpt()).eval()
+    tokens, lengths, prefixes = shared_prompts()
+    computed = []
+    scalar.trunk.h[0].mlp.register_forward_hook(lambda _, args, out: computed.append(out.shape[0]))
+    scores = scalar.scores(tokens, lengths, prefixes=prefixes)
+    assert computed == [9 + 0 + 7 + 4 + 5 + 3]
+    weights = torch.randn(6)
+    (weights * scores).sum().backward()
+    ours = {name: parameter.grad.clone() for name, parameter in scalar.named_parameters()}
+    scalar.zero_grad()
+    for row, length in enumerate(lengths.tolist()):
+        alone = scalar(tokens[row : row + 1, :length])[0, -1]  # without lengths: nothing is packed
+        assert (scores[row] - alone).abs() < 1e-5
+        (weights[row] * alone).backward()
+    for name, parameter in scalar.named_parameters():
+        scale = parameter.grad.abs().max()
+        assert (ours[name] - parameter.grad).abs().max() < 2e-5 * scale, name
+
+
 def check_ended_rows_are_free() -> None:
     """Rows that ended leave the batch: at most a tenth of the rows passed on are idle."""
     model, batches = make_gpt(end=2), []
@@ -261,7 +292,8 @@ def check_initialisation() -> None:
 CHECKS = [
     check_gpt2_parity, check_cached_forward, check_greedy, check_sampling_distribution,
     check_rows_are_independent, check_padding, check_batch_composition, check_logprobs,
-    check_logprob_gradients, check_scores, check_ended_rows_are_free, check_initialisation,
+    check_logprob_gradients, check_scores, check_shared_prefixes, check_ended_rows_are_free,
+    check_initialisation,
 ]  # fmt: skip
 
 
@@ -295,8 +327,8 @@ def large_epsilon(patch: pytest.MonkeyPatch) -> None:
 
 
 def post_norm(patch: pytest.MonkeyPatch) -> None:
-    def forward(self, x, lengths, cache):
-        x = self.ln_1(x + self.attn(x, lengths, cache))
+    def forward(self, x, *rows):
+        x = self.ln_1(x + self.attn(x, *rows))
         return self.ln_2(x + self.mlp(x))
     patch.setattr(Block, "forward", forward)
 
@@ -381,15 +413,51 @@ def prompt_tail_survives(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GPT, "generate", generate)
 
 
+def prefix_of_the_row_before(patch: pytest.MonkeyPatch) -> None:
+    """The row before is taken for the one that a row shares its prefix with."""
+    original = Packing.make
+    def make(shape, lengths, prefixes=None):
+        if prefixes is not None:
+            before = (torch.arange(shape[0]) - 1).clamp(min=0)
+            prefixes = torch.where(prefixes[1] > 0, before, prefixes[0]), prefixes[1]
+        return original(shape, lengths, prefixes)
+    patch.setattr(Packing, "make", make)
+
+
+def prefix_one_token_long(patch: pytest.MonkeyPatch) -> None:
+    original = Packing.make
+    def make(shape, lengths, prefixes=None):
+        if prefixes is not None:
+            prefixes = prefixes[0], prefixes[1] + (prefixes[1] > 0).long()
+        return original(shape, lengths, prefixes)
+    patch.setattr(Packing, "make", make)
+
+
+def padding_is_computed(patch: pytest.MonkeyPatch) -> None:
+    original = Packing.make
+    patch.setattr(Packing, "make", lambda shape, lengths, prefixes=None:
+                  original(shape, torch.full_like(lengths, shape[1]), prefixes))  # fmt: skip
+
+
+def no_gradient_to_shared_tokens(patch: pytest.MonkeyPatch) -> None:
+    """Only the row that a prefix stands in sends gradients into it."""
+    original = Packing.to_rows
+    def to_rows(self, x):
+        rows, first = original(self, x), torch.zeros(self.index.numel(), dtype=torch.bool)
+        first[self.places] = True
+        return torch.where(first.view(*self.index.shape, 1), rows, rows.detach())
+    patch.setattr(Packing, "to_rows", to_rows)
+
+
 def left_padded_positions(patch: pytest.MonkeyPatch) -> None:
     """Positions counted from the batch's width instead of from each row's start."""
     original = GPT.forward
-    def forward(self, tokens, lengths=None, cache=None):
+    def forward(self, tokens, *rows, **more):
         shift = 1 if tokens.shape[1] > 12 else 0
         weight = self.wpe.weight.data
         self.wpe.weight.data = weight.roll(shift, 0)
         try:
-            return original(self, tokens, lengths, cache)
+            return original(self, tokens, *rows, **more)
         finally:
             self.wpe.weight.data = weight
     patch.setattr(GPT, "forward", forward)
@@ -445,12 +513,15 @@ BUGS = [
     (shared_uniforms, check_sampling_distribution),
     (uniforms_drawn_as_needed, check_rows_are_independent),
     (cache_keeps_the_wrong_rows, check_rows_are_independent),
-    (not_causal, check_padding), (mask_from_token_ids, check_padding),
+    (mask_from_token_ids, check_padding),
     (last_column, check_padding), (prompt_tail_survives, check_padding),
     (left_padded_positions, check_batch_composition), (last_column, check_batch_composition),
     (shifted_targets, check_logprobs), (logprobs_without_temperature, check_logprobs),
     (entropy_in_bits, check_logprobs), (unembedding_detached, check_logprob_gradients),
     (entropy_in_bits, check_logprob_gradients), (last_column, check_scores),
+    (prefix_of_the_row_before, check_shared_prefixes),
+    (prefix_one_token_long, check_shared_prefixes), (padding_is_computed, check_shared_prefixes),
+    (no_gradient_to_shared_tokens, check_shared_prefixes),
     (mask_from_token_ids, check_scores), (rows_never_leave, check_ended_rows_are_free),
     (no_residual_scaling, check_initialisation),
 ]  # fmt: skip

@@ -49,7 +49,7 @@ def make_groups(rankings: list[list[int]] = RANKINGS) -> list[Comparison]:
         prompt = torch.randint(11, (3,)).tolist()
         lengths = torch.randint(1, 9, (len(ranks),)).tolist()
         sequences = [prompt + torch.randint(11, (n,)).tolist() + [11] for n in lengths]
-        groups.append(Comparison(sequences, untied_pairs(ranks)))
+        groups.append(Comparison(sequences, untied_pairs(ranks), prompt_tokens=3))
     return groups
 
 
@@ -129,9 +129,19 @@ def check_one_forward_per_response() -> None:
     """K rows for K responses, not C(K, 2) pairs of them; and none twice."""
     model, groups, rows = make_scalar_model(), make_groups(), []
     original = model.trunk.forward
-    model.trunk.forward = lambda tokens, *args: (rows.extend(tokens), original(tokens, *args))[1]
+    model.trunk.forward = lambda tokens, *args, **more: (
+        rows.extend(tokens), original(tokens, *args, **more))[1]  # fmt: skip
     backward(model, groups, arguments("--micro_batch_size", "3"))
     assert len(rows) == sum(map(len, RANKINGS)) == 20
+
+
+def check_prompts_are_computed_once() -> None:
+    """The MLPs see a prompt's tokens once for its K responses, and no padding."""
+    model, groups, computed = make_scalar_model(), make_groups(), []
+    model.trunk.h[0].mlp.register_forward_hook(lambda _, args, out: computed.append(out.shape[0]))
+    backward(model, groups, arguments())
+    responses = sum(len(sequence) - 3 for group in groups for sequence in group.sequences)
+    assert computed == [responses + 3 * len(groups)]
 
 
 def check_micro_batches() -> None:
@@ -154,7 +164,7 @@ def check_micro_batches() -> None:
 
 CHECKS = [
     check_pairs, check_loss, check_equal_scores, check_ties, check_direction, check_shift,
-    check_one_forward_per_response, check_micro_batches,
+    check_one_forward_per_response, check_prompts_are_computed_once, check_micro_batches,
 ]  # fmt: skip
 
 
@@ -247,8 +257,15 @@ def mean_of_micro_batch_means(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(train_rm, "rm_loss", planted)
 
 
+def a_prompt_for_each_response(patch: pytest.MonkeyPatch) -> None:
+    original = ScalarModel.scores
+    patch.setattr(ScalarModel, "scores", lambda self, tokens, lengths, prefixes:
+                  original(self, tokens, lengths))  # fmt: skip
+
+
 def scored_at_the_last_column(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ScalarModel, "scores", lambda self, tokens, lengths: self(tokens)[:, -1])
+    patch.setattr(ScalarModel, "scores", lambda self, tokens, lengths, prefixes:
+                  self(tokens)[:, -1])  # fmt: skip
 
 
 BUGS = [
@@ -262,6 +279,7 @@ BUGS = [
     (groups_run_into_each_other, check_loss),
     (one_forward_per_pair, check_one_forward_per_response),
     (mean_of_micro_batch_means, check_micro_batches),
+    (a_prompt_for_each_response, check_prompts_are_computed_once),
     (scored_at_the_last_column, check_micro_batches),
 ]  # fmt: skip
 
@@ -324,7 +342,7 @@ class FixedScores:
 
     config = argparse.Namespace(eos_token_id=0)
 
-    def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def scores(self, tokens: Tensor, lengths: Tensor, prefixes: object) -> Tensor:
         return tokens[:, 0] / 100
 
     def eval(self) -> None: ...
