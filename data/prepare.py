@@ -63,8 +63,8 @@ class DataSet:
     # Prompts whose first characters agree are duplicates. Not so (None: whole prompts count) where
     # prompts share their beginning by nature: dialogues, and passages before a question.
     prefix_chars: int | None = PREFIX_CHARS
-    # Whether a prompt has several comparisons by design, so that only one of the same responses is
-    # a duplicate.
+    # Whether a prompt has several comparisons by design: then only a prompt that is another's
+    # duplicate without being the same, or a comparison of the same responses, is dropped.
     many_pairs: bool = False
 
 
@@ -252,21 +252,25 @@ def clean_set(name: str, kinds: dict[str, list[Record]], earlier: Sets, seed: in
     """
     cleaned = {}
     for kind, records in kinds.items():
-        many_pairs = kind == "comparisons" and DATA_SETS[name].many_pairs
-        prefix = None if kind == "documents" else DATA_SETS[name].prefix_chars
+        key, prefix = ("text", None) if kind == "documents" else (
+            "prompt", DATA_SETS[name].prefix_chars)
         before = [record for other in earlier.values() for record in other[kind]]
-        keyed = [{"prompt": record["text" if kind == "documents" else "prompt"], "record": record}
-                 for record in [*before, *records]]
-        if many_pairs:
-            keyed = [item | {"prompt": pair_key(item["record"], prefix)} for item in keyed]
-        unique = {id(item["record"])
-                  for item in deduplicate(keyed, None if many_pairs else prefix)[0]}
-        kept = [record for record in records if id(record) in unique]
+        keyed = [{"prompt": record[key], "record": record} for record in [*before, *records]]
+        unique = deduplicate(keyed, prefix)[0]
+        if kind == "comparisons" and DATA_SETS[name].many_pairs:
+            prompts = {item["prompt"] for item in unique}
+            kept = [record for record in records if record["prompt"] in prompts]
+        else:
+            ids = {id(item["record"]) for item in unique}
+            kept = [record for record in records if id(record) in ids]
         shared = "whole text" if prefix is None else f"first {prefix} characters"
-        what = ("text" if kind == "documents" else
-                "prompt and the same responses" if many_pairs else "prompt")
         account.drop(len(records) - len(kept),
-                     f"{kind}: an earlier one has the same {what} ({shared} compared)")
+                     f"{kind}: an earlier one has the same {key} ({shared} compared)")
+        if kind == "comparisons" and DATA_SETS[name].many_pairs:
+            pairs = [{"prompt": pair_key(record), "record": record} for record in kept]
+            pairs, dropped = deduplicate(pairs, None)
+            kept = [item["record"] for item in pairs]
+            account.drop(len(dropped), f"{kind}: an earlier one has the same responses")
         if kind != "documents":
             kept, dropped = cap_per_user(kept, USER_LIMIT, seed)
             account.drop(len(dropped), f"{kind}: their user has more than {USER_LIMIT}")
@@ -274,10 +278,9 @@ def clean_set(name: str, kinds: dict[str, list[Record]], earlier: Sets, seed: in
     return cleaned
 
 
-def pair_key(record: Record, prefix_chars: int | None) -> str:
-    """Return a text that two comparisons share if they are about the same responses."""
-    prompt = " ".join(record["prompt"].split())[:prefix_chars]
-    return json.dumps([prompt, sorted(" ".join(text.split()) for text in record["responses"])])
+def pair_key(record: Record) -> str:
+    """Return a text that two comparisons share if prompt and responses are the same."""
+    return json.dumps([record["prompt"], *sorted(record["responses"])])
 
 
 def place_users(sets: Sets, fractions: dict[str, float], seed: int) -> dict[str, str]:

@@ -41,8 +41,11 @@ def malformed(path: Path, name: str) -> str | None:
 
     gzip and zip files are read to the end, with their own checksums; .json is parsed, as JSON or
     as JSON Lines (some sets call those .json), .jsonl line by line; a .safetensors file must be as
-    long as its header says. Of plain text, CSV and TSV nothing can be told.
+    long as its header says. Of plain text, CSV and TSV only an empty file is noticed; JSON Lines
+    that end early at the end of a line are not.
     """
+    if path.stat().st_size == 0:
+        return "an empty file"
     try:
         if name.endswith((".gz", ".tgz")):
             with gzip.open(path) as stream:
@@ -78,7 +81,6 @@ def _malformed_json(path: Path, may_be_one_value: bool) -> str | None:
             return None
         except ValueError:
             pass
-    number = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -86,7 +88,7 @@ def _malformed_json(path: Path, may_be_one_value: bool) -> str | None:
                     json.loads(line)
             except ValueError:
                 return f"line {number} is not JSON"
-    return None if number else "an empty file"
+    return None
 
 
 # --- archives -----------------------------------------------------------------------------------
