@@ -356,9 +356,13 @@ def convert_dolly(paths: Sequence[Path], options: Options) -> Converted:
     Databricks Dolly: JSON Lines of `instruction`, `context`, `response`, `category`.
 
     Also takes the dolly_hhrlhf form, `prompt` and `response`, whose prompts carry Alpaca's
-    template and no category: the template is taken off again, so that no prompt has one.
+    template and no category: the template is taken off again, so that no prompt has one. Reference
+    texts are from Wikipedia; its marks of footnotes, such as [42], are taken out of prompts, as the
+    set's authors advise.
     """
     result = Converted()
+    footnotes = re.compile(r"(?<=[^\s\[])\[\d{1,3}\](?:\[(?:\d{1,3}|[a-z]|[a-z -]+(?:needed|\?))\])*"
+                           r"(?=[\s.,;:)\"'’”A-Z]|$)")
     template = re.compile(r"Below is an instruction.*?### Instruction:\n(.*)\n\n### Response:\n?",
                           re.DOTALL)
     for path in paths:
@@ -379,7 +383,7 @@ def convert_dolly(paths: Sequence[Path], options: Options) -> Converted:
                     raise BadInput(f'{where}: key "category": expected one of '
                                    f"{', '.join(DOLLY_USE_CASES)}, found {category!r}")
                 use_case = DOLLY_USE_CASES[category]
-            _add_demonstration(result, prompt, response, "labeler", use_case)
+            _add_demonstration(result, footnotes.sub("", prompt), response, "labeler", use_case)
     return result
 
 

@@ -134,7 +134,8 @@ HALF = {"sub/file.bin.part", "sub/file.bin.part.version"}
 
 
 def assert_done(folder: Path, content: bytes = CONTENT) -> None:
-    assert (folder / "sub/file.bin").read_bytes() == content
+    same = (folder / "sub/file.bin").read_bytes() == content
+    assert same  # not the comparison: to print how 300,000 bytes differ takes minutes
     assert files_in(folder) == DONE
     digest = hashlib.sha256(content).hexdigest()
     assert (folder / "SHA256SUMS").read_text() == f"{digest}  sub/file.bin\n"
@@ -486,7 +487,8 @@ def test_local_copies_are_taken_in_any_layout(tmp_path, toy, layout):
         assert download(["toy-set"], tmp_path / "out", copies) == 0
         assert files_in(tmp_path / "out" / "toy-set") == TAKEN
     for path, content in TOY.items():
-        assert (tmp_path / "out" / "toy-set" / path).read_bytes() == content
+        same = (tmp_path / "out" / "toy-set" / path).read_bytes() == content
+        assert same, path
     assert (tmp_path / "out" / "toy-set" / "dev.tsv").read_bytes() == b"a\tb"
     assert files_in(copies) == {*map(layout, TOY), "other/test.jsonl"}, "copies are left alone"
 
