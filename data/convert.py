@@ -361,7 +361,8 @@ def convert_dolly(paths: Sequence[Path], options: Options) -> Converted:
     set's authors advise.
     """
     result = Converted()
-    footnotes = re.compile(r"(?<=[^\s\[])\[\d{1,3}\](?:\[(?:\d{1,3}|[a-z]|[a-z -]+(?:needed|\?))\])*"
+    footnotes = re.compile(r"(?<=[^\s\[])\[\d{1,3}\]"
+                           r"(?:\[(?:\d{1,3}|[a-z]|[a-z -]+(?:needed|\?))\])*"
                            r"(?=[\s.,;:)\"'’”A-Z]|$)")
     template = re.compile(r"Below is an instruction.*?### Instruction:\n(.*)\n\n### Response:\n?",
                           re.DOTALL)

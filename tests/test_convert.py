@@ -277,14 +277,15 @@ def test_alpaca_edge_cases(tmp_path):
 def test_dolly_takes_both_schemas(tmp_path):
     original = write_lines(
         tmp_path / "databricks-dolly-15k.jsonl",
-        {"instruction": "Who?", "context": "A text,[1][23][page needed] see x[1]=2 or [4].", "response": "He",
-         "category": "closed_qa"},
+        {"instruction": "Who?", "context": "A text,[1][23][page needed] see x[1]=2 or [4].",
+         "response": "He", "category": "closed_qa"},
         {"instruction": "Write", "context": "", "response": "A poem",
          "category": "creative_writing"},
         {"instruction": "Nothing", "context": "", "response": "", "category": "open_qa"})
     result = convert_dolly([original], Options())
     assert [(r["prompt"], r["response"], r["use_case"]) for r in result.demonstrations] == [
-        ("Who?\n\nA text, see x[1]=2 or [4].", "He", "closed_qa"), ("Write", "A poem", "generation")]
+        ("Who?\n\nA text, see x[1]=2 or [4].", "He", "closed_qa"),
+        ("Write", "A poem", "generation")]
     assert result.dropped == {"empty response": 1}
     template = ("Below is an instruction that describes a task. Write a response that appropriately"
                 " completes the request.\n\n### Instruction:\n{}\n\n### Response:\n")
