@@ -108,7 +108,8 @@ def print_table(names: Sequence[str]) -> None:
     print("MB: +, and more in files whose size is not known; ?, not known.\n"
           "checked: files whose SHA-256 is known; that of others is recorded the first time.\n"
           "`--download list NAME` shows the addresses of a source, `--download NAME` fetches it,\n"
-          "`--download NAME --from FOLDER` takes copies that lie in a folder.")
+          "`--download NAME --from FOLDER` takes copies that lie in a folder. \"prepare NAME\" is\n"
+          "python -m data.prepare NAME, which converts.")
 
 
 def fetch(file: RemoteFile, folder: Path, attempts: int = 5, timeout: float = 30.0,
