@@ -548,9 +548,10 @@ def find_model(name_or_dir: str | Path) -> Path:
     """The folder of a model: a path as it is, a name of GPT-2 under data/downloads/."""
     if str(name_or_dir) in GPT2_NAMES and not Path(name_or_dir).is_dir():
         folder = DOWNLOADS / str(name_or_dir)
-        if not folder.is_dir():
+        absent = not folder.is_dir()
+        if absent or not (folder / "model.safetensors").exists():  # a download that did not end
             raise BadInput(
-                f"{folder}: no such folder; get the weights with "
+                f"{folder}: {'no such folder' if absent else 'holds no weights'}; get them with "
                 f"`python -m data.prepare --download {name_or_dir}`"
             )
         return folder
@@ -640,7 +641,11 @@ def _make(
         }
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     odd = sorted(set(expected) ^ set(weights))
-    odd += [name for name in expected if name in weights and weights[name].shape != expected[name]]
+    odd += [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
     if odd:
         raise BadInput(
             f"{path}: does not fit config.json; missing, unexpected or of another shape: "

@@ -270,7 +270,8 @@ def convert_summarize(paths: Sequence[Path], options: Options) -> Converted:
     """
     Comparisons of summaries (Stiennon et al. 2020): JSON Lines, `info`, `summaries`, `choice`.
 
-    The user is the post, so that a post's summaries are in one split; the labeler is `worker`.
+    A post has many pairs of summaries, each its own record. The user is the post, so that its pairs
+    are in one split, also with its demonstration in tldr; the labeler is `worker`.
     """
     result = Converted()
     for path in paths:
@@ -290,17 +291,19 @@ def convert_summarize(paths: Sequence[Path], options: Options) -> Converted:
             elif texts[0] == texts[1]:
                 result.dropped["the two summaries are the same"] += 1
             else:
-                base = summary_prompt(post, info.get("title"), info.get("subreddit"))
+                base = summary_prompt(post, info, where)
                 labeler = f"summarize:{get(record, 'worker', str, where, default='unknown')}"
                 ranks = [1, 2] if choice == 0 else [2, 1]
                 result.comparisons.append(comparison(base, texts, ranks, labeler))
     return result
 
 
-def summary_prompt(post: str, title: str | None, subreddit: str | None) -> Record:
+def summary_prompt(post: str, info: Record, where: str) -> Record:
     """Build the prompt of Stiennon et al. (appendix B): subreddit, title, post, "TL;DR:"."""
-    head = [f"SUBREDDIT: r/{subreddit.removeprefix('r/')}"] if subreddit else []
-    head += [f"TITLE: {clean(title)}"] if title else []
+    title = clean(get(info, "title", str, where, default=""))
+    subreddit = clean(get(info, "subreddit", str, where, default="")).removeprefix("r/")
+    head = [f"SUBREDDIT: r/{subreddit}"] if subreddit else []
+    head += [f"TITLE: {title}"] if title else []
     return {"prompt": "\n\n".join([*head, f"POST: {post}", "TL;DR:"]), "user": own_user(post),
             "source": "customer", "use_case": "summarization"}
 
@@ -353,9 +356,14 @@ def convert_dolly(paths: Sequence[Path], options: Options) -> Converted:
     Databricks Dolly: JSON Lines of `instruction`, `context`, `response`, `category`.
 
     Also takes the dolly_hhrlhf form, `prompt` and `response`, whose prompts carry Alpaca's
-    template and no category: the template is taken off again, so that no prompt has one.
+    template and no category: the template is taken off again, so that no prompt has one. Reference
+    texts are from Wikipedia; its marks of footnotes, such as [42], are taken out of prompts, as the
+    set's authors advise.
     """
     result = Converted()
+    footnotes = re.compile(r"(?<=[^\s\[])\[\d{1,3}\]"
+                           r"(?:\[(?:\d{1,3}|[a-z]|[a-z -]+(?:needed|\?))\])*"
+                           r"(?=[\s.,;:)\"'’”A-Z]|$)")
     template = re.compile(r"Below is an instruction.*?### Instruction:\n(.*)\n\n### Response:\n?",
                           re.DOTALL)
     for path in paths:
@@ -376,19 +384,21 @@ def convert_dolly(paths: Sequence[Path], options: Options) -> Converted:
                     raise BadInput(f'{where}: key "category": expected one of '
                                    f"{', '.join(DOLLY_USE_CASES)}, found {category!r}")
                 use_case = DOLLY_USE_CASES[category]
-            _add_demonstration(result, prompt, response, "labeler", use_case)
+            _add_demonstration(result, footnotes.sub("", prompt), response, "labeler", use_case)
     return result
 
 
 def convert_tldr(paths: Sequence[Path], options: Options) -> Converted:
-    """TL;DR posts with the summary their author wrote: JSON Lines, `subreddit`, `title`, `post`,
-    `summary`."""
+    """
+    TL;DR posts with the summary their author wrote: JSON Lines, `subreddit`, `title`, `post`,
+    `summary`. Their test.jsonl is left to the evaluation.
+    """
     result = Converted()
     for path in paths:
         for where, record in read_json_lines(path):
             result.num_read += 1
             post = clean(get(record, "post", str, where))
-            base = summary_prompt(post, record.get("title"), record.get("subreddit"))
+            base = summary_prompt(post, record, where)
             _add_demonstration(result, base["prompt"] if post else "",
                                get(record, "summary", str, where), "customer", "summarization",
                                base["user"])

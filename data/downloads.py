@@ -3,60 +3,113 @@ Download the sources of data/sources.py: resumable, checked, and never half a fi
 
     python -m data.prepare --download hh-rlhf gpt2
     python -m data.prepare --download list
+    python -m data.prepare --download hh-rlhf --from FOLDER     # local copies instead
 
 A file is received as NAME.part beside its final name. A connection that breaks is taken up again
 where it broke, in the same run or the next one: by a Range request with If-Range, so that bytes of
 two versions of a file are never joined. The whole file is then checked and renamed. Its checksum
 is the one in the table; where that has none, the first download's is recorded in SHA256SUMS beside
-the files, and later downloads must equal it.
+the files, and later downloads must equal it. A first download must at least have the form that its
+name says (`malformed`), which finds most files that were cut short.
 """
 
-import hashlib
 import http.client
 import os
 import re
 import shutil
 import socket
 import ssl
-import tarfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data.files import BadInput, write_atomic
-from data.sources import SOURCES, RemoteFile
+from data.files import BadInput
+from data.raw import find_files
+from data.received import (
+    CHUNK_BYTES,
+    copy,
+    malformed,
+    not_data,
+    read_records,
+    sha256,
+    unpack_all,
+    write_records,
+)
+from data.sources import SOURCES, RemoteFile, Source
+from data.tokenizer import gpt2_encoding, save_tokenizer
 
-CHUNK_BYTES = 1 << 18
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 LOCAL_COPIES = "or fetch it by other means and pass its folder to --from"
 # what a server says when it is busy or restarting; anything else will not pass by waiting
 PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 
-def download(names: Sequence[str], folder: Path) -> int:
-    """Fetch the named sources into `folder`/NAME; "list" prints the table instead. Returns 0."""
-    if list(names) == ["list"]:
-        for name, source in SOURCES.items():
-            size = sum(file.size or 0 for file in source.files)
-            more = "over " if any(file.size is None for file in source.files) else ""
-            shown = f"{size / 1e6:,.1f} MB" if size else "unknown size"
-            print(f"{name:20} {(more if size else '') + shown:>16}  {source.licence:30} "
-                  f"{source.becomes}")
+def download(names: Sequence[str], folder: Path, copies: Path | None = None,
+             patterns: Mapping[str, str] | None = None) -> int:
+    """
+    Bring the named sources to `folder`/NAME and what they need; "list" prints the table. Returns 0.
+
+    With a folder of `copies`, files are taken from there and nothing is downloaded; `patterns`,
+    {source: regular expression}, are the names under which copies of a source go (see
+    `data.raw.find_files`), beside those in the table.
+    """
+    if "list" in names:
+        print_table([name for name in names if name != "list"])
         return 0
+    _check_names(names)
+    wanted = dict.fromkeys(need for name in names for need in (*SOURCES[name].needs, name))
+    for name in wanted:
+        source = SOURCES[name]
+        if name not in names and all((folder / name / file.path).exists() for file in source.files):
+            continue  # needed, and there
+        print(f"{name}: {source.becomes}; licence: {source.licence}")
+        if copies is None:
+            for file in source.files:
+                fetch(file, folder / name)
+        else:
+            take(name, source, copies, folder / name, (patterns or {}).get(name))
+        if "gpt2-bpe" in source.needs:  # so that the folder is a checkpoint that --init can name
+            save_tokenizer(gpt2_encoding(folder / "gpt2-bpe"), folder / name / "tokenizer.json")
+            print("    tokenizer.json: written")
+    return 0
+
+
+def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in SOURCES:
             raise BadInput(f"unknown source {name!r}; known are {', '.join(SOURCES)}")
+
+
+def print_table(names: Sequence[str]) -> None:
+    """Print a line for every source, or for every file of the named ones."""
+    _check_names(names)
     for name in names:
-        source = SOURCES[name]
-        print(f"{name}: {source.becomes}; licence: {source.licence}")
-        for file in source.files:
-            fetch(file, folder / name)
-    return 0
+        for file in SOURCES[name].files:
+            size = f"{file.size:,} bytes" if file.size else "size not known"
+            print(f"{name}/{file.path}: {size}, SHA-256 {file.sha256 or 'of the first download'}\n"
+                  f"    {file.url}")
+            for member, path in file.unpack:
+                print(f"    {member} is unpacked as {path}")
+    if names:
+        return
+    print(f"{'name':19} {'MB':>8} {'files':>5} {'checked':>7}  {'licence':30} what it becomes")
+    for name, source in SOURCES.items():
+        sizes = [file.size for file in source.files]
+        megabytes = sum(size or 0 for size in sizes) / 1e6
+        total = f"{megabytes:,.{1 if megabytes >= 0.1 else 2}f}" if any(sizes) else "?"
+        total += "+" if any(sizes) and None in sizes else ""
+        known = sum(file.sha256 is not None for file in source.files)
+        print(f"{name:19} {total:>8} {len(sizes):5} {known:7}  {source.licence:30} "
+              f"{source.becomes}")
+    print("MB: +, and more in files whose size is not known; ?, not known.\n"
+          "checked: files whose SHA-256 is known; that of others is recorded the first time.\n"
+          "`--download list NAME` shows the addresses of a source, `--download NAME` fetches it,\n"
+          "`--download NAME --from FOLDER` takes copies that lie in a folder. \"prepare NAME\" is\n"
+          "python -m data.prepare NAME, which converts.")
 
 
 def fetch(file: RemoteFile, folder: Path, attempts: int = 5, timeout: float = 30.0,
@@ -72,28 +125,34 @@ def fetch(file: RemoteFile, folder: Path, attempts: int = 5, timeout: float = 30
     the next run, but for content that is wrong.
     """
     target = folder / file.path
-    recorded = _read_records(folder)
+    recorded = read_records(folder)
     expected = file.sha256 or recorded.get(file.path)
     if target.exists():
-        found = _sha256(target)
+        found = sha256(target)
         if expected is not None and found != expected:
             raise BadInput(f"{target}: checksum {found}, expected {expected}; the file was changed "
                            "or belongs to another version: remove it and run again")
         print(f"    {file.path}: already there")
+    elif file.unpack and all((folder / path).exists() for _, path in file.unpack):
+        print(f"    {file.path}: its files are there")
+        return
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
         _receive(file, part, attempts, timeout, pause)
         found = _check(file, part, expected, recorded_before=file.sha256 is None)
-        os.replace(part, target)
-        _validator_file(part).unlink(missing_ok=True)
+        _finish(file, part, target, found, expected)
     if recorded.get(file.path) != found:
-        recorded[file.path] = found
-        lines = (f"{digest}  {path}\n" for path, digest in sorted(recorded.items()))
-        write_atomic(folder / "SHA256SUMS", "".join(lines))
-    for member, path in file.unpack:
-        if not (folder / path).exists():
-            _unpack(target, member, folder / path)
+        write_records(folder, recorded | {file.path: found})
+    unpack_all(file, folder)
+
+
+def _finish(file: RemoteFile, part: Path, target: Path, found: str, expected: str | None) -> None:
+    """Give a checked file its name and say so."""
+    os.replace(part, target)
+    _validator_file(part).unlink(missing_ok=True)
+    checksum = "as expected" if expected else f"{found} recorded"
+    print(f"    {file.path}: {target.stat().st_size:,} bytes, checksum {checksum}")
 
 
 def _receive(file: RemoteFile, part: Path, attempts: int, timeout: float, pause: float) -> None:
@@ -148,6 +207,9 @@ def _receive_once(file: RemoteFile, part: Path, timeout: float, bar: tqdm) -> bo
         part.unlink(missing_ok=True)  # longer than the file: of another version
         return False
     with response:
+        if response.headers.get_content_type() == "text/html":  # of no source; keep the part
+            raise BadInput(f"{file.url}: a web page came instead of the file; it may have moved, "
+                           f"or the network asks to log in: open it in a browser, {LOCAL_COPIES}")
         length = response.headers.get("Content-Length")
         if response.status == 206:
             match = CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
@@ -181,47 +243,115 @@ def _receive_once(file: RemoteFile, part: Path, timeout: float, bar: tqdm) -> bo
 
 def _check(file: RemoteFile, part: Path, expected: str | None, recorded_before: bool) -> str:
     """Return the checksum of a complete `part`; raise BadInput and remove it if it is wrong."""
-    with part.open("rb") as stream:
-        head = stream.read(512).lstrip().lower()
-    found = _sha256(part)
+    found = sha256(part)
     if found == expected:
         return found
-    if head.startswith((b"<!doctype html", b"<html")):
-        problem = "a web page came instead of the file; it may have moved or need an account"
-    elif head.startswith(b"version https://git-lfs"):
-        problem = "a Git LFS pointer came instead of the file"
-    elif expected is not None:
+    problem = not_data(part)
+    if problem is None and expected is not None:
         origin = "recorded at the first download, in SHA256SUMS" if recorded_before else "expected"
         problem = (f"checksum {found}, but {expected} was {origin}: damaged on the way, or changed "
                    "by its publishers")
-    else:
+    elif problem is None and (flaw := malformed(part, file.path)):
+        problem = f"{flaw}: cut short or damaged on the way"
+    if problem is None:
         return found
     part.unlink()
     _validator_file(part).unlink(missing_ok=True)
     raise BadInput(f"{file.url}: {problem}; nothing was kept: run again, {LOCAL_COPIES}")
 
 
-def _unpack(archive: Path, member: str, target: Path) -> None:
-    """Extract one member of a zip or tar file to `target`, atomically."""
-    part = target.with_name(target.name + ".part")
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as opened, opened.open(member) as source, \
-                    part.open("wb") as stream:
-                shutil.copyfileobj(source, stream)
-        else:
-            with tarfile.open(archive) as opened:
-                source = opened.extractfile(member)
-                if source is None:
-                    raise KeyError(member)
-                with source, part.open("wb") as stream:
-                    shutil.copyfileobj(source, stream)
-    except (KeyError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        part.unlink(missing_ok=True)
-        raise BadInput(f"{archive}: cannot take {member} out of it ({error}); remove it and "
-                       "run again") from None
-    os.replace(part, target)
-    print(f"    {target.name}: unpacked")
+# --- local copies -------------------------------------------------------------------------------
+
+
+def take(name: str, source: Source, copies: Path, folder: Path, pattern: str | None) -> None:
+    """
+    Copy what `copies` holds of a source to `folder`, checked as downloads are.
+
+    A published file is found as FOLDER/NAME/PATH, FOLDER/PATH, or anywhere deeper where the path's
+    last two parts or the folder's name say that it is this source's (`_local_copy`); of an archive
+    its unpacked members do. Where a published file is not there, files that can stand in for it
+    are copied as they are: those that match `pattern` or the source's own. Raises BadInput if
+    there is nothing, or a file has another checksum than the published one.
+    """
+    if not copies.is_dir():
+        raise BadInput(f"{copies}: no such folder; expected one with copies of {name}")
+    missing, taken = [], 0
+    for file in source.files:
+        members = [RemoteFile(file.url, path) for _, path in file.unpack]
+        found = [(part, origin) for part in (file, *members)
+                 if (origin := _local_copy(name, part, copies))]
+        for part, origin in found:
+            _install(part, origin, folder)
+            taken += 1
+        if found and found[0][0] is file:
+            unpack_all(file, folder)
+        elif len(found) < max(1, len(members)):
+            missing.append(file.path)
+    stand_ins = []
+    for expression in filter(None, (source.stand_in, pattern) if missing else ()):
+        stand_ins += find_files(copies, expression)
+    published = {Path(path).name for file in source.files
+                 for path in (file.path, *(path for _, path in file.unpack))}
+    for origin in dict.fromkeys(stand_ins):
+        if origin.name not in published:
+            print(f"    {origin.name}: stands in for the published file")
+            _install(RemoteFile("", origin.name), origin, folder)
+            taken += 1
+    if not taken:
+        raise BadInput(f"{copies}: holds no file of {name}, such as {name}/{source.files[0].path}; "
+                       f"`--download list {name}` lists them")
+    if missing:
+        print(f"    not there: {', '.join(missing)}")
+
+
+def _local_copy(name: str, file: RemoteFile, copies: Path) -> Path | None:
+    """Find the copy of one published file under `copies`."""
+    def plain(text: str) -> str:
+        return re.sub(r"[-_ ]", "", text).lower()
+
+    wanted = Path(file.path)
+    flat = {plain(f"{name}/{file.path}".replace("/", "_")), plain(file.path.replace("/", "_"))}
+    for origin in (copies / name / wanted, copies / wanted):
+        if origin.is_file():
+            return origin
+    for origin in sorted(copies.rglob("*")):
+        same_name = origin.name == wanted.name
+        if not (same_name or plain(origin.name) in flat) or not origin.is_file():
+            continue
+        parent = plain(origin.resolve().parent.name)
+        if (not same_name or parent == plain(name) and len(wanted.parts) == 1
+                or len(wanted.parts) > 1 and origin.parts[-2:] == wanted.parts[-2:]
+                or file.sha256 is not None and sha256(origin) == file.sha256):
+            return origin
+    return None
+
+
+def _install(file: RemoteFile, origin: Path, folder: Path) -> None:
+    """Copy a local file to its place under `folder`, atomically, and record its checksum."""
+    target = folder / file.path
+    recorded = read_records(folder)
+    expected = file.sha256 or recorded.get(file.path)
+    found = sha256(origin)
+    problem = None
+    if expected is not None and found != expected:
+        problem = f"checksum {found}, expected {expected}: another version, or damaged"
+    elif expected is None:
+        flaw = not_data(origin) or malformed(origin, file.path)
+        problem = f"{flaw}: cut short or damaged" if flaw else None
+    if problem:
+        raise BadInput(f"{origin}: {problem}; give another copy, or move this one away")
+    if target.exists() and sha256(target) == found:
+        print(f"    {file.path}: already there")
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + ".copy")
+        with origin.open("rb") as stream:
+            copy(stream, part)
+        _finish(file, part, target, found, expected)
+    write_records(folder, recorded | {file.path: found})
+
+
+# --- places -------------------------------------------------------------------------------------
 
 
 def _check_space(part: Path, needed: int) -> None:
@@ -236,19 +366,5 @@ def _validator_file(part: Path) -> Path:
     return part.with_name(part.name + ".version")
 
 
-def _read_records(folder: Path) -> dict[str, str]:
-    """Read SHA256SUMS of a source's folder -> {path: checksum}."""
-    path = folder / "SHA256SUMS"
-    if not path.exists():
-        return {}
-    lines = (line.split("  ", 1) for line in path.read_text().splitlines() if "  " in line)
-    return {name: digest for digest, name in lines}
-
-
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

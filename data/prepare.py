@@ -18,6 +18,7 @@ data/convert.py. All input is read and checked before anything is written.
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -62,6 +63,9 @@ class DataSet:
     # Prompts whose first characters agree are duplicates. Not so (None: whole prompts count) where
     # prompts share their beginning by nature: dialogues, and passages before a question.
     prefix_chars: int | None = PREFIX_CHARS
+    # Whether a prompt has several comparisons by design: then only a prompt that is another's
+    # duplicate without being the same, or a comparison of the same responses, is dropped.
+    many_pairs: bool = False
 
 
 DATA_SETS = {
@@ -78,15 +82,15 @@ DATA_SETS = {
         "dev_feedback.json", None),
     "summarize": DataSet(
         convert.convert_summarize, r"(?:^|/)(?:batch|cnndm)\d+\.json$",
-        "comparisons/batch3.json", None),
+        "comparisons/batch3.json", many_pairs=True),
     "alpaca": DataSet(
         convert.convert_alpaca, r"alpaca_(?:data|\d+)[^/]*\.json$", "alpaca_data.json"),
     "dolly": DataSet(
         convert.convert_dolly, r"databricks-dolly-15k\.jsonl$|dolly_hhrlhf[^/]*\.jsonl$",
         "databricks-dolly-15k.jsonl"),
-    "tldr": DataSet(
-        convert.convert_tldr, r"tldr_3_filtered[/_](?:train|valid|test)\.jsonl$",
-        "tldr_3_filtered/train.jsonl", None),
+    "tldr": DataSet(  # without test.jsonl, on which evaluate.py may measure
+        convert.convert_tldr, r"tldr_3_filtered[/_](?:train|valid)\.jsonl$",
+        "tldr_3_filtered/train.jsonl"),
     "lottery": DataSet(
         convert.convert_lottery, r"prompt_lottery[^/]*\.jsonl$",
         "prompt_lottery_en_250_text.jsonl"),
@@ -112,8 +116,9 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME",
         help=f"sets to convert: {', '.join(DATA_SETS)}; or all (every set found but text)")
-    add("--from", dest="folder", type=Path, default=DOWNLOADS, metavar="FOLDER",
-        help="where the raw files lie, at any depth (default data/downloads)")
+    add("--from", dest="folder", type=Path, default=None, metavar="FOLDER",
+        help="where the raw files lie, at any depth (default data/downloads); with --download: "
+             "copies to take instead of downloading")
     add("--out", type=Path, default=Path("out/real/data"), metavar="DIR")
     add("--seed", type=int, default=0, help="of the splits and of the draw from busy users")
     add("--fractions", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar="F",
@@ -132,7 +137,8 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--section_chars", type=int, default=20_000, metavar="N",
         help="documents: cut texts into sections of at most N characters")
     add("--download", nargs="+", default=None, metavar="NAME",
-        help="fetch these into data/downloads instead; `--download list` lists them")
+        help="fetch these into data/downloads instead; `--download list` lists them, "
+             "`--download list NAME` the addresses of one")
     args = parser.parse_args(argv)
     if bool(args.names) == bool(args.download):
         parser.error("give names of data sets to convert, or --download NAME, and not both")
@@ -250,16 +256,31 @@ def clean_set(name: str, kinds: dict[str, list[Record]], earlier: Sets, seed: in
             "prompt", DATA_SETS[name].prefix_chars)
         before = [record for other in earlier.values() for record in other[kind]]
         keyed = [{"prompt": record[key], "record": record} for record in [*before, *records]]
-        unique = {id(item["record"]) for item in deduplicate(keyed, prefix)[0]}
-        kept = [record for record in records if id(record) in unique]
+        unique = deduplicate(keyed, prefix)[0]
+        if kind == "comparisons" and DATA_SETS[name].many_pairs:
+            prompts = {item["prompt"] for item in unique}
+            kept = [record for record in records if record["prompt"] in prompts]
+        else:
+            ids = {id(item["record"]) for item in unique}
+            kept = [record for record in records if id(record) in ids]
         shared = "whole text" if prefix is None else f"first {prefix} characters"
         account.drop(len(records) - len(kept),
                      f"{kind}: an earlier one has the same {key} ({shared} compared)")
+        if kind == "comparisons" and DATA_SETS[name].many_pairs:
+            pairs = [{"prompt": pair_key(record), "record": record} for record in kept]
+            pairs, dropped = deduplicate(pairs, None)
+            kept = [item["record"] for item in pairs]
+            account.drop(len(dropped), f"{kind}: an earlier one has the same responses")
         if kind != "documents":
             kept, dropped = cap_per_user(kept, USER_LIMIT, seed)
             account.drop(len(dropped), f"{kind}: their user has more than {USER_LIMIT}")
         cleaned[kind] = kept
     return cleaned
+
+
+def pair_key(record: Record) -> str:
+    """Return a text that two comparisons share if prompt and responses are the same."""
+    return json.dumps([record["prompt"], *sorted(record["responses"])])
 
 
 def place_users(sets: Sets, fractions: dict[str, float], seed: int) -> dict[str, str]:
@@ -339,7 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.download:
         from data.downloads import download  # only here: conversion needs no network code
 
-        return download(args.download, DOWNLOADS)
+        patterns = {name: data_set.files for name, data_set in DATA_SETS.items()}
+        return download(args.download, DOWNLOADS, args.folder, patterns)
+    args.folder = args.folder or DOWNLOADS
     files = locate(args.names, args.folder)
     encoding = load_encoding(args.tokenizer, args.folder)
     account = Account()

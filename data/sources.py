@@ -1,11 +1,14 @@
 """
 Where public data sets and GPT-2's weights are fetched from, under which licence, and what for.
 
-A checksum stands here only where it was taken from a copy at hand or from a public project that
-pins it; the others are None and are recorded on the first download (see data/downloads.py). Sizes
-are in bytes, as published. URLs are pinned to a revision wherever one is known.
+A checksum stands here only where it was taken from a copy at hand or from a public page or project
+that states it; the others are None and are recorded on the first download (see data/downloads.py).
+Sizes are in bytes, as published; a round number is about. URLs are pinned to a revision wherever
+one is known. The addresses come from public pages and projects that use them; none was fetched
+when this table was written.
 
-Not in the table: CNN/DailyMail, which has no plain-text address (parquet only).
+Where a set's home offers parquet alone (SST-2, RTE, WSC, CNN/DailyMail), the address is that of an
+older release in plain text or JSON.
 """
 
 from dataclasses import dataclass
@@ -34,25 +37,34 @@ class Source:
     files: tuple[RemoteFile, ...]
     licence: str
     becomes: str
+    # local files under other names that serve as well: a regular expression, searched in paths
+    stand_in: str | None = None
+    needs: tuple[str, ...] = ()  # other sources that are fetched with it
 
 
-def _gpt2(name: str, about: int, revision: str = "main", sha256: str | None = None) -> Source:
+def _gpt2(name: str, about: int, sha256: str, revision: str = "main") -> Source:
     base = f"{HUB}/openai-community/{name}/resolve/{revision}"
     return Source(
-        (RemoteFile(f"{base}/config.json", "config.json"),
+        (RemoteFile(f"{base}/config.json", "config.json", 700),
          RemoteFile(f"{base}/model.safetensors", "model.safetensors", about, sha256)),
-        "MIT (modified)", f"weights: --init {name}")
+        "MIT (modified)", f"weights: --init {name}", needs=("gpt2-bpe",))
 
 
 def _hh_rlhf() -> Source:
     base = f"{HUB}/datasets/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
     known = {
+        "harmless-base/train": (13_200_000,
+            "bf3e1ecd3db61bf21d190f69351d26670c67aababa0fd282fa008c17a7202217"),
         "harmless-base/test": (742_801,
             "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03"),
         "helpful-base/test": (875_191,
             "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b"),
         "helpful-base/train": (16_200_131,
             "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4"),
+        "helpful-online/train": (20_100_000, None),
+        "helpful-online/test": (1_050_000, None),
+        "helpful-rejection-sampled/train": (25_700_000, None),
+        "helpful-rejection-sampled/test": (1_360_000, None),
     }
     names = [f"{subset}/{split}" for subset in (
         "harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -130,11 +142,15 @@ def _wikitext() -> Source:
 
 
 SOURCES: dict[str, Source] = {
-    "gpt2": _gpt2("gpt2", 548_105_171, "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-                  "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
-    "gpt2-medium": _gpt2("gpt2-medium", 1_520_000_000),
-    "gpt2-large": _gpt2("gpt2-large", 3_250_000_000),
-    "gpt2-xl": _gpt2("gpt2-xl", 6_430_000_000),
+    "gpt2": _gpt2("gpt2", 548_105_171,
+                  "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+                  "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+    "gpt2-medium": _gpt2("gpt2-medium", 1_520_000_000,
+                         "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+    "gpt2-large": _gpt2("gpt2-large", 3_250_000_000,
+                        "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
+    "gpt2-xl": _gpt2("gpt2-xl", 6_430_000_000,
+                     "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
     "gpt2-bpe": Source((
         RemoteFile(f"{OPENAI}/gpt-2/encodings/main/vocab.bpe", "vocab.bpe", 456_318,
                    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
@@ -157,7 +173,7 @@ SOURCES: dict[str, Source] = {
     "tldr": Source(tuple(RemoteFile(
         f"{OPENAI}/summarize-from-feedback/datasets/tldr_3_filtered/{split}.jsonl",
         f"tldr_3_filtered/{split}.jsonl") for split in ("train", "valid", "test")),
-        "CC BY 4.0", "demonstrations: prepare tldr; the evaluation's TL;DR task"),
+        "CC BY 4.0", "demonstrations: prepare tldr; test.jsonl is the evaluation's TL;DR task"),
     "alpaca": Source((RemoteFile(
         f"{GITHUB}/tatsu-lab/stanford_alpaca/main/alpaca_data.json", "alpaca_data.json"),),
         "CC BY-NC 4.0", "demonstrations: prepare alpaca"),
@@ -190,7 +206,7 @@ SOURCES: dict[str, Source] = {
         "https://ai2-public-datasets.s3.amazonaws.com/realtoxicityprompts/"
         "realtoxicityprompts-data.tar.gz", "realtoxicityprompts-data.tar.gz",
         unpack=(("realtoxicityprompts-data/prompts.jsonl", "prompts.jsonl"),)),
-    ), "Apache-2.0", "evaluation: toxicity"),
+    ), "Apache-2.0", "evaluation: toxicity", r"realtoxicityprompts/[^/]+\.jsonl$"),
     "winogender": Source(tuple(RemoteFile(
         f"{GITHUB}/rudinger/winogender-schemas/master/data/{name}.tsv", f"{name}.tsv", size, sha256)
         for name, size, sha256 in (
@@ -207,34 +223,40 @@ SOURCES: dict[str, Source] = {
         "dfb36986ce0502abbaf7055b9176da3d08d48e07df1251991b5dfbcbceab9d0c"),
     ), "CC BY-SA 4.0", "evaluation: bias"),
     "hellaswag": Source((RemoteFile(
-        f"{GITHUB}/rowanz/hellaswag/master/data/hellaswag_val.jsonl", "hellaswag_val.jsonl", None,
-        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
-    ), "MIT", "evaluation: alignment tax"),
+        f"{GITHUB}/rowanz/hellaswag/master/data/hellaswag_val.jsonl", "hellaswag_val.jsonl",
+        12_246_618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
+    ), "MIT", "evaluation: alignment tax", r"hellaswag_val[^/]*\.jsonl$"),
     "lambada": Source((RemoteFile(
         f"{OPENAI}/gpt-2/data/lambada_test.jsonl", "lambada_test.jsonl", 1_819_752,
         "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"),
     ), "CC BY 4.0", "evaluation: alignment tax"),
-    "sst2": Source((RemoteFile(f"{GLUE}/data/SST-2.zip", "SST-2.zip",
-                               unpack=(("SST-2/dev.tsv", "dev.tsv"),)),),
-                   "none stated", "evaluation: alignment tax"),
-    "rte": Source((RemoteFile(f"{GLUE}/data/RTE.zip", "RTE.zip",
-                              unpack=(("RTE/dev.tsv", "dev.tsv"),)),),
-                  "none stated", "evaluation: alignment tax"),
-    "wsc": Source((RemoteFile(f"{GLUE}/superglue/data/v2/WSC.zip", "WSC.zip",
-                              unpack=(("WSC/val.jsonl", "val.jsonl"),)),),
-                  "none stated", "evaluation: alignment tax"),
+    "sst2": Source((RemoteFile(
+        f"{GLUE}/data/SST-2.zip", "SST-2.zip", 7_439_277,
+        "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
+        (("SST-2/dev.tsv", "dev.tsv"),)),
+    ), "none stated", "evaluation: alignment tax", r"(?:^|/)sst-?2[^/]*\.(?:jsonl|tsv)$"),
+    "rte": Source((RemoteFile(
+        f"{GLUE}/data/RTE.zip", "RTE.zip", 697_150,
+        "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
+        (("RTE/dev.tsv", "dev.tsv"),)),
+    ), "none stated", "evaluation: alignment tax", r"(?:^|/)rte[^/]*\.(?:jsonl|tsv)$"),
+    "wsc": Source((RemoteFile(
+        f"{GLUE}/superglue/data/v2/WSC.zip", "WSC.zip", 32_751,
+        "2ed6dfa94556b4a128ff0441efe365b2e883124e7e6aa00fb8d3a6cb1fd520a9",
+        (("WSC/val.jsonl", "val.jsonl"),)),
+    ), "none stated", "evaluation: alignment tax"),
     "squad2": Source((RemoteFile(
-        "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json", "dev-v2.0.json", None,
-        "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8"),
+        "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json", "dev-v2.0.json",
+        4_370_528, "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8"),
     ), "CC BY-SA 4.0", "evaluation: alignment tax"),
     "drop": Source((RemoteFile(
         "https://s3-us-west-2.amazonaws.com/allennlp/datasets/drop/drop_dataset.zip",
-        "drop_dataset.zip", None,
+        "drop_dataset.zip", 8_308_692,
         "39d2278a29fd729de301b111a45f434c24834f40df8f4ff116d864589e3249d6",
         unpack=(("drop_dataset/drop_dataset_dev.json", "drop_dataset_dev.json"),)),
     ), "CC BY-SA 4.0", "evaluation: alignment tax"),
     "quac": Source((RemoteFile(
-        "https://s3.amazonaws.com/my89public/quac/val_v0.2.json", "val_v0.2.json", None,
+        "https://s3.amazonaws.com/my89public/quac/val_v0.2.json", "val_v0.2.json", 8_929_167,
         "09e622916280ba04c9352acb1bc5bbe80f11a2598f6f34e934c51d9e6570f378"),
     ), "CC BY-SA 4.0", "evaluation: alignment tax"),
     "wmt15-fr-en": Source((RemoteFile(
@@ -242,4 +264,11 @@ SOURCES: dict[str, Source] = {
         unpack=tuple((f"test/newsdiscusstest2015-fren-{side}.sgm", f"{side}.sgm")
                      for side in ("src.fr", "ref.en"))),
     ), "research use", "evaluation: alignment tax, French to English"),
+    # An article and its summary a line, without the empty lines of the stories. Copies under other
+    # names, with the fields "article" and "highlights", are taken by --from.
+    "cnn-dailymail": Source((RemoteFile(
+        "https://cdn-datasets.huggingface.co/summarization/cnn_dm_v2.tgz", "cnn_dm_v2.tgz",
+        unpack=tuple((f"cnn_cln/test.{side}", f"test.{side}") for side in ("source", "target"))),
+    ), "none stated", "evaluation: alignment tax, summaries",
+        r"cnn[-_]?(?:dm|dailymail)(?:[^/]*/)?[^/]*\.(?:jsonl|csv)$"),
 }

@@ -277,13 +277,15 @@ def test_alpaca_edge_cases(tmp_path):
 def test_dolly_takes_both_schemas(tmp_path):
     original = write_lines(
         tmp_path / "databricks-dolly-15k.jsonl",
-        {"instruction": "Who?", "context": "A text.", "response": "He", "category": "closed_qa"},
+        {"instruction": "Who?", "context": "A text,[1][23][page needed] see x[1]=2 or [4].",
+         "response": "He", "category": "closed_qa"},
         {"instruction": "Write", "context": "", "response": "A poem",
          "category": "creative_writing"},
         {"instruction": "Nothing", "context": "", "response": "", "category": "open_qa"})
     result = convert_dolly([original], Options())
     assert [(r["prompt"], r["response"], r["use_case"]) for r in result.demonstrations] == [
-        ("Who?\n\nA text.", "He", "closed_qa"), ("Write", "A poem", "generation")]
+        ("Who?\n\nA text, see x[1]=2 or [4].", "He", "closed_qa"),
+        ("Write", "A poem", "generation")]
     assert result.dropped == {"empty response": 1}
     template = ("Below is an instruction that describes a task. Write a response that appropriately"
                 " completes the request.\n\n### Instruction:\n{}\n\n### Response:\n")
@@ -307,6 +309,9 @@ def test_demonstrations_and_prompts_on_real_files(real_data):
     assert len(dolly.demonstrations) == 1_000 and not dolly.dropped
     assert len({r["prompt"] for r in dolly.demonstrations}) == 999
     assert not any("###" in r["prompt"] for r in dolly.demonstrations)
+    raw = [json.loads(line)["prompt"] for line in found("dolly")[0].read_text().splitlines()]
+    assert sum(",[1]" in p or ".[1]" in p for p in raw) > 50, "footnotes of Wikipedia"
+    assert not any(",[1]" in r["prompt"] or ".[1]" in r["prompt"] for r in dolly.demonstrations)
     assert len(convert_lottery(found("lottery"), Options()).prompts) == 250
 
 

@@ -83,3 +83,10 @@ def test_makefile_flags_exist() -> None:
             line = line.split('"')[0]
             for flag in re.findall(r"--(?:no-)?(\w+)", line):
                 assert flag in defined, f"{script}.py has no --{flag}"
+
+
+def test_the_sources_in_the_readme_are_those_of_the_table() -> None:
+    from data.sources import SOURCES
+
+    named = cells(section("On real data"), 1)
+    assert sorted(named) == sorted(SOURCES)

@@ -1,11 +1,17 @@
 """Downloads against a loopback server that drops, truncates, stalls, and serves wrong bytes."""
 
+import gzip
 import hashlib
 import http.server
 import io
+import json
+import os
 import random
 import re
+import signal
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -20,6 +26,7 @@ from data import downloads, prepare, sources
 from data.downloads import download, fetch
 from data.files import BadInput, run_command
 from data.sources import RemoteFile, Source
+from data.tokenizer import load_tokenizer
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -54,13 +61,17 @@ def server() -> Iterator[Server]:
                 return
             content, start = state.content, 0
             if behaviour == "html":
-                content = b"<!DOCTYPE html><html>please log in</html>"
+                content = b"\xef\xbb\xbf\n<!DOCTYPE html><html>please log in</html>"
+            elif behaviour == "login":
+                content = b"please log in"
+            elif behaviour == "error_page":
+                content = b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>"
             elif behaviour == "wrong_byte":
                 content = content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
             elif behaviour == "truncate":
                 content = content[:int(value)]  # and Content-Length says so
             condition = self.headers["If-Range"]
-            if self.headers["Range"] and behaviour != "ignore_range" and (
+            if self.headers["Range"] and behaviour not in ("ignore_range", "login") and (
                     condition is None or condition == state.etag):
                 start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
                 if start >= len(content):
@@ -80,16 +91,18 @@ def server() -> Iterator[Server]:
                 self.send_header("Content-Length", str(len(content) - start))
             if state.etag:
                 self.send_header("ETag", state.etag)
+            if behaviour == "login":
+                self.send_header("Content-Type", "text/html; charset=utf-8")
             self.end_headers()
             body = content[start:]
             if behaviour == "chunked_drop":
                 body = b"%x\r\n" % len(body) + body[:int(value)]
-            elif behaviour in ("drop", "stall", "ignore_range") and value:
+            elif behaviour in ("drop", "stall", "hang", "ignore_range") and value:
                 body = body[:int(value)]
             self.wfile.write(body)
             self.wfile.flush()
-            if behaviour == "stall":
-                time.sleep(1)
+            if behaviour in ("stall", "hang"):
+                time.sleep(1 if behaviour == "stall" else 5)
             if behaviour == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                            b"\1\0\0\0\0\0\0\0")
@@ -121,7 +134,8 @@ HALF = {"sub/file.bin.part", "sub/file.bin.part.version"}
 
 
 def assert_done(folder: Path, content: bytes = CONTENT) -> None:
-    assert (folder / "sub/file.bin").read_bytes() == content
+    same = (folder / "sub/file.bin").read_bytes() == content
+    assert same  # not the comparison: to print how 300,000 bytes differ takes minutes
     assert files_in(folder) == DONE
     digest = hashlib.sha256(content).hexdigest()
     assert (folder / "SHA256SUMS").read_text() == f"{digest}  sub/file.bin\n"
@@ -133,6 +147,7 @@ def assert_done(folder: Path, content: bytes = CONTENT) -> None:
     (["drop 1", "drop 2", "drop 3", "drop 4", "ok"],  # 3 attempts a byte: progress counts anew
      [None, "bytes=1-", "bytes=3-", "bytes=6-", "bytes=10-"]),
     (["drop 0", "status 503", "ok"], [None, None, None]),
+    (["status 500", "status 502", "ok"], [None, None, None]),
     (["drop 100000", "ignore_range"], [None, "bytes=100000-"]),
     (["drop 100000", "wrong_range", "ok"], [None, "bytes=100000-", None]),
     (["chunked_drop 100000", "ok"], [None, "bytes=100000-"]),
@@ -202,14 +217,93 @@ def test_wrong_bytes_are_refused_and_not_kept(server, tmp_path):
         with pytest.raises(BadInput, match="checksum .* nothing was kept: run again"):
             get(server, tmp_path)
         assert files_in(tmp_path) == set()
-    server.behaviours = ["html"]
-    for sha256 in (SHA256, None):
-        with pytest.raises(BadInput, match="a web page came instead"):
-            get(server, tmp_path, sha256)
-        assert files_in(tmp_path) == set()
+    for behaviour, words in (("html", "a web page came instead"),
+                             ("login", "a web page came instead"),
+                             ("error_page", "an error message came instead")):
+        server.behaviours = [behaviour]
+        for sha256 in (SHA256, None):
+            with pytest.raises(BadInput, match=words):
+                get(server, tmp_path, sha256)
+            assert files_in(tmp_path) == set()
     server.behaviours = ["ok"]
     get(server, tmp_path)
     assert_done(tmp_path)
+
+
+def test_a_web_page_leaves_what_was_received_before(server, tmp_path):
+    """A network that asks to log in answers any request with a page and 200."""
+    server.behaviours = ["drop 100000", "login", "ok"]
+    with pytest.raises(BadInput, match="web page"):
+        get(server, tmp_path)
+    assert files_in(tmp_path) == HALF
+    get(server, tmp_path)
+    assert server.ranges == [None, "bytes=100000-", "bytes=100000-"]
+    assert_done(tmp_path)
+
+
+def test_a_killed_download_goes_on(server, tmp_path):
+    server.behaviours = ["hang 100000", "ok"]
+    code = ("from pathlib import Path; from data.downloads import fetch; "
+            "from data.sources import RemoteFile; "
+            f"fetch(RemoteFile({server.url!r}, 'sub/file.bin'), Path({str(tmp_path)!r}))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    part = tmp_path / "sub/file.bin.part"
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size > 50_000) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    size = part.stat().st_size
+    assert 50_000 < size <= 100_000 and files_in(tmp_path) == HALF
+    get(server, tmp_path, sha256=None)
+    assert server.ranges == [None, f"bytes={size}-"]
+    assert_done(tmp_path)
+
+
+def zip_of(**members: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def tensors_of(content: bytes) -> bytes:
+    header = json.dumps({"__metadata__": {"format": "pt"}, "wte.weight": {
+        "dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}).encode()
+    return len(header).to_bytes(8, "little") + header + content
+
+
+LINES = b"".join(b'{"n": %d}\n' % n for n in range(1000))
+FORMS = {
+    "a.jsonl.gz": gzip.compress(LINES), "a.tgz": gzip.compress(CONTENT[:5000]),
+    "a.zip": zip_of(dev=LINES), "a.json": json.dumps(list(range(1000))).encode(),
+    "lines.json": LINES, "a.jsonl": LINES, "a.safetensors": tensors_of(CONTENT[:5000]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_first_download_must_have_its_form(server, tmp_path, name):
+    """Cut short by a server that says the short length, with no checksum known: form tells."""
+    content = FORMS[name]
+    for spoilt in (content[:-5], content[:len(content) // 2 + 3], b"", b"Bad gateway"):
+        server.content = spoilt
+        with pytest.raises(BadInput, match="cut short or damaged.*nothing was kept") as error:
+            fetch(RemoteFile(server.url, name), tmp_path)
+        assert "\n" not in str(error.value) and files_in(tmp_path) == set()
+    server.content = content
+    fetch(RemoteFile(server.url, name), tmp_path)
+    assert files_in(tmp_path) == {name, "SHA256SUMS"}
+
+
+def test_a_wrong_byte_inside_a_compressed_file_is_noticed_without_checksum(server, tmp_path):
+    for name in ("a.jsonl.gz", "a.zip"):
+        content = bytearray(FORMS[name])
+        content[len(content) // 2] ^= 1
+        server.content = bytes(content)
+        with pytest.raises(BadInput, match="damaged"):
+            fetch(RemoteFile(server.url, name), tmp_path)
+    assert files_in(tmp_path) == set()
 
 
 def test_a_wrong_byte_before_the_break_is_noticed(server, tmp_path):
@@ -312,6 +406,176 @@ def test_members_of_archives_are_unpacked(server, tmp_path):
         assert files_in(tmp_path / name) == {f"x.{name}", "True.tsv", "SHA256SUMS"}
 
 
+def test_no_path_climbs_out_of_an_archive(server, tmp_path):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        for name, kind, target in (("../evil.txt", tarfile.REGTYPE, ""),
+                                   ("dev.tsv", tarfile.SYMTYPE, "/etc/passwd"),
+                                   ("hard.tsv", tarfile.LNKTYPE, "../evil.txt")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    server.content = stream.getvalue()
+    folder = tmp_path / "downloads"
+    for member in ("dev.tsv", "hard.tsv"):
+        with pytest.raises(BadInput, match="not a plain file"):
+            fetch(RemoteFile(server.url, "x.tgz", unpack=((member, "out.tsv"),)), folder)
+    server.content = zip_of(**{"../evil.txt": b"evil", "dev.tsv": b"good"})
+    fetch(RemoteFile(server.url, "x.zip", unpack=(("dev.tsv", "out.tsv"),)), folder)
+    assert files_in(tmp_path) == {f"downloads/{name}" for name in (
+        "x.tgz", "x.zip", "out.tsv", "SHA256SUMS")}
+    for source in sources.SOURCES.values():  # the table's own paths stay inside too
+        for file in source.files:
+            for path in (file.path, *(path for _, path in file.unpack)):
+                assert not Path(path).is_absolute() and ".." not in Path(path).parts
+
+
+def test_a_disk_that_fills_up_while_unpacking_or_copying(server, tmp_path, monkeypatch, capsys):
+    file = RemoteFile(server.url, "x.zip", unpack=(("dev.tsv", "dev.tsv"),))
+    monkeypatch.setitem(sources.SOURCES, "toy", Source((file,), "none", "nothing"))
+    monkeypatch.setattr(prepare, "DOWNLOADS", tmp_path / "downloads")
+    server.content = zip_of(**{"dev.tsv": LINES})
+    copies = ["--from", str(tmp_path / "copies")]
+    for command, name in ((["--download", "toy"], "dev.tsv.part"),
+                          (["--download", "toy", *copies], "x.zip.copy")):
+        full = tmp_path / "downloads" / "toy" / name
+        full.parent.mkdir(parents=True, exist_ok=True)
+        full.symlink_to("/dev/full")
+        assert run_command(lambda command=command: prepare.main(command)) == 1
+        assert capsys.readouterr().err == f"error: {full}: the disk is full\n"
+        assert not full.is_symlink() and not (full.parent / "dev.tsv").exists()
+        assert run_command(lambda command=command: prepare.main(command)) == 0, "a rerun goes on"
+        assert (full.parent / "dev.tsv").read_bytes() == LINES
+        (tmp_path / "copies").mkdir(exist_ok=True)
+        (full.parent / "x.zip").rename(tmp_path / "copies" / "x.zip")
+        (full.parent / "dev.tsv").unlink()
+
+
+# --- local copies -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source whose server is nowhere: two files, one with a checksum, and an archive."""
+    files = (RemoteFile("http://data.invalid/a", "base/train.bin", None, SHA256),
+             RemoteFile("http://data.invalid/b", "test.jsonl"),
+             RemoteFile("http://data.invalid/c", "x.zip", unpack=(("in/dev.tsv", "dev.tsv"),)))
+    monkeypatch.setitem(sources.SOURCES, "toy-set", Source(
+        files, "none", "nothing", stand_in=r"toy_sample[^/]*\.jsonl$"))
+
+
+def put(folder: Path, **files: bytes) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+TOY = {"base/train.bin": CONTENT, "test.jsonl": LINES, "x.zip": zip_of(**{"in/dev.tsv": b"a\tb"})}
+TAKEN = {"base/train.bin", "test.jsonl", "x.zip", "dev.tsv", "SHA256SUMS"}
+
+
+@pytest.mark.parametrize("layout", [
+    lambda path: f"toy-set/{path}", lambda path: path, lambda path: f"deep/er/toy_set/{path}",
+    lambda path: path.replace("/", "_"), lambda path: f"sets/toy-set_{path.replace('/', '_')}",
+], ids=["downloads", "as_published", "deeper", "flat", "flat_with_name"])
+def test_local_copies_are_taken_in_any_layout(tmp_path, toy, layout):
+    copies = put(tmp_path / "copies", **{layout(path): content for path, content in TOY.items()})
+    put(copies, **{"other/test.jsonl": b'{"not": "of this source"}\n'})
+    for _ in range(2):  # the second time all is there
+        assert download(["toy-set"], tmp_path / "out", copies) == 0
+        assert files_in(tmp_path / "out" / "toy-set") == TAKEN
+    for path, content in TOY.items():
+        same = (tmp_path / "out" / "toy-set" / path).read_bytes() == content
+        assert same, path
+    assert (tmp_path / "out" / "toy-set" / "dev.tsv").read_bytes() == b"a\tb"
+    assert files_in(copies) == {*map(layout, TOY), "other/test.jsonl"}, "copies are left alone"
+
+
+def test_what_stands_in_for_published_files(tmp_path, toy, capsys):
+    copies = put(tmp_path / "copies", **{"my/toy_sample_10.jsonl": LINES, "toy-set/dev.tsv": b"x",
+                                         "pattern.txt": b"y"})
+    assert download(["toy-set"], tmp_path / "out", copies, {"toy-set": r"pattern\.txt$"}) == 0
+    assert files_in(tmp_path / "out" / "toy-set") == {
+        "toy_sample_10.jsonl", "dev.tsv", "pattern.txt", "SHA256SUMS"}
+    printed = capsys.readouterr().out
+    assert "toy_sample_10.jsonl: stands in" in printed
+    assert "not there: base/train.bin, test.jsonl\n" in printed, "x.zip's member is there"
+
+
+def test_bad_copies_are_refused_and_not_kept(tmp_path, toy):
+    for files, words in (
+            ({"base/train.bin": CONTENT[:-1]}, "train.bin: checksum .*another version, or damaged"),
+            ({"toy-set/test.jsonl": LINES[:-3]}, "test.jsonl: line 1000 is not JSON"),
+            ({"toy-set/test.jsonl": b"<html>"}, "test.jsonl: a web page"),
+            ({"toy-set/x.zip": TOY["x.zip"][:-9]}, "x.zip: damaged zip"),
+            ({"unrelated/test.jsonl": LINES}, "holds no file of toy-set, such as toy-set/base")):
+        copies = put(tmp_path / f"copies {words[:9]}{len(files)}{len(words)}", **files)
+        with pytest.raises(BadInput, match=words) as error:
+            download(["toy-set"], tmp_path / "out", copies)
+        assert "\n" not in str(error.value) and files_in(tmp_path / "out") == set()
+    with pytest.raises(BadInput, match="no such folder"):
+        download(["toy-set"], tmp_path / "out", tmp_path / "absent")
+
+
+def small_bpe() -> dict[str, bytes]:
+    """vocab.bpe and encoder.json of GPT-2's byte alphabet, one merge and the end token."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    entries = [*letters, "ab", "<|endoftext|>"]
+    return {"vocab.bpe": b"#version: 0.2\na b\n",
+            "encoder.json": json.dumps({text: n for n, text in enumerate(entries)}).encode()}
+
+
+def test_downloaded_weights_are_a_checkpoint(tmp_path, monkeypatch):
+    """--download gpt2 brings what --init gpt2 reads: config, weights and a tokenizer.json."""
+    bpe = small_bpe()
+    monkeypatch.setitem(sources.SOURCES, "gpt2-bpe", Source(
+        tuple(RemoteFile(f"http://data.invalid/{name}", name) for name in bpe), "MIT", "tokenizer"))
+    monkeypatch.setitem(sources.SOURCES, "gpt2", Source(tuple(
+        RemoteFile(f"http://data.invalid/{name}", name)
+        for name in ("config.json", "model.safetensors")), "MIT", "weights", needs=("gpt2-bpe",)))
+    files = {"gpt2/config.json": b"{}", "gpt2/model.safetensors": FORMS["a.safetensors"]}
+    copies = put(tmp_path / "copies", **files, **{f"gpt2-bpe/{n}": c for n, c in bpe.items()})
+    assert download(["gpt2"], tmp_path / "out", copies) == 0
+    assert files_in(tmp_path / "out" / "gpt2") == {
+        "config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS"}
+    encoding = load_tokenizer(tmp_path / "out" / "gpt2" / "tokenizer.json")
+    assert encoding.encode_ordinary("abba") == [256, 65, 64] and encoding.eot_token == 257
+    copies = put(tmp_path / "weights alone", **files)
+    assert download(["gpt2"], tmp_path / "out", copies) == 0, "the encoding is there already"
+    for name in model_names():
+        assert sources.SOURCES[name].needs == ("gpt2-bpe",)
+
+
+def model_names() -> list[str]:
+    return ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+
+
+def test_real_copies_are_taken(real_data, tmp_path):
+    taken = {
+        "gpt2-bpe": {"vocab.bpe", "encoder.json"}, "lambada": {"lambada_test.jsonl"},
+        "hh-rlhf": {"harmless-base/test.jsonl.gz", "helpful-base/test.jsonl.gz"},
+        "oasst": {"en_100_tree.jsonl"}, "alpaca": {"alpaca_4000.json"},
+        "dolly": {"dolly_hhrlhf_train_small.jsonl"}, "qa-feedback": {"dev_feedback_400.json"},
+        "lottery": {"prompt_lottery_en_250_text.jsonl"},
+        "shakespeare": {"tinyshakespeare/input.txt"},
+        "wikitext": {"wikitext-2/valid.txt", "wikitext-2/test.txt"},
+        "truthfulqa": {"TruthfulQA.csv"}, "crows-pairs": {"crows_pairs_anonymized.csv"},
+        "winogender": {"all_sentences.tsv", "templates.tsv", "occupations-stats.tsv"},
+        "realtoxicityprompts": {"toxic_1000.jsonl", "nontoxic_1000.jsonl"},
+        "hellaswag": {"hellaswag_val_800.jsonl"}, "sst2": {"sst2_validation.jsonl"},
+        "rte": {"rte_validation.jsonl"}}
+    patterns = {name: data_set.files for name, data_set in prepare.DATA_SETS.items()}
+    assert download(list(taken), tmp_path, real_data, patterns) == 0
+    for name, files in taken.items():
+        assert files_in(tmp_path / name) == files | {"SHA256SUMS"}, name
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
 def test_the_command_fetches_then_finds(server, tmp_path, monkeypatch, capsys):
     server.content = b'"Why is the sky blue?"\n"What is rain?"\n'
     file = RemoteFile(server.url, "prompt_lottery.jsonl")
@@ -335,11 +599,25 @@ def test_the_table_of_sources(capsys):
         for file in source.files:
             assert file.url.startswith("https://") and not Path(file.path).is_absolute()
             assert file.sha256 is None or len(bytes.fromhex(file.sha256)) == 32
+    assert download(["list", "wsc"], Path("unused")) == 0
+    printed = capsys.readouterr().out
+    for words in ("wsc/WSC.zip: 32,751 bytes, SHA-256 2ed6dfa9", "https://dl.fbaipublicfiles.com",
+                  "WSC/val.jsonl is unpacked as val.jsonl"):
+        assert words in printed
+    with pytest.raises(BadInput, match="unknown source 'x'"):
+        download(["list", "x"], Path("unused"))
+    # what the paper trains and evaluates on is there
+    assert {*model_names(), "gpt2-bpe", "hh-rlhf", "summarize", "tldr", "oasst", "dolly", "novels",
+            "truthfulqa", "realtoxicityprompts", "winogender", "crows-pairs", "hellaswag", "sst2",
+            "rte", "wsc", "squad2", "drop", "quac", "wmt15-fr-en", "cnn-dailymail",
+            "lambada"} <= set(sources.SOURCES)
     # every data set that can be prepared can be fetched, and is found where it is fetched to
     for name, data_set in prepare.DATA_SETS.items():
         if name != "text":
             for file in sources.SOURCES[name].files:
-                assert re.search(data_set.files, f"{name}/{file.path}"), file.path
+                held_out = file.path == "tldr_3_filtered/test.jsonl"  # the evaluation's
+                found = re.search(data_set.files, f"{name}/{file.path}")
+                assert bool(found) != held_out, file.path
 
 
 def test_known_checksums_are_those_of_the_real_files(real_data):

@@ -732,6 +732,9 @@ def without(name: str) -> Callable[[dict], dict]:
         (lambda f: edit_config(f, n_embd=48), "does not fit config.json"),
         (lambda f: edit_config(f, n_positions=10**18), "wpe.weight is"),
         (lambda f: edit_config(f, layer_norm_epsilon="small"), "layer_norm_epsilon is 'small'"),
+        (lambda f: edit_weights(f, lambda w: w | {
+            "transformer.h.1.attn.c_attn.weight": torch.ones(72, 24)}),
+         r"another shape: h\.1\.attn\.c_attn\.weight is \(72, 24\), expected \(24, 72\)"),
         (lambda f: edit_weights(f, without("ln_f.bias")), "another shape: ln_f.bias"),
         (lambda f: edit_weights(f, lambda w: w | {"extra": torch.ones(1)}), "another shape: extra"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04K\x01."), "not a readable"),
@@ -755,6 +758,11 @@ def test_names_of_gpt2_point_to_the_download_command(tmp_path: Path,
     monkeypatch.setattr(model_file, "DOWNLOADS", tmp_path)
     with pytest.raises(BadInput, match=r"gpt2-large: no such folder.*--download gpt2-large"):
         GPT.from_pretrained("gpt2-large")
+    (tmp_path / "gpt2-large").mkdir()
+    (tmp_path / "gpt2-large" / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"gpt2-large: holds no weights.*--download gpt2-large"):
+        GPT.from_pretrained("gpt2-large")
+    shutil.rmtree(tmp_path / "gpt2-large")
     shutil.copytree(GPT2_TINY, tmp_path / "gpt2-large")
     assert GPT.from_pretrained("gpt2-large").config.n_embd == 24
 

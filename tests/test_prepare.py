@@ -112,6 +112,36 @@ def test_a_busy_user_is_cut_to_200(tmp_path):
     assert "50 comparisons: their user has more than 200" in (out / "account.txt").read_text()
 
 
+def test_a_post_keeps_its_pairs_of_summaries(tmp_path):
+    """Stiennon et al.: pairs of one post stay, in one split; what is said twice is dropped."""
+    folder, out = tmp_path / "raw", tmp_path / "out"
+    post = "A long story that is told once more with another end. " * 8
+
+    def pair(text: str, first: str, second: str, choice: int = 0) -> dict:
+        return {"info": {"post": text, "title": "T", "subreddit": "advice"}, "choice": choice,
+                "summaries": [{"text": first}, {"text": second}], "worker": "w"}
+
+    write_lines(folder / "batch3.json", pair(post, " a", " b"), pair(post, " c", " b"),
+                pair(post, " b", " a", 1),  # as the first, said by another worker
+                pair(post + "EDIT: thanks", " d", " e"),  # the same post again
+                *(pair(f"Story {n}", " f", " g") for n in range(40)))
+    write_lines(folder / "tldr_3_filtered" / "train.jsonl",
+                {"subreddit": "advice", "title": "T", "post": post, "summary": " s"})
+    write_lines(folder / "tldr_3_filtered" / "test.jsonl",  # is the evaluation's
+                {"subreddit": "advice", "title": "T", "post": "Held out", "summary": " s"})
+    assert prepare("summarize", "tldr", "--from", folder, "--out", out, "--tokenizer", "none") == 0
+    parts = {split: read_split(out, split) for split in SPLITS}
+    mine = {split: sorted(r["responses"] for r in part["comparisons"] if "A long" in r["prompt"])
+            for split, part in parts.items()}
+    assert sorted(mine.values()) == [[], [], [["a", "b"], ["b", "c"]]]
+    assert sum(len(part["comparisons"]) for part in parts.values()) == 42
+    (split,) = (s for s in SPLITS if "demonstrations" in parts[s])
+    assert len(parts[split]["demonstrations"]) == 1 and mine[split], "one post, one split"
+    account = (out / "account.txt").read_text()
+    assert "1 comparisons: an earlier one has the same prompt (first 200 characters" in account
+    assert "1 comparisons: an earlier one has the same responses" in account
+
+
 def test_real_sets_end_to_end(real_data, tmp_path):
     out = tmp_path / "out"
     assert prepare("oasst", "qa-feedback", "lottery", "dolly", "novels", "--from", real_data,
@@ -173,6 +203,15 @@ BAD_FILES = {
     "summarize_choice": ("summarize", "batch3.json", json.dumps(
         {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2}),
         [":1", '"choice"']),
+    "summarize_title": ("summarize", "batch3.json", json.dumps(
+        {"info": {"post": "p", "title": 5}, "summaries": [{"text": "a"}, {"text": "b"}],
+         "choice": 0}), [":1", '"title"', "5"]),
+    "summarize_no_summaries": ("summarize", "batch3.json", '{"info": {"post": "p"}, "choice": 0}',
+                               [":1", '"summaries"', "missing"]),
+    "tldr_post": ("tldr", "tldr_3_filtered_train.jsonl", '{"title": "t", "summary": "s"}',
+                  [":1", '"post"', "missing"]),
+    "tldr_subreddit": ("tldr", "tldr_3_filtered_train.jsonl",
+                       '{"subreddit": ["a"], "post": "p", "summary": "s"}', ['"subreddit"']),
     "not_utf8": ("shakespeare", "input.txt", b"fine\n\xff\xfe", [":2", "UTF-8"]),
     "empty": ("lottery", "prompt_lottery.jsonl", "\n", ["nothing is left"]),
 }
