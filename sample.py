@@ -33,6 +33,7 @@ from data.files import (
     check_writable,
     fingerprint,
     read_jsonl,
+    remove_leftovers,
     run_command,
     write_atomic,
     write_jsonl,
@@ -267,6 +268,7 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     """
     out = Path(args.out)
     check_writable(out.parent)
+    remove_leftovers(out.parent, out.name)
     records = read_jsonl(args.data, "prompts")
     records = records[: args.num_prompts or None]
     prompts = [
