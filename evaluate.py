@@ -776,7 +776,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=32, help="limit of a response")
     add("--batch_size", type=int, default=128, help="responses sampled at once")
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the sampling")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
@@ -790,6 +791,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "select_every", "num_items"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    for name in ("num_prompts", "best_of", "seed"):
+        if not 0 <= getattr(args, name) <= 2**32:
+            parser.error(f"--{name} {getattr(args, name)}: expected 0 to {2**32}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
     if args.checkpoints:
         args.checkpoints = parse_named(args.checkpoints, "--checkpoints", parser)
         args.baseline = args.baseline or next(iter(args.checkpoints))

@@ -39,6 +39,7 @@ import kernels
 from data import files
 from data.files import BadInput
 
+MAX_PARAMETERS = 10**12  # a config that asks for more is a mistake: 4 TB of weights
 DOWNLOADS = Path(__file__).parent / "data" / "downloads"
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_FIXED: dict[str, tuple] = {  # what a config.json may say elsewhere, and here must not
@@ -78,6 +79,18 @@ class GPTConfig:
         epsilon = self.layer_norm_epsilon
         if type(epsilon) is not float or not 0 < epsilon < 1:
             raise BadInput(f"layer_norm_epsilon is {epsilon!r}; expected a number like 1e-5")
+        std = self.initializer_range
+        if type(std) not in (float, int) or not 0 <= std < math.inf:
+            raise BadInput(f"initializer_range is {std!r}; expected a number from 0")
+        if not isinstance(self.score_mod, str):
+            raise BadInput(f"score_mod is {self.score_mod!r}; expected a name")
+        size = self.n_embd * (self.vocab_size + self.n_positions + 12 * self.n_layer * self.n_embd)
+        if size > MAX_PARAMETERS:
+            raise BadInput(
+                f"n_layer {self.n_layer}, n_embd {self.n_embd}, n_positions {self.n_positions} and "
+                f"vocab_size {self.vocab_size} come to {size:.0e} parameters, over "
+                f"{MAX_PARAMETERS:.0e}: lower one"
+            )
         if not 0 <= self.eos_token_id < self.vocab_size:
             raise BadInput(
                 f"eos_token_id {self.eos_token_id} is not below vocab_size {self.vocab_size}"
@@ -581,6 +594,11 @@ def _make(
             f"{path}: does not fit config.json; missing, unexpected or of another shape: "
             f"{', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}"
         )
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise BadInput(
+                f"{path}: {name} is {tensor.dtype} or holds NaN or infinity; expected finite floats"
+            )
     weights = {name: tensor.float() for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)

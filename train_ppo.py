@@ -39,6 +39,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -135,7 +136,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least_one += ["num_minibatches", "inner_epochs", "ptx_tokens"]
     at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
     at_least_zero += ["seed", "stop_seconds", "lr", "value_lr", "grad_clip", "kl_coef", "ptx_coef"]
-    at_least_zero += ["cliprange", "cliprange_value", "entropy_coef"]
+    at_least_zero += ["cliprange", "cliprange_value", "entropy_coef", "print_samples"]
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name} {value}: expected a finite number")
@@ -150,9 +151,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--stop_seconds 0: expected over 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
+    for name in ("data", "init", "reward_model", "out"):
+        if not getattr(args, name):
+            parser.error(f"--{name} is empty: expected a path")
     for name in ("init", "reward_model", "check_model"):
         folder = getattr(args, name)
-        if folder and Path(args.out).resolve() == Path(folder).resolve():
+        if folder and os.path.realpath(args.out) == os.path.realpath(folder):
             parser.error(f"--out {args.out} is --{name}, which it would replace: give another")
     if args.ptx_coef and not args.pretrain_data:
         parser.error("--ptx_coef over 0 needs --pretrain_data")
@@ -807,7 +811,7 @@ def main(argv: list[str] | None = None) -> int:
         # Update.
         row = rollout_metrics(minibatches)
         updates, bad = [], not_finite(row)
-        for mb in minibatches * args.inner_epochs:
+        for mb in (mb for _ in range(args.inner_epochs) for mb in minibatches):
             if bad:
                 break
             ptx_sequences = None

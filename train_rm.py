@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -102,7 +103,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--stop_seconds 0: expected over 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
-    if Path(args.out).resolve() == Path(args.init).resolve():
+    for name in ("data", "init", "out"):
+        if not getattr(args, name):
+            parser.error(f"--{name} is empty: expected a path")
+    if os.path.realpath(args.out) == os.path.realpath(args.init):
         parser.error(f"--out {args.out} is --init, which it would replace: give another folder")
     args.micro_batch_size = args.micro_batch_size or args.batch_size
     return args

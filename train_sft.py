@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -130,12 +131,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--stop_seconds 0: expected over 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
-    if args.init and Path(args.out).resolve() == Path(args.init).resolve():
+    if not args.out:
+        parser.error("--out is empty: expected a path")
+    if args.init and os.path.realpath(args.out) == os.path.realpath(args.init):
         parser.error(f"--out {args.out} is --init, which it would replace: give another folder")
     if not (args.data or args.pretrain_data):
         parser.error("give --data, --pretrain_data or both")
     if not 0 <= args.short_fraction <= 1 or args.short_tokens < 2:
         parser.error("--short_fraction: expected 0 to 1, and --short_tokens at least 2")
+    if args.n_positions < 2:
+        parser.error(f"--n_positions {args.n_positions}: expected at least 2")
     if not 0 < args.pretrain_fraction < 1:
         parser.error(f"--pretrain_fraction {args.pretrain_fraction}: expected between 0 and 1")
     args.micro_batch_size = args.micro_batch_size or args.batch_size

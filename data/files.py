@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -158,6 +159,7 @@ def parse_json(text: str, where: str) -> Any:
 def _read_text(path: Path | str) -> str:
     """The file as text: UTF-8, byte-order mark dropped, line ends made "\\n". Raises `BadInput`."""
     path = Path(path)
+    _refuse_special(path)
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -170,6 +172,16 @@ def _read_text(path: Path | str) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{path}:{line}: not UTF-8 text (byte {error.start})") from None
     return text.replace("\r\n", "\n")
+
+
+def _refuse_special(path: Path) -> None:
+    """Raise `BadInput` for a pipe or a device: files are read more than once, and must end."""
+    try:
+        special = not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode)
+    except (OSError, ValueError):
+        return  # opening it says why
+    if special:
+        raise BadInput(f"{path}: is a pipe or a device; expected a regular file")
 
 
 def read_jsonl(path: Path | str, kind: str) -> list[Record]:
@@ -338,6 +350,7 @@ def folder_is_intact(folder: Path | str) -> bool:
 
 def fingerprint(path: Path | str) -> str:
     """First 16 hexadecimal digits of the SHA-256 of a file: which data a run has read."""
+    _refuse_special(Path(path))
     try:
         return _sha256(Path(path))[:16]
     except OSError as error:
@@ -511,8 +524,9 @@ def check_writable(folder: Path | str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_probe.{os.getpid()}.tmp"
+        remove_leftovers(folder, "write_probe")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written ({error.strerror})") from None
 
