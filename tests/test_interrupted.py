@@ -35,23 +35,24 @@ def test_changed_settings_that_are_meant_are_said_and_recorded(
     """The run goes on with the new ones; killed and resumed after the change, to the same bytes."""
     first = tmp_path / "first"
     args = tiny.args(stage, first, "--save_every", "1")
-    assert server.run(stage, args, {35: signal.SIGTERM}).code == 143
+    moment = 60 if stage == "sft" else 10  # of SFT: after the first epoch
+    assert server.run(stage, args, {moment: signal.SIGTERM}).code == 143
     step = int(newest_checkpoint(first).name)
     old = read_info(newest_checkpoint(first))["settings"]
     outs = [Path(shutil.copytree(first, tmp_path / f"out{i}")) for i in (0, 1)]
-    more = ["--save_every", "1", "--lr", "0.125"]
+    more = ["--save_every", "1", "--lr", "0.01"]
     run = server.run(stage, [*tiny.args(stage, outs[0], *more), "--resume_changed"])
     assert run.code == 0
-    differ = f"lr was {old['lr']!r}, is 0.125"
+    differ = f"lr was {old['lr']!r}, is 0.01"
     assert run.stderr == f"warning: from step {step} on with other settings: {differ}\n"
     info = read_info(outs[0])
-    assert info["settings"] == old | {"lr": 0.125}
+    assert info["settings"] == old | {"lr": 0.01}
     assert info["changes"] == [{"after_step": step, "settings": old}]
     rates = [float(row["lr"]) for row in read_log(outs[0] / "log.csv")]
-    assert max(rates[:step]) <= old["lr"] and max(rates[step:]) > 10 * old["lr"]
+    assert max(rates[:step]) <= old["lr"] and max(rates[step:]) > max(rates[:step])
 
     kill = server.run(stage, [*tiny.args(stage, outs[1], *more), "--resume_changed"],
-                      {25: signal.SIGTERM})  # fmt: skip
+                      {12: signal.SIGTERM})  # fmt: skip
     assert kill.code == 143 and newest_checkpoint(outs[1]).name > f"{step:08d}"
     run = server.run(stage, [*tiny.args(stage, outs[1], *more), "--resume"])
     assert (run.code, run.stderr) == (0, "")
@@ -133,7 +134,7 @@ def test_a_warning_is_not_repeated_after_a_resume(
     server: Server, tiny: Tiny, tmp_path: Path
 ) -> None:
     args = tiny.args("ppo", tmp_path / "out", "--save_every", "1", "--kl_limit", "-1000")
-    run = server.run("ppo", args, {35: signal.SIGTERM})
+    run = server.run("ppo", args, {10: signal.SIGTERM})
     assert run.code == 143 and run.stderr.count("is over --kl_limit -1000") == 1
     run = server.run("ppo", [*args, "--resume"])
     assert (run.code, run.stderr) == (0, "")
