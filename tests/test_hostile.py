@@ -26,8 +26,8 @@ CONFIGS = [
     *({"initializer_range": value} for value in ("x", -1.0, None, [])),
     *({"score_mod": value} for value in (["causal"], None, "nope", {})),
     {"n_embd": 10**12}, {"n_embd": 33}, {"n_head": 0}, {"vocab_size": True},
-    {"n_positions": 10**15}, {"vocab_size": 10**12}, {"resid_pdrop": "x"}, {"layer_norm_epsilon": 0},
-    {"activation_function": "relu"}, {"tie_word_embeddings": 0},
+    {"n_positions": 10**15}, {"vocab_size": 10**12}, {"resid_pdrop": "x"},
+    {"layer_norm_epsilon": 0}, {"activation_function": "relu"}, {"tie_word_embeddings": 0},
 ]  # fmt: skip
 
 
