@@ -276,6 +276,7 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_writable(out.parent)
     remove_leftovers(out.parent, out.name)
+    remove_leftovers(out.parent, f".{out.name}.partial")
     records = read_jsonl(args.data, "prompts")
     records = records[: args.num_prompts or None]
     prompts = [
