@@ -23,7 +23,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +35,13 @@ import report
 from data.corpus import ANSWER_HEADINGS, bias_pairs, public_tasks
 from data.files import (
     BadInput,
+    Parts,
     Record,
     check_writable,
+    fingerprint,
     read_documents,
     read_jsonl,
+    remove_leftovers,
     run_command,
     write_folder_atomic,
 )
@@ -268,8 +271,9 @@ def select(args: argparse.Namespace) -> None:
     first = open_speaker("first", kept[0], args, judge)
     records = load_prompts(args.data, first, args, limit=args.num_prompts)
     prompts = [record["prompt"] for record in records]
-    rows = []
-    for folder in tqdm(kept, desc="epochs"):
+    parts = Parts(Path(args.out) / "parts", settings_of(args, kept), args.resume)
+
+    def measure(folder: Path) -> dict[str, float]:
         speaker = open_speaker(folder.name, folder, args, judge)
         samples = respond(speaker, prompts, sampling_of(args))
         scores = reward_scores(judge, speaker, prompts, samples, args.batch_size)
@@ -277,7 +281,12 @@ def select(args: argparse.Namespace) -> None:
         row = {"epoch": info["epoch"], "val_loss": info["val_loss"], "score": scores.mean()}
         if world:
             row["utility"] = utilities(world, records, samples).mean()
-        rows.append(row)
+        return row
+
+    rows = [
+        parts.get(folder.name, lambda folder=folder: measure(folder))
+        for folder in tqdm(kept, desc="epochs")
+    ]
     best = max(range(len(rows)), key=lambda i: rows[i]["score"])  # the first of equals
 
     def write(aside: Path) -> None:
@@ -332,6 +341,7 @@ class Bench:
     judge: ScalarModel
     sampling: Sampling
     world: World | None = None
+    parts: Parts | None = None  # where finished responses are kept
 
     @property
     def prompts(self) -> list[str]:
@@ -347,8 +357,20 @@ class Bench:
         """Responses of a model, from random numbers of its own: models are independent."""
         seed = int.from_bytes(hashlib.sha256(
             f"{self.sampling.seed} {name or speaker.name}".encode()).digest()[:7])  # fmt: skip
-        samples = respond(speaker, self.prompts, self.sampling, temperature, seed, bar)
-        scores = reward_scores(self.judge, speaker, self.prompts, samples, self.sampling.batch_size)
+
+        def respond_and_score() -> list:
+            samples = respond(speaker, self.prompts, self.sampling, temperature, seed, bar)
+            scores = reward_scores(
+                self.judge, speaker, self.prompts, samples, self.sampling.batch_size
+            )
+            return [[asdict(sample) for sample in samples], scores.tolist()]
+
+        part = f"responses {name or speaker.name} {temperature}"
+        finished = bar.n if bar else 0
+        done = self.parts.get(part, respond_and_score) if self.parts else respond_and_score()
+        if bar:
+            bar.update(finished + len(self.prompts) - bar.n)
+        samples, scores = [Sample(**sample) for sample in done[0]], np.array(done[1])
         marks = grades(self.world, self.records, samples) if self.world else None
         utility = np.array([evaluation_utility(m) for m in marks]) if marks else None
         return Answers(samples, scores, marks, utility)
@@ -479,10 +501,12 @@ def prompted_base(
     prompts (3.5, footnote 6), and all prefixes with their scores."""
     base = next(model for model in models if model.name == args.prefixed)
     chosen_on = load_prompts(args.val_data, base, args, args.num_prompts)
-    prefixes = choose_prefix(
-        base, WORLD_PREFIXES if bench.world else PREFIXES, [r["prompt"] for r in chosen_on],
-        bench.judge, bench.sampling,
-    )  # fmt: skip
+    prefixes = [(prefix, value) for prefix, value in bench.parts.get("prefixes", lambda: (
+        choose_prefix(
+            base, WORLD_PREFIXES if bench.world else PREFIXES, [r["prompt"] for r in chosen_on],
+            bench.judge, bench.sampling,
+        )
+    ))]  # fmt: skip
     return replace(base, name=f"{base.name} + prefix", prefix=prefixes[0][0]), prefixes
 
 
@@ -521,7 +545,8 @@ def compare(args: argparse.Namespace) -> None:
     reference = open_speaker("reference", args.reference, args, judge) if args.reference else None
     records = load_prompts(args.data, models[0], args)
     world = World.load(args.world) if args.world else None
-    bench = Bench(records, judge, sampling_of(args), world)
+    parts = Parts(Path(args.out) / "parts", settings_of(args), args.resume)
+    bench = Bench(records, judge, sampling_of(args), world, parts)
     texts = load_texts(models, world, args)
     if not reference:
         texts.left_out.append("The KL needs --reference.")
@@ -562,12 +587,18 @@ def compare(args: argparse.Namespace) -> None:
             f"The {pool.replace('_', '-')} labelers agree with one another on "
             f"{labels.agreement:.1%} of the pairs of these models' responses."
         )
-    for model in tqdm(models, desc="measurements", unit="model"):
-        row = table[model.name]
-        row |= measure_responses(model, sampled[model.name], greedy[model.name], reference, bench)
+
+    def measure(model: Speaker) -> dict[str, dict]:
+        answers = sampled[model.name], greedy[model.name]
+        row = measure_responses(model, *answers, reference, bench)
         if not model.prefix:  # a prefix is for prompts; raw text goes without
             row |= measure_text(model, texts.pretraining, texts.public, texts.pairs)
         row |= measure_probes(model, texts.probes, world, bench.sampling)
+        return {metric: asdict(e) for metric, e in row.items()}
+
+    for model in tqdm(models, desc="measurements", unit="model"):
+        row = parts.get(f"measurements {model.name}", lambda model=model: measure(model))
+        table[model.name] |= {metric: Estimate(**e) for metric, e in row.items()}
     if args.best_of > 1:
         table |= measure_best_of(base, bench, args.best_of)
     report.write(Path(args.out), report.Report(
@@ -576,6 +607,7 @@ def compare(args: argparse.Namespace) -> None:
         read_info(args.checkpoints[baseline]).get("epoch", 0),
         report.read_ppo_logs(args.checkpoints), some_samples(bench, sampled), texts.left_out,
     ))  # fmt: skip
+    parts.remove()
     print("\n" + report.terminal_table(table))
     print(f"wrote {args.out}/report.md")
 
@@ -647,6 +679,17 @@ def some_samples(bench: Bench, answers: dict[str, Answers], num: int = 6) -> lis
 
 # ------------------------------------------------------------------------------------------------
 # Opening what the commands need
+def settings_of(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Record:
+    """What decides a report or a selection: for --resume. `folders`: checkpoints beside args'."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
+    folders = [*folders, *(args.checkpoints or {}).values(), args.reward_model, args.reference]
+    read = [Path(folder, name) for folder in folders if folder
+            for name in ("model.safetensors", "config.json", "tokenizer.json")]  # fmt: skip
+    read += [Path(p) for p in (args.data, args.val_data, args.pretrain_data, args.world) if p]
+    read += sorted(Path(args.data).parent.glob("probes_*.jsonl")) if args.world else []
+    return settings | {"sha256": {str(path): fingerprint(path) for path in read}}
+
+
 def sampling_of(args: argparse.Namespace) -> Sampling:
     return Sampling(args.max_new_tokens, args.batch_size, args.seed, args.dtype)
 
@@ -727,13 +770,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--comparisons", nargs="+", metavar="FILE", help="comparisons.jsonl, one or several")
     add("--init", help="checkpoint folder that each fold's reward model starts from")
     add("--rm_flags", default="", help='further flags for train_rm.py, as one string: "--lr 3e-4"')
-    add("--resume", action="store_true", help="keep the folds that an earlier run has finished")
+    add("--resume", action="store_true", help="keep what an interrupted run has finished")
     # Sampling.
     add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped")
     add("--max_new_tokens", type=int, default=32, help="limit of a response")
     add("--batch_size", type=int, default=128, help="responses sampled at once")
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the sampling")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
@@ -747,6 +791,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "select_every", "num_items"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    for name in ("num_prompts", "best_of", "seed"):
+        if not 0 <= getattr(args, name) <= 2**32:
+            parser.error(f"--{name} {getattr(args, name)}: expected 0 to {2**32}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
     if args.checkpoints:
         args.checkpoints = parse_named(args.checkpoints, "--checkpoints", parser)
         args.baseline = args.baseline or next(iter(args.checkpoints))
@@ -760,6 +809,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
     check_writable(args.out)
+    remove_leftovers(args.out)
+    remove_leftovers(Path(args.out).parent, Path(args.out).name)
     if args.select:
         select(args)
     elif args.folds:

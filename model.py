@@ -39,6 +39,7 @@ import kernels
 from data import files
 from data.files import BadInput
 
+MAX_PARAMETERS = 10**12  # a config that asks for more is a mistake: 4 TB of weights
 DOWNLOADS = Path(__file__).parent / "data" / "downloads"
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_FIXED: dict[str, tuple] = {  # what a config.json may say elsewhere, and here must not
@@ -78,6 +79,18 @@ class GPTConfig:
         epsilon = self.layer_norm_epsilon
         if type(epsilon) is not float or not 0 < epsilon < 1:
             raise BadInput(f"layer_norm_epsilon is {epsilon!r}; expected a number like 1e-5")
+        std = self.initializer_range
+        if type(std) not in (float, int) or not 0 <= std < math.inf:
+            raise BadInput(f"initializer_range is {std!r}; expected a number from 0")
+        if not isinstance(self.score_mod, str):
+            raise BadInput(f"score_mod is {self.score_mod!r}; expected a name")
+        size = self.n_embd * (self.vocab_size + self.n_positions + 12 * self.n_layer * self.n_embd)
+        if size > MAX_PARAMETERS:
+            raise BadInput(
+                f"n_layer {self.n_layer}, n_embd {self.n_embd}, n_positions {self.n_positions} and "
+                f"vocab_size {self.vocab_size} come to {size:.0e} parameters, over "
+                f"{MAX_PARAMETERS:.0e}: lower one"
+            )
         if not 0 <= self.eos_token_id < self.vocab_size:
             raise BadInput(
                 f"eos_token_id {self.eos_token_id} is not below vocab_size {self.vocab_size}"
@@ -651,6 +664,11 @@ def _make(
             f"{path}: does not fit config.json; missing, unexpected or of another shape: "
             f"{', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}"
         )
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise BadInput(
+                f"{path}: {name} is {tensor.dtype} or holds NaN or infinity; expected finite floats"
+            )
     weights = {name: tensor.float() for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
@@ -718,6 +736,9 @@ class Checkpoints:
     every batch. So weights, optimizer states, logs and the step are all there is to save, and a
     resumed run is the uninterrupted run, bit for bit. An earlier result in the same folder stays
     until the first checkpoint of the new run.
+
+    config.json of a checkpoint and of the result has "settings", and where a resume changed them
+    "changes": a list of {"after_step", "settings"}, the settings up to and with that step.
     """
 
     KEEP = 2
@@ -726,33 +747,39 @@ class Checkpoints:
         """`settings`: everything that decides the run's numbers; a resume refuses other ones."""
         self.out, self.folder, self.settings = Path(out), Path(out) / "checkpoints", settings
         self.resumed_from: Path | None = None
+        self.changes: list[dict[str, Any]] = []
         self._fresh = True  # no checkpoint of this run is there yet
         files.check_writable(self.out)
         for folder in (self.out, self.folder, self.out / "epochs"):
             files.remove_leftovers(folder)
 
-    def resume(self, restore: Callable[[dict[str, Any]], None]) -> int:
+    def resume(self, restore: Callable[[dict[str, Any]], None], changed: bool = False) -> int:
         """Give the state of the newest intact checkpoint to `restore`; return its step, else 0.
 
         A damaged checkpoint (checksums) is passed over with a warning. Raises `BadInput` if all
-        that is left is of a run with other settings.
+        that is left is of a run with other settings; unless `changed`, which goes on with the
+        newest, says what differs and records it.
         """
-        refused = ""
+        intact = []
         for folder in sorted(self.folder.glob("[0-9]*"), reverse=True):
-            if not files.folder_is_intact(folder):
+            if files.folder_is_intact(folder):
+                intact.append(folder)
+            elif not intact:
                 print(f"warning: {folder} is damaged; trying the one before", file=sys.stderr)
-                continue
-            # A run killed while it replaced an earlier run's checkpoints may leave both.
-            if differ := self._differences(folder):
-                refused = refused or (
-                    f"{folder}: --resume with other settings: {differ}; give the old ones, or "
-                    "start over without --resume"
-                )
-                continue
+        # A run killed while it replaced an earlier run's checkpoints may leave both.
+        mine = [folder for folder in intact if not self._differences(folder)]
+        if intact and not mine and not changed:
+            raise BadInput(
+                f"{intact[0]}: --resume with other settings: {self._differences(intact[0])}; give "
+                "the old ones, start over without --resume, or give --resume_changed to go on with "
+                "the new ones"
+            )
+        for folder in (mine or intact)[:1]:
             try:
                 state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
                 restore(state)
                 step = int(state["step"])
+                self._record_changes(folder, step)
             except Exception as error:  # crafted or of another version; weights_only runs nothing
                 raise BadInput(
                     f"{folder}/state.pt: not the state of such a run ({type(error).__name__}); "
@@ -760,18 +787,32 @@ class Checkpoints:
                 ) from error
             self._fresh, self.resumed_from = False, folder
             # What `save` would have removed next, had the process not been killed.
-            older = [f for f in sorted(self.folder.glob("[0-9]*")) if f.name < folder.name]
-            mine = [f for f in older if files.folder_is_intact(f) and not self._differences(f)]
-            for superseded in set(self.folder.glob("[0-9]*")) - {*mine[1 - self.KEEP :], folder}:
+            older = sorted(f for f in intact if f.name < folder.name and self._is_mine(f))
+            for superseded in set(self.folder.glob("[0-9]*")) - {*older[1 - self.KEEP :], folder}:
                 shutil.rmtree(superseded)
             for epoch in (self.out / "epochs").glob("[0-9]*"):
-                if not files.folder_is_intact(epoch) or self._differences(epoch):
+                if not files.folder_is_intact(epoch) or not self._is_mine(epoch):
                     shutil.rmtree(epoch)  # of an earlier run, see above
             self._keep_epoch(folder)
             return step
-        if refused:
-            raise BadInput(refused)
         return 0
+
+    def _record_changes(self, folder: Path, step: int) -> None:
+        """Go on with a checkpoint's history of settings; say what differs from the last ones."""
+        info = read_info(folder)
+        self.changes = info.get("changes", [])
+        if differ := self._differences(folder):
+            print(f"warning: from step {step} on with other settings: {differ}", file=sys.stderr)
+            self.changes.append({"after_step": step, "settings": info.get("settings")})
+
+    def _is_mine(self, folder: Path) -> bool:
+        """Whether a folder's settings are this run's, now or before a change."""
+        before = [change["settings"] for change in self.changes]
+        return not self._differences(folder) or read_info(folder).get("settings") in before
+
+    def _recorded(self) -> dict[str, Any]:
+        """What config.json says of the settings."""
+        return {"settings": self.settings} | ({"changes": self.changes} if self.changes else {})
 
     def _differences(self, folder: Path) -> str:
         """In what the settings of a checkpoint differ from this run's; empty if in nothing."""
@@ -796,7 +837,7 @@ class Checkpoints:
         """
 
         def write(aside: Path) -> None:
-            save_model(aside, model, tokenizer_json, info | {"settings": self.settings})
+            save_model(aside, model, tokenizer_json, info | self._recorded())
             torch.save(_interned(state | {"step": step}), aside / "state.pt")
             for log in logs:
                 log.copy_to(aside)
@@ -833,4 +874,4 @@ class Checkpoints:
         self, model: GPT | ScalarModel, tokenizer_json: str, info: dict[str, Any]
     ) -> None:
         """Write the run's result, which the next stage reads, beside `checkpoints/`."""
-        save_model(self.out, model, tokenizer_json, info | {"settings": self.settings})
+        save_model(self.out, model, tokenizer_json, info | self._recorded())

@@ -311,7 +311,9 @@ def tax_figure(path: Path, table: Table, colour: dict[str, str]) -> None:
 
 
 def _save(figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Software": None})  # equal numbers give equal bytes
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None})  # equal numbers: equal bytes
+    write_atomic(path, drawn.getvalue())
     plt.close(figure)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from data.files import (
     check_writable,
     fingerprint,
     read_jsonl,
+    remove_leftovers,
     run_command,
     write_atomic,
     write_jsonl,
@@ -73,7 +75,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=32, help="limit of a response")
     add("--batch_size", type=int, default=128, help="responses sampled at once")
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
@@ -88,21 +91,26 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--prompt talks and --data writes candidates: give one of them")
     args.num_responses = args.num_responses or ([4, 9] if args.data else [1])
     low, high = args.num_responses[0], args.num_responses[-1]
-    if len(args.num_responses) > 2 or not (2 if args.data else 1) <= low <= high:
+    if len(args.num_responses) > 2 or not (2 if args.data else 1) <= low <= high <= 10_000:
         parser.error(
             f"--num_responses {' '.join(map(str, args.num_responses))}: expected one number, or "
-            f"the least and the most, from {2 if args.data else 1}"
+            f"the least and the most, from {2 if args.data else 1} to 10000"
         )
     args.shares = args.shares or [1.0] * len(args.checkpoints)
     if len(args.shares) != len(args.checkpoints):
         parser.error(f"--shares: expected {len(args.checkpoints)}, one for each checkpoint")
-    if min(args.shares) < 0 or sum(args.shares) <= 0:
+    if not min(args.shares) >= 0 or not 0 < sum(args.shares) < math.inf:
         parser.error("--shares: expected numbers from 0, not all 0")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         parser.error(f"--temperature {args.temperature}: expected 0 or more")
     for name in ("max_prompt_tokens", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    for name in ("num_prompts", "off_topic", "seed"):
+        if not 0 <= getattr(args, name) <= 2**32:
+            parser.error(f"--{name} {getattr(args, name)}: expected 0 to {2**32}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
     return args
 
 
@@ -267,6 +275,8 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     """
     out = Path(args.out)
     check_writable(out.parent)
+    remove_leftovers(out.parent, out.name)
+    remove_leftovers(out.parent, f".{out.name}.partial")
     records = read_jsonl(args.data, "prompts")
     records = records[: args.num_prompts or None]
     prompts = [

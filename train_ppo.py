@@ -39,6 +39,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -121,6 +122,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save_every", type=int, default=20, help="iterations between checkpoints; 0: at the end")
     add("--print_samples", type=int, default=2, help="samples shown at each validation")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--resume_changed", action="store_true", help="--resume although settings have changed")
+    add("--stop_seconds", type=float, default=10.0,
+        help="after Ctrl-C or SIGTERM, do not wait longer for a step")  # fmt: skip
     add("--seed", type=int, default=0, help="of all random draws")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to compute")  # fmt: skip
@@ -131,15 +135,28 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
     at_least_one += ["num_minibatches", "inner_epochs", "ptx_tokens"]
     at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
+    at_least_zero += ["seed", "stop_seconds", "lr", "value_lr", "grad_clip", "kl_coef", "ptx_coef"]
+    at_least_zero += ["cliprange", "cliprange_value", "entropy_coef", "print_samples"]
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name} {value}: expected a finite number")
     for limit, names in ((1, at_least_one), (0, at_least_zero)):
         for name in names:
             if getattr(args, name) < limit:
                 parser.error(f"--{name} {getattr(args, name)}: expected at least {limit}")
+    for limit, name in ((2**20, "batch_size"), (2**32, "seed")):
+        if getattr(args, name) > limit:
+            parser.error(f"--{name} {getattr(args, name)}: expected at most {limit}")
+    if args.stop_seconds == 0:
+        parser.error("--stop_seconds 0: expected over 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
+    for name in ("data", "init", "reward_model", "out"):
+        if not getattr(args, name):
+            parser.error(f"--{name} is empty: expected a path")
     for name in ("init", "reward_model", "check_model"):
         folder = getattr(args, name)
-        if folder and Path(args.out).resolve() == Path(folder).resolve():
+        if folder and os.path.realpath(args.out) == os.path.realpath(folder):
             parser.error(f"--out {args.out} is --{name}, which it would replace: give another")
     if args.ptx_coef and not args.pretrain_data:
         parser.error("--ptx_coef over 0 needs --pretrain_data")
@@ -154,6 +171,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--batch_size {args.batch_size} is not a multiple of --num_minibatches "
             f"{args.num_minibatches}: change either"
         )
+    for name in ("gamma", "lam", "ema"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected 0 to 1")
     if args.temperature <= 0:
         parser.error(f"--temperature {args.temperature}: expected over 0")
     args.minibatch_size = args.batch_size // args.num_minibatches
@@ -513,14 +533,16 @@ def evaluate(
 ) -> dict[str, float] | None:  # fmt: skip
     """Mean score and KL to the reference of `policy` on validation prompts, and a few samples.
 
-    The same random numbers each time, so that differences are the policy's.
+    The same random numbers each time, so that differences are the policy's; other ones for each
+    batch of prompts.
     """
     if not prompts:
         return None
     scores, kls, shown = [], [], []
     for start in range(0, len(prompts), args.batch_size):
         part = prompts[start : start + args.batch_size]
-        tokens, prompt_lengths, lengths = sample(policy, part, args.seed, args, args.temperature)
+        seed = int(np.random.default_rng([args.seed, 2, start]).integers(2**62))
+        tokens, prompt_lengths, lengths = sample(policy, part, seed, args, args.temperature)
         mb = score(tokens, lengths, prompt_lengths, models | {"policy": policy}, args)
         scores.append(mb.scores)
         kls.append((mb.logprobs - mb.ref_logprobs).sum(1))
@@ -571,17 +593,44 @@ def rollout_metrics(minibatches: list[Minibatch]) -> dict[str, float]:
 # Guards
 
 
-def stop_not_finite(out: Path, step: int, values: dict[str, float], records: list[int]) -> int:
-    """Say that an iteration's numbers are not finite, keep its records for a look; the exit code.
+def not_finite(metrics: dict[str, float | None]) -> dict[str, float]:
+    """Those of the metrics that are NaN or infinite."""
+    return {k: v for k, v in metrics.items() if v is not None and not math.isfinite(v)}
 
-    `bad_batch.json` names the iteration, the values, and the prompts' records of --data, from 1.
+
+def first_not_finite(
+    minibatches: list[Minibatch], updates: list[dict[str, float]]
+) -> tuple[str, int, dict[str, float]]:
+    """Where a number first is not finite: "rollout" or "update", the minibatch's place, the values.
+
+    Advantages are whitened over all minibatches, so that one bad score spoils them all: the scores,
+    log-probs and values of each minibatch are looked at before any update is blamed.
+    """
+    for place, mb in enumerate(minibatches):
+        if bad := not_finite(rollout_metrics([mb])):
+            return "rollout", place, bad
+    for number, metrics in enumerate(updates):
+        if bad := not_finite(metrics):
+            return "update", number % len(minibatches), bad
+    return "rollout", 0, not_finite(rollout_metrics(minibatches))  # their means alone overflow
+
+
+def stop_not_finite(
+    out: Path, step: int, phase: str, place: int, values: dict[str, float], records: list[int]
+) -> int:
+    """Say that a minibatch's numbers are not finite, keep its records for a look; the exit code.
+
+    `bad_batch.json` names the iteration, whether the numbers are of its rollout or of an update,
+    the minibatch, from 1, the values, and the minibatch's records of --data, from 1.
     """
     seen = {name: str(value) for name, value in values.items()}  # JSON has no nan
-    bad_batch = {"step": step, "values": seen, "records": sorted(records)}
+    bad_batch = {"step": step, "phase": phase, "minibatch": place + 1, "values": seen}
+    bad_batch["records"] = sorted(records)
     write_atomic(out / "bad_batch.json", json.dumps(bad_batch) + "\n")
     shown = ", ".join(f"{name} {value}" for name, value in seen.items())
     print(
-        f"error: iteration {step}: not finite: {shown}; its records are in {out}/bad_batch.json; "
+        f"error: iteration {step}: not finite: {shown} ({phase}, minibatch {place + 1}); its "
+        f"records are in {out}/bad_batch.json; "
         "checkpoints are kept; start over with a lower --lr or --value_lr",
         file=sys.stderr,
     )
@@ -684,17 +733,21 @@ def main(argv: list[str] | None = None) -> int:
     peak = {"policy": args.lr, "value_network": args.value_lr}
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
-    left_out = ("out", "resume", "save_every", "minibatch_size")
+    left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds", "minibatch_size")
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.pretrain_data, args.val_data, tokenizer_path,
             init / "model.safetensors", Path(args.reward_model, "model.safetensors"),
             args.check_model and Path(args.check_model, "model.safetensors"))  # fmt: skip
     settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
-    info = {"stage": "ppo", "data": [args.data], "reference": args.init}
+    data = [args.data, *([args.pretrain_data] if args.ptx_coef else [])]
+    info = {"stage": "ppo", "data": data, "reference": args.init}
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     checkpoints = Checkpoints(out, settings)
 
+    warned: set[str] = set()  # kinds of warnings that were given
+
     def restore(state: dict) -> None:
+        warned.update(state.get("warned", ()))
         policy.load_state_dict(state["policy"])
         models["value_network"].load_state_dict(state["value_network"])
         ema.load_state_dict(state["ema"])
@@ -706,12 +759,19 @@ def main(argv: list[str] | None = None) -> int:
     def on_signal(number: int, _) -> None:
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, args.stop_seconds)
 
+    def on_alarm(*_) -> None:
+        print("stopped by a signal in a long step; --resume goes on at the last checkpoint",
+              file=sys.stderr)  # fmt: skip
+        raise SystemExit(128 + stop[0])
+
+    signal.signal(signal.SIGALRM, on_alarm)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    step = checkpoints.resume(restore) if args.resume else 0
-    warned: set[str] = set()
+    resuming = args.resume or args.resume_changed
+    step = checkpoints.resume(restore, args.resume_changed) if resuming else 0
     log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
     timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
@@ -739,38 +799,41 @@ def main(argv: list[str] | None = None) -> int:
         # Score: minibatches are drawn first, and everything is computed on their tensors.
         # Within a minibatch, rows of like length stand together: less padding is computed.
         order = torch.from_numpy(rng.permutation(args.batch_size)).to(device)
-        minibatches = []
+        minibatches, rows_of = [], []
         for rows in order.split(args.minibatch_size):
             rows = rows[lengths[rows].argsort(stable=True)]
+            rows_of.append(rows.tolist())
             part = tokens[rows], lengths[rows], prompt_lengths[rows]
             minibatches.append(score(*part, models, args))
         whiten(minibatches)
         scored = time.perf_counter()
 
         # Update.
-        updates = []
-        for _ in range(args.inner_epochs):
-            for mb in minibatches:
-                ptx_sequences = None
-                if stream is not None:
-                    ptx_sequences = draw_pretraining(
-                        stream, starts, num_ptx, args.ptx_tokens, rng
-                    ).to(device)
-                updates.append(update(mb, models, optimizers, ptx_sequences, args))
-                update_ema(ema, policy, args.ema)
+        row = rollout_metrics(minibatches)
+        updates, bad = [], not_finite(row)
+        for mb in (mb for _ in range(args.inner_epochs) for mb in minibatches):
+            if bad:
+                break
+            ptx_sequences = None
+            if stream is not None:
+                ptx_sequences = draw_pretraining(stream, starts, num_ptx, args.ptx_tokens, rng)
+                ptx_sequences = ptx_sequences.to(device)
+            updates.append(update(mb, models, optimizers, ptx_sequences, args))
+            update_ema(ema, policy, args.ema)
+            bad = not_finite(updates[-1])
+        if bad:
+            phase, place, bad = first_not_finite(minibatches, updates)
+            bad_records = [records[chosen[i]] for i in rows_of[place]]
+            return stop_not_finite(out, step, phase, place, bad, bad_records)
         finished = time.perf_counter()
 
         # Means over all updates of the iteration; maximum for the ratio.
-        row = rollout_metrics(minibatches)
         for name in updates[0]:
             values = [metrics[name] for metrics in updates]
             if name == "entropy":
                 continue  # the rollout's is logged
             row[name] = None if None in values else sum(values) / len(values)
         row["ratio_max"] = max(metrics["ratio_max"] for metrics in updates)
-        bad = {k: v for k, v in row.items() if v is not None and not math.isfinite(v)}
-        if bad:
-            return stop_not_finite(out, step, bad, [records[i] for i in chosen])
         warned |= warn(step, row, warned, args)
         last = step == total_steps
         looks = last or (args.eval_every and step % args.eval_every == 0)
@@ -802,12 +865,15 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
         leave = bool(stop)
+        if leave:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # the step has ended in time
         if leave or last or (args.save_every and step % args.save_every == 0):
             state = {
                 "policy": policy.state_dict(),
                 "value_network": models["value_network"].state_dict(),
                 "ema": ema.state_dict(),
                 "optimizers": {name: opt.state_dict() for name, opt in optimizers.items()},
+                "warned": sorted(warned),
             }
             checkpoints.save(step, ema, tokenizer_json, info, state, (log, timing))
         if leave and not last:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -75,6 +76,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_every", type=int, default=200, help="steps between validations; 0: at the end only")
     add("--save_every", type=int, default=200, help="steps between checkpoints; 0: at the end only")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--resume_changed", action="store_true", help="--resume although settings have changed")
+    add("--stop_seconds", type=float, default=10.0,
+        help="after Ctrl-C or SIGTERM, do not wait longer for a step")  # fmt: skip
     add("--seed", type=int, default=0, help="of all random draws")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to compute")  # fmt: skip
@@ -84,13 +88,25 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
     at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
+    at_least_zero += ["seed", "stop_seconds", "lr", "weight_decay", "grad_clip"]
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name} {value}: expected a finite number")
     for limit, names in ((1, at_least_one), (0, at_least_zero)):
         for name in names:
             if getattr(args, name) < limit:
                 parser.error(f"--{name} {getattr(args, name)}: expected at least {limit}")
+    for limit, name in ((2**20, "batch_size"), (2**32, "seed")):
+        if getattr(args, name) > limit:
+            parser.error(f"--{name} {getattr(args, name)}: expected at most {limit}")
+    if args.stop_seconds == 0:
+        parser.error("--stop_seconds 0: expected over 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
-    if Path(args.out).resolve() == Path(args.init).resolve():
+    for name in ("data", "init", "out"):
+        if not getattr(args, name):
+            parser.error(f"--{name} is empty: expected a path")
+    if os.path.realpath(args.out) == os.path.realpath(args.init):
         parser.error(f"--out {args.out} is --init, which it would replace: give another folder")
     args.micro_batch_size = args.micro_batch_size or args.batch_size
     return args
@@ -382,7 +398,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "save_every")}
+    left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds")
+    settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.val_data, args.held_out_data, args.demonstrations, tokenizer_path,
             init / "model.safetensors")  # fmt: skip
     settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
@@ -399,11 +416,19 @@ def main(argv: list[str] | None = None) -> int:
     def on_signal(number: int, _) -> None:
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, args.stop_seconds)
 
+    def on_alarm(*_) -> None:
+        print("stopped by a signal in a long step; --resume goes on at the last checkpoint",
+              file=sys.stderr)  # fmt: skip
+        raise SystemExit(128 + stop[0])
+
+    signal.signal(signal.SIGALRM, on_alarm)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    step = checkpoints.resume(restore) if args.resume else 0
+    resuming = args.resume or args.resume_changed
+    step = checkpoints.resume(restore, args.resume_changed) if resuming else 0
     log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
     timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
@@ -459,6 +484,8 @@ def main(argv: list[str] | None = None) -> int:
             shown += [f"{k} {row[k]:.3f}" for k in ("val_loss", "val_accuracy") if row[k]]
             print(" | ".join([*shown, f"tok_per_s {row['tokens'] / seconds:,.0f}"]), flush=True)
         leave = bool(stop)
+        if leave:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # the step has ended in time
         if leave or last or (args.save_every and step % args.save_every == 0):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoints.save(step, model, tokenizer_json, info, state, (log, timing))

@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -158,6 +159,7 @@ def parse_json(text: str, where: str) -> Any:
 def _read_text(path: Path | str) -> str:
     """The file as text: UTF-8, byte-order mark dropped, line ends made "\\n". Raises `BadInput`."""
     path = Path(path)
+    _refuse_special(path)
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -170,6 +172,16 @@ def _read_text(path: Path | str) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{path}:{line}: not UTF-8 text (byte {error.start})") from None
     return text.replace("\r\n", "\n")
+
+
+def _refuse_special(path: Path) -> None:
+    """Raise `BadInput` for a pipe or a device: files are read more than once, and must end."""
+    try:
+        special = not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode)
+    except (OSError, ValueError):
+        return  # opening it says why
+    if special:
+        raise BadInput(f"{path}: is a pipe or a device; expected a regular file")
 
 
 def read_jsonl(path: Path | str, kind: str) -> list[Record]:
@@ -312,10 +324,11 @@ def write_folder_atomic(folder: Path | str, write: Callable[[Path], None]) -> No
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path | str) -> None:
-    """Delete what a killed process left aside in `folder` before it could be renamed."""
+def remove_leftovers(folder: Path | str, name: str = "") -> None:
+    """Delete what killed processes left aside in `folder` before it could be renamed; with `name`,
+    only what was to become that file or folder: others may be at work beside it."""
     for path in Path(folder).glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+        if re.fullmatch(rf"\.{re.escape(name) or '.+'}\.\d+\.tmp", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -337,10 +350,65 @@ def folder_is_intact(folder: Path | str) -> bool:
 
 def fingerprint(path: Path | str) -> str:
     """First 16 hexadecimal digits of the SHA-256 of a file: which data a run has read."""
+    _refuse_special(Path(path))
     try:
         return _sha256(Path(path))[:16]
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+
+
+class Parts:
+    """Finished parts of a long command, kept in a folder for --resume: one JSON file each.
+
+    `settings` is everything that decides the parts, down to fingerprints of the files that are
+    read. Without `resume` the parts of an earlier run are removed; with it, they are gone on with,
+    and parts of other settings are refused with the list of what differs.
+    """
+
+    def __init__(self, folder: Path | str, settings: Record, resume: bool):
+        self.folder, said = Path(folder), Path(folder) / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if resume and said.exists():
+            before = parse_json(_read_text(said), str(said))
+            before = before if isinstance(before, dict) else {}
+            keys = [k for k in {**settings, **before} if before.get(k) != settings.get(k)]
+            if keys:
+                differ = ", ".join(f"{k} was {before.get(k)!r}, is {settings.get(k)!r}"
+                                   for k in keys)  # fmt: skip
+                raise BadInput(
+                    f"{said}: --resume with other settings: {differ}; give the old ones, or start "
+                    "over without --resume"
+                )
+        else:
+            self.remove()
+        write_atomic(said, json.dumps(settings, indent=2) + "\n")
+        remove_leftovers(self.folder)
+
+    def get(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What compute() returns, which JSON must hold, or returned when the part was made.
+
+        A fresh result takes the way through JSON too, so that both are equal in every digit.
+        """
+        path = self.folder / f"{re.sub(r'[^A-Za-z0-9]', '_', name)[:60]}-{_digest(name)}.json"
+        if path.exists():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if content["sha256"] == _digest(content["part"]):
+                    return json.loads(content["part"])
+            except (OSError, ValueError, KeyError, TypeError):
+                pass
+            print(f"warning: {path} is damaged; made again", file=sys.stderr)
+        part = json.dumps(compute(), ensure_ascii=False)
+        write_atomic(path, json.dumps({"sha256": _digest(part), "part": part}) + "\n")
+        return json.loads(part)
+
+    def remove(self) -> None:
+        """Delete all parts: the command has written its result."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -456,8 +524,9 @@ def check_writable(folder: Path | str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_probe.{os.getpid()}.tmp"
+        remove_leftovers(folder, "write_probe")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written ({error.strerror})") from None
 

@@ -13,11 +13,19 @@ import argparse
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data.files import BadInput, check_writable, read_jsonl, run_command, write_jsonl
+from data.files import (
+    BadInput,
+    check_writable,
+    read_jsonl,
+    remove_leftovers,
+    run_command,
+    write_jsonl,
+)
 from data.grader import grade
 from data.labelers import OTHER_PROMPT, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
 from data.world import World
@@ -88,9 +96,13 @@ def parse_ranking(text: str, count: int) -> list[int]:
 def rank_by_hand(records: list[Record], out: Path, labeler: str, seed: int) -> None:
     """Show each prompt with its responses in random order, read the ranking, save it at once."""
     done = read_jsonl(out, "comparisons") if out.exists() else []
-    seen = {(record["prompt"], tuple(record["responses"])) for record in done}
-    left = [record for record in records
-            if (record["prompt"], tuple(record["responses"])) not in seen]
+    seen = Counter((record["prompt"], tuple(record["responses"])) for record in done)
+    left = []
+    for record in records:
+        key = record["prompt"], tuple(record["responses"])
+        seen[key] -= 1  # equal records are ranked as often as they stand there
+        if seen[key] < 0:
+            left.append(record)
     print(f"{len(done)} ranked, {len(left)} to go. Best first, = between equals: 2 1=3 4. "
           "An empty line skips, q stops.")
     for record in left:
@@ -134,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     records = read_jsonl(args.data, "candidates")
     out = Path(args.out)
     check_writable(out.parent)
+    remove_leftovers(out.parent, out.name)
     if args.interactive:
         rank_by_hand(records, out, args.labeler, args.seed)
         return

@@ -22,7 +22,7 @@ from pathlib import Path
 import regex  # a dependency of tiktoken; the standard `re` has no \p{L}
 import tiktoken
 
-from data.files import END_OF_TEXT, BadInput, write_atomic
+from data.files import END_OF_TEXT, BadInput, parse_json, write_atomic
 
 # How GPT-2 cuts text into pieces before any merge: contractions, words and numbers with their
 # leading space, punctuation, runs of white space.
@@ -190,13 +190,28 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
     """
     remedy = "expected a tokenizer.json written by this project; make it again"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"), str(path))
         ranks = {token.encode("latin-1"): rank for rank, token in enumerate(content["ranks"])}
         special, pattern, name = content["special_tokens"], content["pattern"], content["name"]
+    except BadInput as error:
+        raise BadInput(f"{error}; {remedy}") from None
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: {error!r}; {remedy}") from error
-    if list(special) != [END_OF_TEXT] or len(ranks) != len(content["ranks"]):
+    if not isinstance(special, dict) or list(special) != [END_OF_TEXT] \
+            or not isinstance(content["ranks"], list) or len(ranks) != len(content["ranks"]):
         raise BadInput(f"{path}: special tokens {special}, {len(ranks)} distinct entries; {remedy}")
-    return _encoding(name, pattern, ranks, special[END_OF_TEXT])
+    # What tiktoken would answer with a panic, now or when such a text comes.
+    end = special[END_OF_TEXT]
+    if type(end) is not int or not len(ranks) <= end < 2**31:
+        raise BadInput(f"{path}: end token {end!r}, expected an id from {len(ranks)}; {remedy}")
+    if b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise BadInput(f"{path}: an entry is empty or one of the 256 bytes has none; {remedy}")
+    try:
+        if not isinstance(name, str) or regex.match(pattern, "") is not None:
+            raise BadInput(f"{path}: the pattern matches nothing at all, or the name is no text; "
+                           f"{remedy}")
+        return _encoding(name, pattern, ranks, end)
+    except (TypeError, regex.error) as error:
+        raise BadInput(f"{path}: pattern: {error}; {remedy}") from None

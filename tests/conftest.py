@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.crash import OTHERS, STAGES, Server
 from tests.tiny import Tiny, make_tiny
 
 torch.set_num_threads(1)  # as the processes of tests/crash.py: bits depend on it
@@ -54,3 +55,24 @@ def real_data() -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A tokenizer, small random models and a few records of every kind, as files. Do not modify."""
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def whole(
+    server: Server, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, int]]:
+    """An uninterrupted run of each command, and the number of its file operations."""
+    runs = {}
+    for stage in STAGES + OTHERS:
+        out = tmp_path_factory.mktemp("whole") / stage
+        run = server.run(stage, tiny.args(stage, out))
+        assert run.code == 0, run.stderr
+        runs[stage] = out, run.operations
+    return runs

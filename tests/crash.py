@@ -1,7 +1,8 @@
-"""Kill training processes at random moments, resume them until done, and compare bit for bit.
+"""Kill processes at random moments, resume them until done, and compare bit for bit.
 
-    python -m tests.crash                  30 runs, 10 of each stage, each killed until it is done
-    python -m tests.crash --runs 300
+    python -m tests.crash                  30 runs of the three training stages, of sample.py and of
+                                           a report, each killed until it is done
+    python -m tests.crash --runs 300 --stages sft rm ppo
     python -m tests.crash --every_write    die before each single file operation of a run, in turn
 
 A run is killed with SIGKILL, which no process can catch, resumed, killed again, until it is done;
@@ -29,11 +30,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("sft", "rm", "ppo")
+OTHERS = ("sample", "report")  # commands that may be long too
 
 
 # ------------------------------------------------------------------------------------------------
@@ -45,12 +48,18 @@ def serve() -> None:
     child's process number, and its exit status when it ends."""
     import torch._dynamo  # noqa: F401  optimizers import it at first use, which takes seconds
 
+    import data.label
+    import data.tiny_world
+    import evaluate
+    import sample
     import train_ppo
     import train_rm
     import train_sft
     from data.files import run_command
 
-    mains = {"sft": train_sft.main, "rm": train_rm.main, "ppo": train_ppo.main}
+    mains = {"sft": train_sft.main, "rm": train_rm.main, "ppo": train_ppo.main,
+             "sample": sample.main, "report": evaluate.main, "label": data.label.main,
+             "tiny_world": data.tiny_world.main}  # fmt: skip
     finished: list[int] = []
     for line in sys.stdin:
         while finished:
@@ -59,6 +68,7 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             code = 70
+            sample.CHUNK = request["chunk"]
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
@@ -67,6 +77,10 @@ def serve() -> None:
                 code = run_command(lambda request=request: mains[request["stage"]](request["argv"]))
                 hook.done = True
                 Path(request["stderr"] + ".count").write_text(str(hook.count))
+            except SystemExit as leaving:
+                code = leaving.code
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         print(child, flush=True)
@@ -103,9 +117,10 @@ class FileHook:
 
 
 class Server:
-    """Starts training processes within milliseconds."""
+    """Starts processes within milliseconds. `chunk` is sample.py's CHUNK, prompts."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, chunk: int = 4):
+        self.chunk = chunk
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.stderr = folder / "stderr"
         self.process = subprocess.Popen(
@@ -114,7 +129,8 @@ class Server:
         )  # fmt: skip
 
     def start(self, stage: str, argv: list[str], at: dict[int, int | str] | None = None) -> Run:
-        request = {"stage": stage, "argv": argv, "at": at or {}, "stderr": str(self.stderr)}
+        request = {"stage": stage, "argv": argv, "at": at or {}, "stderr": str(self.stderr),
+                   "chunk": self.chunk}  # fmt: skip
         self.process.stdin.write((json.dumps(request) + "\n").encode())
         self.process.stdin.flush()
         return Run(self)
@@ -187,7 +203,9 @@ def bytes_lost(reference: dict[str, bytes], found: dict[str, bytes]) -> int:
 
 
 def same_steps(out: Path) -> bool:
-    """timing.csv has a row for each row of log.csv."""
+    """timing.csv, where there is one, has a row for each row of log.csv."""
+    if not (out / "timing.csv").exists():
+        return True
     return len({tuple(line.split(",")[0] for line in (out / name).read_text().splitlines())
                 for name in ("log.csv", "timing.csv")}) == 1  # fmt: skip
 
@@ -208,10 +226,24 @@ def run_killed(
                 raise RuntimeError(f"{stage} ended with code {run.code}: {run.stderr}")
             return kills
         run.kill()
+        torn = torn_logs(Path(args[args.index("--out") + 1]))
+        if torn:
+            raise RuntimeError(f"{stage}: after a kill {torn}")
         if run.code == 0:  # it had just ended
             return kills
         kills += 1
         more = ["--resume"]
+
+
+def torn_logs(out: Path) -> str:
+    """What is wrong with log.csv right after a kill: its rows must be steps 1, 2, ... in order, of
+    as many cells as the header has; a last line without its end is left to a resume to cut off."""
+    path = out / "log.csv"
+    header, *lines = (path.read_text() if path.exists() else "").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        if line.count(",") != header.count(",") or line.split(",")[0] != str(number):
+            return f"row {number} of {path} is {line!r}"
+    return ""
 
 
 def run_dying_at(server: Server, stage: str, args: list[str], number: int) -> None:
@@ -228,7 +260,8 @@ def run_dying_at(server: Server, stage: str, args: list[str], number: int) -> No
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=30, help="runs, over the three stages")
+    parser.add_argument("--runs", type=int, default=30, help="runs, over all stages")
+    parser.add_argument("--stages", nargs="+", choices=STAGES + OTHERS, default=STAGES + OTHERS)
     parser.add_argument("--every_write", action="store_true", help="die at each file operation")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -244,15 +277,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny, server = make_tiny(folder / "tiny"), Server(folder)
-        print("stage  runs  kills  identical  bytes lost  seconds")
-        for stage in STAGES:
+        print("stage   runs  kills  identical  bytes lost  seconds")
+        for stage in args.stages:
             # The first run waits for the server to import torch, the second one is timed.
             server.run(stage, tiny.args(stage, folder / "earlier", "--seed", "9"))
             started = time.perf_counter()
             server.run(stage, tiny.args(stage, folder / "whole"))
             duration = time.perf_counter() - started
             reference = contents(folder / "whole")
-            runs = -(-args.runs // len(STAGES))
+            runs = -(-args.runs // len(args.stages))
             if args.every_write:  # over an earlier run: its files are removed, which are more
                 shutil.copytree(folder / "earlier", folder / "over")
                 runs = server.run(stage, tiny.args(stage, folder / "over")).operations
@@ -272,7 +305,7 @@ def main() -> int:
                 lost += missing
             failed |= identical < runs
             seconds = time.perf_counter() - started
-            print(f"{stage:5}  {runs:4}  {kills:5}  {identical:9}  {lost:10}  {seconds:7.0f}",
+            print(f"{stage:6}  {runs:4}  {kills:5}  {identical:9}  {lost:10}  {seconds:7.0f}",
                   flush=True)  # fmt: skip
             for path in ("whole", "earlier", "over", "out"):
                 shutil.rmtree(folder / path, ignore_errors=True)

@@ -275,8 +275,9 @@ def test_what_was_written_is_read_back(kind: str, data: st.DataObject, tmp_path:
 def test_documents_are_read_back_equal(tmp_path: Path, documents: list[str]) -> None:
     """Up to line ends, newlines around a document, blank documents and a byte-order mark."""
     write_documents(tmp_path / "x.txt", documents)
-    joined = [d.replace("\r\n", "\n").strip("\n") for d in documents]
-    joined[0] = documents[0].removeprefix("\ufeff").replace("\r\n", "\n").strip("\n")
+    first, *rest = documents
+    joined = [f"{d}\n".replace("\r\n", "\n").strip("\n")  # also where "\r" ends a document
+              for d in (first.removeprefix("\ufeff"), *rest)]  # fmt: skip
     expected = [document for document in joined if document.strip()]
     if expected:
         assert read_documents(tmp_path / "x.txt") == expected

@@ -33,7 +33,8 @@ class Tiny:
     rm: Path  # reward model
 
     def args(self, stage: str, out: Path | str, *more: str) -> list[str]:
-        """Arguments of train_<stage>.py for a run of a few quick steps into `out`."""
+        """Arguments for a quick run into `out`: of train_<stage>.py for a few steps, of sample.py
+        for a file of candidates in it, of evaluate.py for a report."""
         by_stage = {
             "sft": ["--init", self.base, "--data", self.demonstrations, "--batch_size", "4",
                     "--pretrain_data", self.pretrain, "--pretrain_fraction", "0.2",
@@ -46,6 +47,16 @@ class Tiny:
                     "--ptx_coef", "1", "--ptx_tokens", "12", "--batch_size", "8",
                     "--num_minibatches", "2", "--max_steps", "4", "--eval_every", "2"],
         }  # fmt: skip
+        if stage in ("sample", "report"):
+            speakers = [f"base={self.base}", f"again={self.base}"]
+            args = ["--data", self.prompts, "--out"]
+            args += {
+                "sample": [Path(out) / "candidates.jsonl", "--num_responses", "2", "3"],
+                "report": [out, "--reward_model", self.rm, "--reference", self.base, "--val_data",
+                           self.prompts, "--pretrain_data", self.pretrain, "--num_prompts", "4"],
+            }[stage]  # fmt: skip
+            args += ["--checkpoints", *speakers, *LIMITS, "--device", "cpu"]
+            return [str(arg) for arg in (*args, *more)]
         args = by_stage[stage] + ["--out", out, "--save_every", "2", *LIMITS, "--device", "cpu"]
         return [str(arg) for arg in (*args, *more)]
 

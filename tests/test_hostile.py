@@ -1,0 +1,154 @@
+"""Hostile folders, flags and paths: each is one clear line (`BadInput`, or argparse's) and code 2.
+
+Hostile records are in test_files.py, pickles and crafted states in test_resume.py, archives whose
+paths climb out in test_downloads.py.
+"""
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.files import BadInput, check_writable, fingerprint, read_jsonl
+from data.tokenizer import load_tokenizer
+from model import GPT, GPTConfig
+from tests.tiny import Tiny
+
+CONFIGS = [
+    *({"n_layer": value} for value in (10**9, -1, 2.0, "2", None, True)),
+    *({"eos_token_id": value} for value in (-1, None, "x", 10**6)),
+    *({"initializer_range": value} for value in ("x", -1.0, None, [])),
+    *({"score_mod": value} for value in (["causal"], None, "nope", {})),
+    {"n_embd": 10**12}, {"n_embd": 33}, {"n_head": 0}, {"vocab_size": True},
+    {"n_positions": 10**15}, {"vocab_size": 10**12}, {"resid_pdrop": "x"},
+    {"layer_norm_epsilon": 0}, {"activation_function": "relu"}, {"tie_word_embeddings": 0},
+]  # fmt: skip
+
+
+def copy_of(tiny: Tiny, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny.base, tmp_path / "model"))
+
+
+def refused(call: Callable[[], object], words: str = "") -> None:
+    with pytest.raises(ValueError) as error:  # BadInput, or a kernel's, which name the value
+        call()
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", CONFIGS, ids=str)
+def test_a_hostile_config_is_refused(change: dict, tiny: Tiny, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    refused(lambda: GPT.from_pretrained(folder)(torch.zeros(1, 2, dtype=torch.int64)))
+
+
+def test_a_shape_that_no_memory_holds_is_refused_before_it_is_made() -> None:
+    with pytest.raises(BadInput, match="n_layer 1000000000, .* parameters, over 1e[+]12: lower"):
+        GPTConfig(vocab_size=300, n_positions=16, n_embd=16, n_layer=10**9, n_head=2,
+                  eos_token_id=299)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(32, dtype=torch.int64), torch.ones(32, dtype=torch.bool),
+     torch.ones(32, dtype=torch.complex64), torch.full((32,), float("nan")),
+     torch.full((32,), float("inf")), torch.ones(31)],
+    ids=("int64", "bool", "complex", "nan", "inf", "shape"),
+)  # fmt: skip
+def test_hostile_weights_are_refused(tensor: torch.Tensor, tiny: Tiny, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path)
+    weights = load_file(folder / "model.safetensors") | {"ln_f.weight": tensor}
+    save_file(weights, folder / "model.safetensors")
+    refused(lambda: GPT.from_pretrained(folder), "ln_f.weight")
+
+
+TOKENIZERS: list[tuple[str, Callable[[dict], object]]] = [
+    ("distinct entries", lambda c: c | {"ranks": [*c["ranks"][:-1], c["ranks"][0]]}),
+    ("256 bytes", lambda c: c | {"ranks": ["zz", *c["ranks"][1:]]}),
+    ("an entry is empty", lambda c: c | {"ranks": [*c["ranks"][:-1], ""]}),
+    ("UnicodeEncodeError", lambda c: c | {"ranks": [*c["ranks"], "漢"]}),
+    ("no attribute 'encode'", lambda c: c | {"ranks": [1, 2]}),
+    ("not iterable", lambda c: c | {"ranks": 5}),
+    ("distinct entries", lambda c: c | {"ranks": "abc"}),
+    ("distinct entries", lambda c: c | {"ranks": dict.fromkeys(c["ranks"])}),
+    ("256 bytes", lambda c: c | {"ranks": []}),
+    ("pattern: ", lambda c: c | {"pattern": "("}),
+    ("pattern: ", lambda c: c | {"pattern": 5}),
+    ("matches nothing", lambda c: c | {"pattern": ""}),
+    ("matches nothing", lambda c: c | {"pattern": "a*"}),
+    ("name is no text", lambda c: c | {"name": 5}),
+    *(("end token", lambda c, end=end: c | {"special_tokens": {"<|endoftext|>": end}})
+      for end in (5, -1, 2**40, "5", True, None, 1.5)),
+    ("special tokens", lambda c: c | {"special_tokens": ["<|endoftext|>"]}),
+    ("special tokens", lambda c: c | {"special_tokens": {}}),
+    ("list indices", lambda c: [c]),
+    ("'pattern'", lambda c: {k: v for k, v in c.items() if k != "pattern"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "change"), TOKENIZERS, ids=range(len(TOKENIZERS)))
+def test_a_hostile_tokenizer_is_refused(
+    words: str, change: Callable, tiny: Tiny, tmp_path: Path
+) -> None:
+    content = change(json.loads(tiny.tokenizer.read_text()))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="make it again") as error:
+        load_tokenizer(path)
+    assert words in str(error.value) and str(error.value).startswith(str(path))
+
+
+def test_a_deep_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text("[" * 200_000)
+    refused(lambda: load_tokenizer(tmp_path / "t.json"), "nested too deeply")
+
+
+def test_pipes_and_symlink_loops_are_refused(tmp_path: Path) -> None:
+    """A pipe would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for read in (lambda p: read_jsonl(p, "prompts"), fingerprint):
+        refused(lambda read=read: read(tmp_path / "pipe"), "pipe or a device")
+        refused(lambda read=read: read(tmp_path / "a"), "cannot be read")
+    refused(lambda: check_writable(tmp_path / "a"), "cannot be written")
+
+
+FLAGS = [
+    *((script, flag, value)
+      for script in ("train_sft", "train_rm", "train_ppo")
+      for flag, value in (("--lr", "nan"), ("--lr", "inf"), ("--lr", "-1"), ("--seed", "-1"),
+                          ("--seed", str(2**70)), ("--batch_size", str(10**9)), ("--out", ""),
+                          ("--grad_clip", "nan"), ("--stop_seconds", "0"))),
+    *(("train_ppo", flag, value)
+      for flag, value in (("--kl_coef", "inf"), ("--kl_coef", "-1"), ("--ptx_coef", "-1"),
+                          ("--gamma", "2"), ("--lam", "-1"), ("--ema", "1.5"),
+                          ("--cliprange", "-0.2"), ("--temperature", "nan"), ("--init", ""))),
+    *(("train_sft", flag, value)
+      for flag, value in (("--n_positions", "1"), ("--initializer_range", "-1"))),
+    *(("sample", flag, value)
+      for flag, value in (("--temperature", "nan"), ("--temperature", "inf"), ("--seed", "-1"),
+                          ("--num_prompts", "-3"), ("--shares", "inf"), ("--off_topic", "-1"),
+                          ("--num_responses", str(10**9)), ("--device", "tpu"))),
+    *(("evaluate", flag, value)
+      for flag, value in (("--seed", "-1"), ("--num_prompts", "-1"), ("--best_of", "-1"),
+                          ("--device", "tpu"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "flag", "value"), FLAGS)
+def test_a_flag_without_sense_is_refused(
+    script: str, flag: str, value: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = {"sample": "sample", "evaluate": "report"}.get(script, script.removeprefix("train_"))
+    args = tiny.args(command, tmp_path / "out", flag, value)
+    with pytest.raises(SystemExit) as error:
+        importlib.import_module(script).get_args(args)
+    assert error.value.code == 2 and flag in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,368 @@
+"""Runs that are stopped or changed on the way, beside those of test_resume.py: other settings that
+are meant, steps that take long, warnings, bad minibatches, reports, labeling by hand."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train_ppo
+from data.files import BadInput, Parts, read_jsonl, read_log, run_command, write_jsonl
+from data.tokenizer import encode_prompt
+from model import Checkpoints, read_info
+from tests.crash import ROOT, STAGES, Server, contents
+from tests.determinism import demo_commands, differences
+from tests.determinism import main as determinism
+from tests.test_resume import SCRIPTS, assert_same, newest_checkpoint
+from tests.tiny import Tiny
+
+# ------------------------------------------------------------------------------------------------
+# Other settings that are meant
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_changed_settings_that_are_meant_are_said_and_recorded(
+    stage: str, server: Server, tiny: Tiny, tmp_path: Path
+) -> None:
+    """The run goes on with the new ones; killed and resumed after the change, to the same bytes."""
+    first = tmp_path / "first"
+    args = tiny.args(stage, first, "--save_every", "1")
+    moment = 60 if stage == "sft" else 10  # of SFT: after the first epoch
+    assert server.run(stage, args, {moment: signal.SIGTERM}).code == 143
+    step = int(newest_checkpoint(first).name)
+    old = read_info(newest_checkpoint(first))["settings"]
+    outs = [Path(shutil.copytree(first, tmp_path / f"out{i}")) for i in (0, 1)]
+    more = ["--save_every", "1", "--lr", "0.01"]
+    run = server.run(stage, [*tiny.args(stage, outs[0], *more), "--resume_changed"])
+    assert run.code == 0
+    differ = f"lr was {old['lr']!r}, is 0.01"
+    assert run.stderr == f"warning: from step {step} on with other settings: {differ}\n"
+    info = read_info(outs[0])
+    assert info["settings"] == old | {"lr": 0.01}
+    assert info["changes"] == [{"after_step": step, "settings": old}]
+    rates = [float(row["lr"]) for row in read_log(outs[0] / "log.csv")]
+    assert max(rates[:step]) <= old["lr"] and max(rates[step:]) > max(rates[:step])
+
+    kill = server.run(stage, [*tiny.args(stage, outs[1], *more), "--resume_changed"],
+                      {12: signal.SIGTERM})  # fmt: skip
+    assert kill.code == 143 and newest_checkpoint(outs[1]).name > f"{step:08d}"
+    run = server.run(stage, [*tiny.args(stage, outs[1], *more), "--resume"])
+    assert (run.code, run.stderr) == (0, "")
+    assert_same(outs[1], outs[0])
+    if stage == "sft":  # the epoch of before the change is still this run's
+        assert sorted(f.name for f in (outs[1] / "epochs").iterdir()) == ["01", "02"]
+
+
+def test_without_changes_the_flag_is_resume(
+    server: Server, tiny: Tiny, whole: dict, tmp_path: Path
+) -> None:
+    args = tiny.args("rm", tmp_path / "out")
+    assert server.run("rm", args, {60: signal.SIGKILL}).code == -signal.SIGKILL
+    run = server.run("rm", [*args, "--resume_changed"])
+    assert (run.code, run.stderr) == (0, "")
+    assert_same(tmp_path / "out", whole["rm"][0])
+
+
+def test_another_shape_is_refused_even_if_meant(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--pretrain_data", str(tiny.pretrain), "--tokenizer", str(tiny.tokenizer), "--out",
+             str(out), "--n_positions", "16", "--n_layer", "1", "--n_head", "2", "--max_steps", "1",
+             "--device", "cpu"]  # fmt: skip
+    assert SCRIPTS["sft"].main([*flags, "--n_embd", "16"]) == 0
+    before = contents(out)
+    args = [*flags, "--n_embd", "32", "--resume_changed"]
+    assert run_command(lambda: SCRIPTS["sft"].main(args)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {out}/checkpoints/00000001/state.pt: not the state of such")
+    assert contents(out) == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Signals, warnings
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_long_step_is_left_at_the_last_checkpoint(
+    stage: str, server: Server, tiny: Tiny, whole: dict, tmp_path: Path
+) -> None:
+    """--stop_seconds after the signal, which comes while the logs are opened: before step 1."""
+    args = tiny.args(stage, tmp_path / "out", "--stop_seconds", "0.00001")
+    run = server.run(stage, args, {5: signal.SIGTERM})
+    assert run.code == 143
+    assert run.stderr == (
+        "stopped by a signal in a long step; --resume goes on at the last checkpoint\n"
+    )
+    assert not list((tmp_path / "out/checkpoints").glob("*"))
+    run = server.run(stage, [*tiny.args(stage, tmp_path / "out"), "--resume"])
+    assert (run.code, run.stderr) == (0, "")
+    assert_same(tmp_path / "out", whole[stage][0])
+
+
+def test_a_step_that_ends_in_time_is_saved(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait is over when the step is: saving may take longer than --stop_seconds."""
+    save, loss = Checkpoints.save, SCRIPTS["sft"].backward
+
+    def interrupted(*args) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss(*args)
+
+    def slow(*args) -> None:
+        time.sleep(1.0)
+        save(*args)
+
+    monkeypatch.setattr(SCRIPTS["sft"], "backward", interrupted)
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    monkeypatch.setattr(signal, "SIG_DFL", signal.SIG_IGN)  # the second backward's signal
+    args = tiny.args("sft", tmp_path / "out", "--stop_seconds", "0.9")
+    assert SCRIPTS["sft"].main(args) == 130
+    assert newest_checkpoint(tmp_path / "out").name == "00000001"
+
+
+def test_a_warning_is_not_repeated_after_a_resume(
+    server: Server, tiny: Tiny, tmp_path: Path
+) -> None:
+    args = tiny.args("ppo", tmp_path / "out", "--save_every", "1", "--kl_limit", "-1000")
+    run = server.run("ppo", args, {10: signal.SIGTERM})
+    assert run.code == 143 and run.stderr.count("is over --kl_limit -1000") == 1
+    run = server.run("ppo", [*args, "--resume"])
+    assert (run.code, run.stderr) == (0, "")
+
+
+# ------------------------------------------------------------------------------------------------
+# Which minibatch was not finite
+
+
+@pytest.mark.parametrize("poisoned", ["scores", "values", "value_loss"])
+def test_a_bad_minibatch_is_named_with_its_records(
+    poisoned: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """The second of four: of its scores, of its values, and in its update."""
+    rows, updates = [], []
+
+    def score(tokens, lengths, prompt_lengths, *rest):
+        mb = original_score(tokens, lengths, prompt_lengths, *rest)
+        rows.append([t[:n].tolist() for t, n in zip(tokens, prompt_lengths, strict=True)])
+        if len(rows) == 2 and poisoned != "value_loss":
+            getattr(mb, poisoned)[0] = float("nan")
+            mb.returns = mb.advantages + mb.values
+            mb.advantages = mb.advantages + mb.scores[:, None] + mb.values
+        return mb
+
+    def update(mb, *rest):
+        updates.append(original_update(mb, *rest))
+        if len(updates) == 2 and poisoned == "value_loss":
+            updates[-1]["value_loss"] = float("inf")
+        return updates[-1]
+
+    original_score, original_update = train_ppo.score, train_ppo.update
+    monkeypatch.setattr(train_ppo, "score", score)
+    monkeypatch.setattr(train_ppo, "update", update)
+    args = tiny.args("ppo", tmp_path / "out", "--num_minibatches", "4")
+    assert run_command(lambda: train_ppo.main(args)) == 1
+    bad = json.loads((tmp_path / "out/bad_batch.json").read_text())
+    phase = "update" if poisoned == "value_loss" else "rollout"
+    assert (bad["step"], bad["phase"], bad["minibatch"]) == (1, phase, 2)
+    expected = {"scores": "score", "values": "explained_variance", "value_loss": "value_loss"}
+    assert expected[poisoned] in bad["values"]
+    assert len(updates) == (2 if phase == "update" else 0)  # nothing is trained on bad numbers
+    prompts = [encode_prompt(tiny.encoding, record["prompt"])
+               for record in read_jsonl(tiny.prompts, "prompts")]  # fmt: skip
+    assert bad["records"] == sorted(1 + prompts.index(prompt) for prompt in rows[1])
+    error = capsys.readouterr().err
+    assert f"({phase}, minibatch 2)" in error and error.count("\n") == 1
+
+
+def test_validation_batches_have_random_numbers_of_their_own(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times one prompt in batches of five: the same draws would give five answers twice."""
+    record = read_jsonl(tiny.prompts, "prompts")[0]
+    write_jsonl(tmp_path / "v.jsonl", [record] * 10, "prompts")
+    drawn, original = [], train_ppo.sample
+
+    def sample(*args):
+        tokens, *lengths = original(*args)
+        drawn.append(tokens)
+        return tokens, *lengths
+
+    monkeypatch.setattr(train_ppo, "sample", sample)
+    args = tiny.args("ppo", tmp_path / "out", "--val_data", str(tmp_path / "v.jsonl"),
+                     "--batch_size", "5", "--num_minibatches", "1", "--max_steps", "1")  # fmt: skip
+    assert train_ppo.main(args) == 0
+    _, one, other = drawn  # the rollout, then validation
+    assert one.shape == other.shape and not torch.equal(one, other)
+    assert read_info(tmp_path / "out")["data"] == [str(tiny.prompts), str(tiny.pretrain)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Samples and reports
+
+
+@pytest.mark.parametrize(("command", "shares"), [("sample", (0.3, 0.6, 0.9)), ("report", (0.6,))])
+def test_samples_and_reports_go_on_after_a_kill(
+    command: str, shares: tuple[float, ...], server: Server, tiny: Tiny, whole: dict,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """With the bytes of an uninterrupted run."""
+    reference, operations = whole[command]
+    for share in shares:
+        out = tmp_path / f"out{share}"
+        run = server.run(command, tiny.args(command, out), {int(operations * share): 9})
+        assert run.code == -9
+        run = server.run(command, [*tiny.args(command, out), "--resume"])
+        assert (run.code, differences(out, reference)) == (0, [])
+
+
+def test_a_resumed_report_does_not_sample_again(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second model's measurements: all responses and the first model's are kept."""
+    measured = []
+
+    def measure(speaker, *rest):
+        measured.append(speaker.name)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return original(speaker, *rest)
+
+    def no_more(*_, **__):
+        raise AssertionError("sampled again")
+
+    original = evaluate.measure_responses
+    monkeypatch.setattr(evaluate, "measure_responses", measure)
+    args = tiny.args("report", tmp_path / "out")
+    assert run_command(lambda: evaluate.main(args)) == 130
+    monkeypatch.setattr(evaluate, "respond", no_more)
+    assert run_command(lambda: evaluate.main([*args, "--resume"])) == 0
+    assert measured == ["base", "base + prefix", "base + prefix", "again"]
+
+
+def test_parts_of_another_report_are_refused(
+    server: Server, tiny: Tiny, whole: dict, tmp_path: Path
+) -> None:
+    args, operations = tiny.args("report", tmp_path / "out"), whole["report"][1]
+    assert server.run("report", args, {operations // 2: 9}).code == -9
+    before = contents(tmp_path / "out")
+    run = server.run("report", [*args, "--resume", "--seed", "3"])
+    assert run.code == 2 and "--resume with other settings: seed was 0, is 3; " in run.stderr
+    assert contents(tmp_path / "out") == before
+    assert server.run("report", args).code == 0  # without --resume it starts over
+    assert differences(tmp_path / "out", whole["report"][0]) == []
+
+
+def test_parts_are_kept_checked_and_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, made = tmp_path / "parts", []
+
+    def compute() -> list:
+        made.append(1)
+        return [0.1 + 0.2, "\ud800", None, float("inf"), (1, 2)]
+
+    parts = Parts(folder, {"seed": 1}, resume=True)
+    first = parts.get("a/b + c", compute)
+    assert first == [0.1 + 0.2, "\ud800", None, float("inf"), [1, 2]]
+    assert Parts(folder, {"seed": 1}, resume=True).get("a/b + c", compute) == first
+    assert len(made) == 1
+    with pytest.raises(BadInput, match="other settings: seed was 1, is 2, more was None, is 3;"):
+        Parts(folder, {"seed": 2, "more": 3}, resume=True)
+    (part,) = folder.glob("a_b___c-*.json")
+    whole = part.read_bytes()
+    for damage in (whole[:-9], whole.replace(b"0.3", b"0.4"), b"\xff", b"[]"):
+        part.write_bytes(damage)
+        assert Parts(folder, {"seed": 1}, resume=True).get("a/b + c", compute) == first
+        assert "is damaged; made again" in capsys.readouterr().err
+    assert part.read_bytes() == whole
+    Parts(folder, {"seed": 1}, resume=False).get("a/b + c", compute)
+    assert len(made) == 6
+    parts.remove()
+    assert not folder.exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Labeling by hand
+
+
+def test_a_killed_labeling_session_loses_no_ranking(tiny: Tiny, tmp_path: Path) -> None:
+    """Also where the file has the same candidates twice: they are asked for twice."""
+    data, out = tmp_path / "candidates.jsonl", tmp_path / "out.jsonl"
+    records = [r | {"models": ["m"] * len(r["responses"])}
+               for r in read_jsonl(tiny.comparisons, "comparisons")[:2]]  # fmt: skip
+    write_jsonl(data, [records[0], records[0], records[1]], "candidates")
+    command = [sys.executable, "-m", "data.label", "--data", str(data), "--out", str(out),
+               "--interactive"]  # fmt: skip
+    answer = " ".join(str(1 + i) for i in range(4)) + "\n"
+    for number in (1, 2):
+        session = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        session.stdin.write(answer.encode())
+        session.stdin.flush()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (
+            out.exists() and len(read_jsonl(out, "comparisons")) == number
+        ):
+            time.sleep(0.02)
+        session.kill()
+        session.wait()
+        session.stdin.close()
+        done = read_jsonl(out, "comparisons")
+        assert [r["prompt"] for r in done] == [records[0]["prompt"]] * number
+    (tmp_path / ".out.jsonl.123.tmp").write_text("half")
+    last = subprocess.run(command, cwd=ROOT, input=b"1=2 3 4 5\n", capture_output=True, check=True)
+    assert b"2 ranked, 1 to go" in last.stdout
+    assert len(read_jsonl(out, "comparisons")) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["candidates.jsonl", "out.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The command that runs everything twice
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_the_small_demo_has_every_stage_of_the_makefile() -> None:
+    commands = demo_commands(Path("o"), 3)
+    made = [(name, argv[argv.index("--out") + 1]) for name, argv in commands]
+    folders = ("base", "sft", "init", "rm", "ppo", "ppo_ptx", "sft_selected", "report", "data")
+    assert {out for _, out in made} >= {f"o/{folder}" for folder in folders}
+    assert len(commands) == 14 and made[0][0] == "tiny_world" and made[-1] == ("report", "o/report")
+    order = [out for _, out in made]
+    assert order.index("o/base") < order.index("o/init") < order.index("o/rm")
+    assert all("3" == argv[argv.index("--seed") + 1] for _, argv in commands)
+
+
+def test_two_folders_are_compared_by_every_byte_but_clocks(
+    tmp_path: Path, whole: dict, capsys: pytest.CaptureFixture
+) -> None:
+    one, other = whole["rm"][0], Path(shutil.copytree(whole["rm"][0], tmp_path / "other"))
+    (other / "timing.csv").write_text("step\n")
+    assert determinism([str(one), str(other)]) == 0
+    assert "2 folders" in (said := capsys.readouterr().out) and "all equal" in said
+    (other / "extra").write_text("")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    (other / "log.csv").unlink()
+    assert determinism([str(one), str(other)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == ["differs: extra", "differs: log.csv", "differs: model.safetensors"]
+    assert said[3].endswith("3 files differ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_the_small_demo_is_the_same_twice() -> None:
+    assert determinism([]) == 0
