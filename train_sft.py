@@ -82,8 +82,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--initializer_range", type=float, default=0.08, help="std of new weights (GPT-2: 0.02)")
     add("--sinusoidal_start", action=argparse.BooleanOptionalAction, default=True,
         help="learned positions of a new model start as sinusoids (GPT-2: noise)")  # fmt: skip
-    add("--short_tokens", type=int, default=64,
-        help="sequence length early in pretraining, and of mixed-in text")  # fmt: skip
+    add("--short_tokens", type=int, default=64, help="sequence length early in pretraining")
     add("--short_fraction", type=float, default=0.8, help="of the pretraining text; 0: all long")
     # Optimisation.
     add("--epochs", type=int, default=16,
@@ -369,13 +368,12 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data: the examples of an epoch, and pretraining sequences to mix in.
     mixing = bool(args.data and args.pretrain_data)
-    pretraining, short = [], min(args.short_tokens, context)
-    if args.pretrain_data and mixing:  # from the start of documents, where tasks stand: short is enough
-        pretraining = load_pretraining(args.pretrain_data, encoding, short, at_documents=True)
-    elif args.pretrain_data:
+    pretraining = []
+    if args.pretrain_data:
         pretraining = load_pretraining(
-            args.pretrain_data, encoding, context, short, args.short_fraction
-        )
+            args.pretrain_data, encoding, context, min(args.short_tokens, context),
+            args.short_fraction, at_documents=mixing,
+        )  # fmt: skip
     examples, records = pretraining, list(range(1, len(pretraining) + 1))
     if args.data:
         examples, records = load_demonstrations(args.data, encoding, args)
