@@ -51,7 +51,7 @@ def features(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class LogisticScorer:
-    """sigmoid(x w + b) of a text's features x."""
+    """sigmoid(x w + b) of a text's features x; 0 for a text without any word."""
 
     def __init__(self, weights: np.ndarray, bias: float, report: str = ""):
         self.weights, self.bias, self.report = weights, bias, report
@@ -59,7 +59,8 @@ class LogisticScorer:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         rows, columns, values = features(texts)
         margins = np.bincount(rows, self.weights[columns] * values, minlength=len(texts))
-        return 0.5 * (1 + np.tanh((margins + self.bias) / 2))  # sigmoid that cannot overflow
+        p = 0.5 * (1 + np.tanh((margins + self.bias) / 2))  # sigmoid that cannot overflow
+        return np.where(np.bincount(rows, minlength=len(texts)) > 0, p, 0.0)
 
 
 def fit(texts: Sequence[str], labels: np.ndarray, ridge: float = 1e-5, steps: int = 200,

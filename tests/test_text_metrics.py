@@ -187,7 +187,7 @@ def write_labels(path: Path, num: int = 200) -> Path:
 def test_the_scorer_learns_which_words_are_toxic(tmp_path: Path) -> None:
     scorer = toxicity.train_scorer(write_labels(tmp_path / "labels.csv"))
     scores = scorer(["You ZORK!", "a blarg tree", "sun rain tree you", ""])
-    assert (scores[:2] > 0.9).all() and scores[2] < 0.5 and 0 < scores[3] < 0.9
+    assert (scores[:2] > 0.9).all() and 0 < scores[2] < 0.5 and scores[3] == 0
     assert "accuracy 1.000" in scorer.report
     assert scorer(["zork"]) == scorer(["https://x.y/z @me zork"])  # addresses do not count
     text = (tmp_path / "labels.csv").read_text().replace(",2,", ",x,", 1)
