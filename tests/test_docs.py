@@ -83,3 +83,20 @@ def test_makefile_flags_exist() -> None:
             line = line.split('"')[0]
             for flag in re.findall(r"--(?:no-)?(\w+)", line):
                 assert flag in defined, f"{script}.py has no --{flag}"
+
+
+def test_commands_in_the_readme_have_flags_that_exist() -> None:
+    for script, rest in re.findall(r"^python (\w+)\.py (.*)$", README.replace("\\\n", " "), re.M):
+        source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+        defined = set(re.findall(r'add\("--(?:no-)?(\w+)"', source))
+        assert set(re.findall(r"--(\w+)", rest)) <= defined, script
+
+
+def test_flags_of_evaluate_are_read() -> None:
+    """By it, or by the files that its commands are in."""
+    names = ("evaluate", "folds", "public_eval")
+    source = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in names)
+    flags = re.findall(r'add\("--(\w+)"', source)
+    assert {"public", "sets", "shots", "toxicity_labels", "toxicity_scorer"} <= set(flags)
+    for flag in flags:
+        assert f"args.{flag}" in source, f"nobody reads --{flag}"

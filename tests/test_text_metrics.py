@@ -37,7 +37,8 @@ from data.text_metrics import (
     [
         ("The Eiffel Tower!", "eiffel tower", 1, 1),  # case, punctuation and articles do not count
         ("Paris, in France", "Paris France", 0, 0.8),  # P 2/3, R 1
-        ("no no no", "no", 0, 0.5),  # a bag: one of three matches
+        ("no no no", "no", 0, 0.5),  # a bag: one of three matches,
+        ("no no no", "no no", 0, 0.8),  # two of three
         ("London", "Paris", 0, 0),
         ("", "", 1, 1),  # rightly no answer
         ("Paris", "", 0, 0),
