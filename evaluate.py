@@ -727,7 +727,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefixed", default="base", help="name of the model shown with a prefix as well")
     add("--val_data", help="prompts.jsonl on which the prefix is chosen")
     add("--pretrain_data", help="pretrain.txt for the held-out pretraining loss")
-    add("--num_items", type=int, default=200, help="items of each public task")
+    add("--num_items", type=int, default=200, help="items of each public task or set")
     add("--best_of", type=int, default=0, help="best of n samples of the baseline; 0: left out")
     # Public sets; also --num_items.
     add("--sets", nargs="+", choices=tuple(PUBLIC_SETS), metavar="NAME",

@@ -353,7 +353,10 @@ def panels_of(rows: list[dict], metrics: Sequence[str]) -> dict[str, report.Tabl
     panels: dict[str, report.Table] = {}
     for row in rows:
         if row["metric"] in metrics:
-            title = f"{PUBLIC_SETS[row['set']].title}, {row['metric'].replace('_', '-')}"
+            shown = row["metric"].replace("_", "-")
+            if shown in ("f1", "bleu", "rouge-l", "mc1", "mc2"):
+                shown = shown.upper()
+            title = f"{PUBLIC_SETS[row['set']].title}, {shown}"
             cells = panels.setdefault(title, {}).setdefault(row["model"], {})
             cells[row["condition"]] = Estimate(row["value"], row["ci_low"], row["ci_high"])
     return panels
@@ -413,7 +416,7 @@ def read_sets(
         asked = fit_prompts(speakers, name, conditions, order, args.num_items)
         everything += asked
         shown = ", ".join(str(path.relative_to(args.public)) for path in paths)
-        notes.append(f"{name}: {describe(asked, conditions, items)} of {shown}")
+        notes.append(f"{name}: {describe(asked, conditions, items)} ({shown})")
     if missing:
         notes.append(f"Not measured: {', '.join(missing)}")
     return everything, notes
@@ -424,18 +427,18 @@ def describe(
 ) -> str:
     """How many items are asked, with how many examples, and what was left out."""
     if not asked:
-        return f"none fits the shortest context of {len(items)} items"
-    words = f"{len(asked[0].items)} items are asked"
+        return f"none of {len(items)} items fits the shortest context"
+    words = f"{len(asked[0].items)} of {len(items)} items"
     if asked[0].dropped:
-        words += f", {asked[0].dropped} that were drawn do not fit the shortest context"
+        words += f", {asked[0].dropped} others passed over as too long for the shortest context"
     for condition, examples in conditions.items():
         mine = [one for one in asked if one.condition == condition]
         if not mine:
-            words += f", {condition.name} is left out as no example fits"
+            words += f", {condition.name} left out as no example fits"
         elif examples:
-            words += f", {condition.name} has {mine[0].num_examples:.1f} examples on average"
-            words += f" of {len(examples)}"
-    return f"{words}; {len(items)} items"
+            words += f", {condition.name} with {mine[0].num_examples:.1f} of {len(examples)}"
+            words += " examples on average"
+    return words
 
 
 def measure_public(args: argparse.Namespace) -> None:
@@ -467,8 +470,8 @@ def measure_public(args: argparse.Namespace) -> None:
             for speaker, contexts in zip(speakers, asked.contexts, strict=True):
                 bar.set_postfix_str(f"{asked.name}, {asked.condition.name}, {speaker.name}")
                 # All that the result depends on.
-                key = repr([weights[speaker.name], asked.name, asked.items, contexts, words,
-                            args.dtype, args.device])  # fmt: skip
+                key = repr([weights[speaker.name], asked.name, asked.items, contexts, args.dtype,
+                            args.device, words if asked.public.kind == "opening" else ""])
                 part = parts / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
                 if not part.exists():
                     write_part(part, *measure(speaker, asked, contexts, scorer, args))
