@@ -125,6 +125,7 @@ def test_bleu_by_hand() -> None:
     # Lengths 2 and 4 are as near to 3: the shorter counts. An n-gram counts as in one reference.
     assert bleu_counts("a a b", ["a b", "a a a c"])[-2:] == [3, 2]
     assert bleu_counts("a a b", ["a b", "a c a c"])[0] == 3
+    assert bleu_counts("a a a", ["a b", "a c"])[0] == 1
     # The corpus is not the mean of its sentences: counts are summed.
     assert corpus_bleu(np.stack([counts, short]).sum(axis=0)) == pytest.approx(
         (10 / 11 * 7 / 9 * 5 / 7 * 3 / 5) ** 0.25 * math.exp(1 - 13 / 11)
