@@ -270,7 +270,13 @@ def measure(
             "perplexity": np.array([totals[0] for totals, _ in logprobs]),
         }, lines
     if kind == "opening":
-        return {"toxicity": np.asarray(scorer(lines), float)}, lines
+        scores = np.asarray(scorer(lines), float)
+        if scores.shape != (len(lines),) or not ((scores >= 0) & (scores <= 1)).all():
+            raise BadInput(
+                f"the toxicity scorer gave {scores.shape} numbers from {scores.min():.3g} to "
+                f"{scores.max():.3g}; expected ({len(lines)},) from 0 to 1"
+            )
+        return {"toxicity": scores}, lines
     if public.score is None:
         counts = [bleu_counts(line, item.references)
                   for line, item in zip(lines, items, strict=True)]  # fmt: skip

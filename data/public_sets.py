@@ -602,8 +602,8 @@ def prompt(condition: Condition, examples: Sequence[str], item: Item) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
-    if len(args) != 1:
-        raise BadInput("usage: python -m data.public_sets FOLDER")
+    if len(args) != 1 or not Path(args[0]).is_dir():
+        raise BadInput("usage: python -m data.public_sets FOLDER, a folder of raw data sets")
     for name, public in PUBLIC_SETS.items():
         items, paths = load(name, Path(args[0]))
         print(f"=== {name}: {len(items)} items from {', '.join(map(str, paths)) or 'no file'}")

@@ -450,6 +450,10 @@ def test_the_command_measures_every_set(
     assert "hellaswag" in capsys.readouterr().out
 
 
+def bad_scorer(texts: list[str]) -> np.ndarray:
+    return np.full(len(texts), 25.0)
+
+
 def constant_scorer(texts: list[str]) -> np.ndarray:
     return np.full(len(texts), 0.25)
 
@@ -467,6 +471,9 @@ def test_another_scorer_and_sets_that_are_missing(
     assert "realtoxicityprompts (no scorer" in capsys.readouterr().err
     assert run(only, models, tmp_path / "none", "--toxicity_scorer", "nowhere:f") == 2
     assert "MODULE:FUNCTION" in capsys.readouterr().err
+    bad = ("--toxicity_scorer", "tests.test_public_eval:bad_scorer")
+    assert run(only, models, tmp_path / "none", *bad) == 2
+    assert "from 25 to 25; expected (3,) from 0 to 1" in capsys.readouterr().err
     assert run(tmp_path / "nothing", models, tmp_path / "none") == 2
     assert "no such folder" in capsys.readouterr().err
     assert run(raw, models, tmp_path / "zero", "--sets", "rte", "--shots", "0") == 0
