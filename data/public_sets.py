@@ -14,6 +14,7 @@ whole set is absent.
 """
 
 import csv
+import html
 import io
 import re
 import sys
@@ -268,37 +269,56 @@ def drop(paths: list[Path]) -> Iterator[Item]:
             yield Completion(f"{query}\nAnswer:", group, references, ", ".join(references[0]))
 
 
+def _line_pairs(
+    path: Path, other: Path, lines: Callable[[Path], list[str]]
+) -> Iterator[tuple[str, str]]:
+    """The lines of two files, of which those of equal number belong together."""
+    ours, theirs = lines(path), lines(other)
+    if len(ours) != len(theirs):
+        raise BadInput(f"{other}: {len(theirs)} lines, expected {len(ours)} as in {path.name}")
+    return zip(map(clean, ours), map(clean, theirs), strict=True)
+
+
+def _lines(path: Path) -> list[str]:
+    return read_text(path).removesuffix("\n").split("\n")
+
+
 def fr_en(paths: list[Path]) -> Iterator[Item]:
     """src.fr and ref.en beside it: <seg> elements of SGML, or one sentence a line."""
     def sentences(path: Path) -> list[str]:
         text = read_text(path)
-        found = re.findall(r"<seg[^>]*>(.*?)</seg>", text, flags=re.S) if "<seg" in text else (
-            text.removesuffix("\n").split("\n"))
-        for entity, sign in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
-            found = [sentence.replace(entity, sign) for sentence in found]
-        return [clean(sentence) for sentence in found]
+        if "<seg" not in text:
+            return _lines(path)
+        return [html.unescape(s) for s in re.findall(r"<seg[^>]*>(.*?)</seg>", text, flags=re.S)]
 
-    other = paths[0].with_name("ref.en")
-    french, english = sentences(paths[0]), sentences(other)
-    if len(french) != len(english):
-        raise BadInput(f"{other}: {len(english)} sentences, expected {len(french)} as in "
-                       f"{paths[0].name}")
-    for number, (source, target) in enumerate(zip(french, english, strict=True), start=1):
-        yield Completion(f"French: {source}\nEnglish:", f"{number}", (target,), target)
+    pairs = _line_pairs(paths[0], paths[0].with_name("ref.en"), sentences)
+    for number, (french, english) in enumerate(pairs, start=1):
+        yield Completion(f"French: {french}\nEnglish:", f"{number}", (english,), english)
+
+
+def _summary(text: str, summary: str, group: str) -> Completion:
+    summary = " ".join(clean(summary).split())
+    return Completion(f"{clean(text)}\n\nTL;DR:", group, (summary,), summary)
+
+
+def articles(paths: list[Path]) -> Iterator[Item]:
+    """CNN/DailyMail: test.source and test.target beside it, one article or summary a line."""
+    for number, (text, summary) in enumerate(
+        _line_pairs(paths[0], paths[0].with_suffix(".target"), _lines), start=1
+    ):
+        yield _summary(text, summary, f"{number}")
 
 
 def summaries(paths: list[Path]) -> Iterator[Item]:
     """CNN/DailyMail (`article`, `highlights`) or TL;DR (`title`, `post`, `summary`)."""
     for where, record in _table_or_lines(paths[0]):
         if "article" in record:
-            text = clean(get(record, "article", str, where))
-            summary = get(record, "highlights", str, where)
+            text, summary = (get(record, key, str, where) for key in ("article", "highlights"))
         else:
-            title = clean(get(record, "title", str, where, default=" "))
-            text = f"{title}\n\n{clean(get(record, 'post', str, where))}".strip()
+            title = get(record, "title", str, where, default="")
+            text = f"{title}\n\n{clean(get(record, 'post', str, where))}"
             summary = get(record, "summary", str, where)
-        summary = " ".join(clean(summary).split())
-        yield Completion(f"{text}\n\nTL;DR:", where, (summary,), summary)
+        yield _summary(text, summary, where)
 
 
 def released_item(row: dict[str, str], where: str, is_drop: bool) -> Completion:
@@ -532,10 +552,11 @@ PUBLIC_SETS: dict[str, PublicSet] = {
         _shots("Translate the following sentences from French into English.", 15), 100),
     "cnn_dm": PublicSet(
         "CNN/DailyMail", "completion",
-        ((r"cnn[_-]?(dailymail|dm)\b.*test[^/]*\.(jsonl|csv)(\.gz)?$", summaries),),
+        ((r"cnn[-_]?(dailymail|dm|cln)/test\.source$", articles),
+         (r"cnn[-_]?(dailymail|dm)/[^/]*test[^/]*\.(jsonl|csv)$", summaries)),
         SUMMARIZE, 120, score_summary),
     "tldr": PublicSet(
-        "TL;DR", "completion", ((r"tldr\w*/test\.jsonl(\.gz)?$", summaries),), SUMMARIZE, 60,
+        "TL;DR", "completion", ((r"tldr_3_filtered[/_]test\.jsonl$", summaries),), SUMMARIZE, 60,
         score_summary),
     "truthfulqa": PublicSet(
         "TruthfulQA", "truth",

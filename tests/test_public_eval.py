@@ -159,7 +159,7 @@ def test_readers_of_choices(raw: Path) -> None:
     assert [item.answer for item in load("rte", raw)[0][:2]] == ["Yes", "No"]
 
 
-def test_readers_of_completions(raw: Path) -> None:
+def test_readers_of_completions(raw: Path, tmp_path: Path) -> None:
     item = first("wsc", raw)
     assert "dog and *it* ran ." in item.query and item.references == (("Fox 0", True),)
     assert load("wsc", raw)[0][1].answer == ""  # not the referent: no example
@@ -182,8 +182,15 @@ def test_readers_of_completions(raw: Path) -> None:
     )
     assert first("tldr", raw).references == ("Saw foxes.",)
     assert first("tldr", raw).query == "Fox\n\nI saw 0 foxes.\n\nTL;DR:"
-    item = first("cnn_dm", raw)
-    assert (item.query, item.answer) == ("A fox, 0, ran.\n\nTL;DR:", "Fox ran. Fast.")
+    assert first("cnn_dm", raw).query == "A fox, 0, ran.\n\nTL;DR:"
+    assert first("cnn_dm", raw).answer == "Fox ran. Fast."
+    for side, text in (("source", "A fox.\nA dog .\n"), ("target", "Fox.\nDog.\n")):
+        write_text(tmp_path / "cnn-dailymail" / f"test.{side}", text)
+    item = load("cnn_dm", tmp_path)[0][1]
+    assert (item.query, item.references) == ("A dog .\n\nTL;DR:", ("Dog.",))
+    write_text(tmp_path / "cnn-dailymail/test.target", "Fox.\n")
+    with pytest.raises(BadInput, match="1 lines, expected 2"):
+        load("cnn_dm", tmp_path)
 
 
 def test_readers_of_the_rest(raw: Path, tmp_path: Path) -> None:
@@ -334,6 +341,7 @@ def test_truth_pairs_and_last_words_by_brute_force(speaker: Speaker) -> None:
     for condition, context in ((Condition("basic"), [speaker.encoding.eot_token]),
                                (Condition("biased", "Be rude:"), encode("Be rude:\n\n"))):
         asked = asked_of(speaker, "winogender", [pair], condition)
+        assert asked.contexts == [[context]]
         values, _ = measure(speaker, asked, asked.contexts[0], None, ARGS)
         p = np.exp([total(context, text) for text in pair.options])
         p /= p.sum()
