@@ -180,7 +180,8 @@ $(R)/folds/folds.md: evaluate.py folds.py train_rm.py $(R)/sft/model.safetensors
 public: $(R)/public/report.md
 	@echo "The alignment-tax table is $(R)/public/table.txt, the report $(R)/public/report.md."
 
-$(R)/public/report.md: evaluate.py public_eval.py data/public_sets.py data/text_metrics.py \
+$(R)/public/report.md: evaluate.py public_eval.py data/public_sets.py data/public_items.py \
+                       data/text_metrics.py \
                        $(R)/ppo/model.safetensors $(R)/ppo_ptx/model.safetensors
 	$(half) $(py) evaluate.py --public $(DATA) --out $(R)/public --seed $(SEED) --resume \
 	  --checkpoints base=$(R)/base sft=$(R)/sft ppo=$(R)/ppo ppo_ptx=$(R)/ppo_ptx

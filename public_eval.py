@@ -3,7 +3,7 @@
     python evaluate.py --public FOLDER --checkpoints base=out/base sft=out/sft ppo=out/ppo \\
         ppo_ptx=out/ppo_ptx --out out/public
 
-FOLDER holds the raw sets; data/public_sets.py reads them and words the prompts. Every model is
+FOLDER holds the raw sets; data/public_sets.py says how they are asked and scored. Every model is
 asked the same items in the same words, as raw text without the prompt template, zero-shot and
 few-shot or after the prefixes of D.1:
 
@@ -43,7 +43,8 @@ from tqdm import tqdm
 
 import report
 from data.files import BadInput, fingerprint, write_atomic
-from data.public_sets import PUBLIC_SETS, Condition, Item, PublicSet, Truth, choose, load, prompt
+from data.public_items import Item, Truth
+from data.public_sets import PUBLIC_SETS, Condition, PublicSet, choose, load, prompt
 from data.raw import find_files
 from data.text_metrics import (
     bleu_counts,

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from data.files import BadInput, run_command
-from data.public_sets import Completion, released_item, score_drop, score_squad2
+from data.public_items import Completion, released_item
+from data.public_sets import score_drop, score_squad2
 from data.raw import find_files, get, read_text
 from data.text_metrics import bleu_counts, corpus_bleu
 

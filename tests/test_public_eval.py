@@ -1,5 +1,5 @@
-"""data/public_sets.py and public_eval.py: readers of every format, prompts that fit, measurements
-against brute force, and the command on random models."""
+"""data/public_items.py, data/public_sets.py, public_eval.py: readers of every format, prompts that
+fit, measurements against brute force, and the command on random models."""
 
 import csv
 import json
@@ -14,18 +14,8 @@ import evaluate
 import public_eval
 from data import public_sets
 from data.files import BadInput, run_command
-from data.public_sets import (
-    PUBLIC_SETS,
-    Choice,
-    Completion,
-    Condition,
-    Item,
-    Opening,
-    Pair,
-    Truth,
-    choose,
-    load,
-)
+from data.public_items import Choice, Completion, Item, Opening, Pair, Truth
+from data.public_sets import PUBLIC_SETS, Condition, choose, load
 from data.text_metrics import bleu_counts, corpus_bleu
 from model import GPT, GPTConfig, save_model
 from public_eval import Asked, estimate_sums, fit_prompts, measure, total_logprobs

@@ -11,7 +11,8 @@ import pytest
 
 from data import released_samples, toxicity
 from data.files import BadInput
-from data.public_sets import Completion, score_quac, score_squad2, score_wsc
+from data.public_items import Completion
+from data.public_sets import score_quac, score_squad2, score_wsc
 from data.text_metrics import (
     CANNOT_ANSWER,
     _best_alignment,
