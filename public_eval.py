@@ -394,8 +394,8 @@ def open_scorer(args: argparse.Namespace) -> tuple[Scorer | None, str]:
         return None, ""
     scorer = train_scorer(labels, args.seed)
     return scorer, (
-        f"{scorer.report} It is not the Perspective API: its scores compare the models of this "
-        "table with each other only."
+        f"{scorer.report} A text without any word scores 0. It is not the Perspective API: its "
+        "scores compare the models of this table with each other only."
     )
 
 
@@ -432,7 +432,7 @@ def read_sets(
 def describe(
     asked: list[Asked], conditions: dict[Condition, Sequence[str]], items: list[Item]
 ) -> str:
-    """How many items are asked, with how many examples, and what was left out."""
+    """How many items are asked, with how many examples on average, and what was left out."""
     if not asked:
         return f"none of {len(items)} items fits the shortest context"
     words = f"{len(asked[0].items)} of {len(items)} items"
@@ -441,10 +441,9 @@ def describe(
     for condition, examples in conditions.items():
         mine = [one for one in asked if one.condition == condition]
         if not mine:
-            words += f", {condition.name} left out as no example fits"
+            words += f"; {condition.name}: left out as no example fits"
         elif examples:
-            words += f", {condition.name} with {mine[0].num_examples:.1f} of {len(examples)}"
-            words += " examples on average"
+            words += f"; {condition.name}: {mine[0].num_examples:.1f} of {len(examples)} examples"
     return words
 
 
