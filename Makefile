@@ -4,6 +4,7 @@
 #   make demo SEED=1 OUT=out/1   another world, users, models
 #   make test                    the test suite (TESTS="..." adds arguments for pytest)
 #   make real DATA=FOLDER        the same scripts on human data: out/real/report/report.md
+#   make public DATA=FOLDER      those models on public evaluation sets: out/real/public/report.md
 #   make lint | clean
 #
 # Each job makes its own environment (.venv) first. Stages of a demo can be made by name, for
@@ -24,7 +25,7 @@ export TQDM_MININTERVAL := 5
 D       := $(OUT)/data
 weights  = $(OUT)/$(1)/model.safetensors
 
-.PHONY: demo test real lint clean
+.PHONY: demo test real public lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -153,10 +154,13 @@ $(R)/rm/model.safetensors: train_rm.py $(R)/sft/model.safetensors
 	  --data $(R)/data/train/comparisons.jsonl --val_data $(R)/data/valid/comparisons.jsonl \
 	  --demonstrations $(R)/data/train/demonstrations.jsonl
 
+real_ppo = --init $(R)/init --reward_model $(R)/rm --seed $(SEED) --data $(R)/data/train/prompts.jsonl \
+           --batch_size 32 --max_steps 30 --kl_coef 0.05 $(real_lim)
 $(R)/ppo_ptx/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init/model.safetensors
-	$(half) $(py) train_ppo.py --init $(R)/init --reward_model $(R)/rm --out $(R)/ppo_ptx --seed $(SEED) \
-	  --data $(R)/data/train/prompts.jsonl --pretrain_data $(R)/data/train/pretrain.txt \
-	  --ptx_coef 1 --batch_size 32 --max_steps 30 --kl_coef 0.05 $(real_lim)
+	$(half) $(py) train_ppo.py $(real_ppo) --out $(R)/ppo_ptx --ptx_coef 1 \
+	  --pretrain_data $(R)/data/train/pretrain.txt
+$(R)/ppo/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init/model.safetensors
+	$(half) $(py) train_ppo.py $(real_ppo) --out $(R)/ppo --ptx_coef 0
 
 $(R)/report/report.md: evaluate.py $(R)/ppo_ptx/model.safetensors
 	head -n 200 $(R)/data/test/prompts.jsonl > $(R)/data/test/prompts_200.jsonl
@@ -171,3 +175,13 @@ $(R)/folds/folds.md: evaluate.py folds.py train_rm.py $(R)/sft/model.safetensors
 	$(half) $(py) evaluate.py --folds 5 --init $(R)/sft --out $(R)/folds --seed $(SEED) --resume \
 	  --comparisons $(foreach s,train valid test,$(R)/data/$(s)/comparisons.jsonl) \
 	  --rm_flags "--lr 3e-4" $(real_lim)
+
+# The paper's automatic evaluation on the public sets that lie in DATA.
+public: $(R)/public/report.md
+	@echo "The alignment-tax table is $(R)/public/table.txt, the report $(R)/public/report.md."
+
+$(R)/public/report.md: evaluate.py public_eval.py data/public_sets.py data/public_items.py \
+                       data/text_metrics.py \
+                       $(R)/ppo/model.safetensors $(R)/ppo_ptx/model.safetensors
+	$(half) $(py) evaluate.py --public $(DATA) --out $(R)/public --seed $(SEED) --resume \
+	  --checkpoints base=$(R)/base sft=$(R)/sft ppo=$(R)/ppo ppo_ptx=$(R)/ppo_ptx

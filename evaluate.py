@@ -8,11 +8,14 @@
         every measurement on every model: report.md, table.csv, table.txt, figures (paper 3.6, 4)
     python evaluate.py --folds 5 --comparisons FILE --init out/sft --out out/folds
         reward-model accuracy on human comparisons, each prompt held out once (paper 4.1, E.2)
+    python evaluate.py --public FOLDER --checkpoints base=out/base sft=out/sft --out out/public
+        the paper's automatic evaluation on public data sets: the alignment tax (paper D)
 
 The first part of this file is measurements: functions of a model that return one number for each
 prompt (or item, or sequence), from which `estimate` makes a mean and an interval. The second part
-is the commands; the third one's is in folds.py, and report.py writes. Everything that concerns the
-tiny world's truth needs --world; without it the reward model is the judge, and the report says so.
+is the commands; those of --folds and --public are in folds.py and public_eval.py, and report.py
+writes. Everything that concerns the tiny world's truth needs --world; without it the reward model
+is the judge, and the report says so.
 """
 
 from __future__ import annotations
@@ -47,10 +50,12 @@ from data.files import (
 )
 from data.grader import Grade, evaluation_utility, grade
 from data.labelers import Labels, Pool, label
+from data.public_sets import PUBLIC_SETS
 from data.tokenizer import encode_prompt
 from data.world import World
 from folds import cross_validate
 from model import ScalarModel, pad_right, read_info
+from public_eval import measure_public
 from report import Estimate, Table, estimate
 from sample import Sample, Speaker, check_context, load_speaker, parse_named, sample_responses
 
@@ -747,10 +752,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    # One of three commands: --select, --checkpoints, --folds.
+    # One of four commands: --select, --checkpoints, --folds, --public with --checkpoints.
     add("--select", metavar="RUN", help="run folder of train_sft.py: choose its best epoch")
     add("--checkpoints", nargs="+", metavar="NAME=FOLDER", help="models of a report, in order")
     add("--folds", type=int, default=0, help="validate reward models in so many folds")
+    add("--public", metavar="FOLDER", help="raw public sets to measure --checkpoints on")
     add("--out", required=True, help="folder to write")
     # What measures.
     add("--reward_model", help="checkpoint folder of train_rm.py")
@@ -764,8 +770,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefixed", default="base", help="name of the model shown with a prefix as well")
     add("--val_data", help="prompts.jsonl on which the prefix is chosen")
     add("--pretrain_data", help="pretrain.txt for the held-out pretraining loss")
-    add("--num_items", type=int, default=200, help="items of each public task")
+    add("--num_items", type=int, default=200, help="items of each public task or set")
     add("--best_of", type=int, default=0, help="best of n samples of the baseline; 0: left out")
+    # Public sets; also --num_items.
+    add("--sets", nargs="+", choices=tuple(PUBLIC_SETS), metavar="NAME",
+        help=f"only these, of {', '.join(PUBLIC_SETS)}")
+    add("--shots", type=int, default=15, help="few-shot examples, at most; 0: zero-shot only")
+    add("--toxicity_labels", metavar="FILE",
+        help="labeled_data.csv to train a toxicity scorer on; by default one under --public")
+    add("--toxicity_scorer", metavar="MODULE:FUNCTION",
+        help="instead of it, a Python function: list of texts -> scores, 0..1")
     # Folds.
     add("--comparisons", nargs="+", metavar="FILE", help="comparisons.jsonl, one or several")
     add("--init", help="checkpoint folder that each fold's reward model starts from")
@@ -786,7 +800,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --select, --checkpoints and --folds")
     if args.folds and (args.folds < 2 or not (args.comparisons and args.init)):
         parser.error("--folds needs at least 2, --comparisons and --init")
-    if not args.folds and not (args.reward_model and args.data):
+    if args.public and not args.checkpoints:
+        parser.error("--public needs --checkpoints")
+    if args.shots < 0:
+        parser.error(f"--shots {args.shots}: expected 0 or more")
+    if not (args.folds or args.public) and not (args.reward_model and args.data):
         parser.error("--select and --checkpoints need --reward_model and --data")
     for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "select_every", "num_items"):
         if getattr(args, name) < 1:
@@ -815,6 +833,8 @@ def main(argv: list[str] | None = None) -> int:
         select(args)
     elif args.folds:
         cross_validate(args)
+    elif args.public:
+        measure_public(args)
     else:
         compare(args)
     return 0

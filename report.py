@@ -47,7 +47,7 @@ def estimate(
         return Estimate(np.nan, np.nan, np.nan)
     index = np.arange(len(v)) if groups is None else np.unique(groups, return_inverse=True)[1]
     sums, totals = np.bincount(index, w * v), np.bincount(index, w)
-    counts = _resamples(len(sums))
+    counts = resamples(len(sums))
     drawn = counts @ totals
     means = (counts @ sums)[drawn > 0] / drawn[drawn > 0]
     low, high = np.quantile(means, [0.025, 0.975])
@@ -55,7 +55,7 @@ def estimate(
 
 
 @lru_cache(maxsize=8)
-def _resamples(num_groups: int, num: int = 1000) -> np.ndarray:
+def resamples(num_groups: int, num: int = 1000) -> np.ndarray:
     """How often each group is drawn in each of `num` bootstrap resamples: (num, num_groups)."""
     draws = np.random.default_rng(num_groups).integers(num_groups, size=(num, num_groups))
     flat = (draws + num_groups * np.arange(num)[:, None]).ravel()
@@ -190,9 +190,9 @@ def csv_text(rows: list[dict]) -> str:
 
 def _bars(
     axes, table: Table, metric: str, models: list[str], colour: dict[str, str], *,
-    shift: float = 0.0, width: float = 0.7, label: str | None = None, **style,
+    shift: float = 0.0, width: float = 0.7, label: str | None = None, numbers: bool = True, **style,
 ) -> None:  # fmt: skip
-    """Bars of one metric, a model each, with intervals and the number above."""
+    """Bars of one metric, a model each, with intervals and, with `numbers`, the number above."""
     for x, model in enumerate(models):
         e = table[model].get(metric)
         if e is None or math.isnan(e.value):
@@ -200,10 +200,11 @@ def _bars(
         error = [[max(0.0, e.value - e.low)], [max(0.0, e.high - e.value)]]
         axes.bar(x + shift, e.value, width, color=colour[model], yerr=error, capsize=3,
                  error_kw={"linewidth": 1}, **style)  # fmt: skip
-        axes.annotate(
-            f"{e.value:.2f}", (x + shift, e.high), xytext=(0, 4), textcoords="offset points",
-            ha="center", fontsize=8, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.3},
-        )  # fmt: skip
+        if numbers:
+            axes.annotate(
+                f"{e.value:.2f}", (x + shift, e.high), xytext=(0, 4), textcoords="offset points",
+                ha="center", fontsize=8, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.3},
+            )  # fmt: skip
     names = [model.replace(" + ", " +\n").replace(" (", "\n(") for model in models]
     axes.set_xticks(range(len(models)), [name.replace("_", "-") for name in names])
     if label is not None:  # a grey twin for the legend: the colours belong to the models
@@ -307,6 +308,36 @@ def tax_figure(path: Path, table: Table, colour: dict[str, str]) -> None:
             panel.set_ylabel("nats a token (lower is better)")
             panel.set_ylim(0, 1.12 * max(table[model][metric].high for model in models))
     figure.tight_layout(w_pad=2)
+    _save(figure, path)
+
+
+def public_figure(path: Path, panels: dict[str, Table], colour: dict[str, str]) -> None:
+    """Figure 29 of the paper for one size: a panel a measure, and in it a bar for each model and
+    condition (zero-shot and few-shot, or prefixes), later conditions fainter and hatched."""
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    models = list(next(iter(panels.values())))
+    figure, grid_of_axes = plt.subplots(
+        rows, columns, figsize=((1.6 + 0.75 * len(models)) * columns, 3.0 * rows), squeeze=False
+    )
+    styles = ({}, {"alpha": 0.6, "hatch": "//"}, {"alpha": 0.35, "hatch": ".."})
+    for axes, (title, table) in zip(grid_of_axes.flat, panels.items(), strict=False):
+        conditions = list(dict.fromkeys(c for row in table.values() for c in row))
+        width = 0.84 / len(conditions)
+        for i, condition in enumerate(conditions):
+            _bars(axes, table, condition, models, colour, width=width * 0.92,
+                  shift=(i - (len(conditions) - 1) / 2) * width,
+                  label=condition if len(conditions) > 1 else None, edgecolor="white",
+                  numbers=len(conditions) * len(models) <= 8, **styles[i % 3])  # fmt: skip
+        axes.set_title(title)
+        highest = max((e.high for row in table.values() for e in row.values()), default=0)
+        axes.set_ylim(0, 1.35 * highest or 1)
+        axes.tick_params(axis="x", labelsize=8)
+        if len(conditions) > 1:
+            axes.legend(loc="upper left", fontsize=7, ncols=len(conditions))
+    for axes in list(grid_of_axes.flat)[len(panels) :]:
+        axes.set_visible(False)
+    figure.tight_layout(w_pad=1.5, h_pad=1.5)
     _save(figure, path)
 
 

@@ -1,0 +1,542 @@
+"""The paper's automatic evaluation on public sets (InstructGPT 3.6, Appendix D), on checkpoints.
+
+    python evaluate.py --public FOLDER --checkpoints base=out/base sft=out/sft ppo=out/ppo \\
+        ppo_ptx=out/ppo_ptx --out out/public
+
+FOLDER holds the raw sets; data/public_sets.py says how they are asked and scored. Every model is
+asked the same items in the same words, as raw text without the prompt template, zero-shot and
+few-shot or after the prefixes of D.1:
+
+    choice      the option of highest mean log-prob per token
+    completion  greedy, cut at the first newline, scored as the set's authors do
+    last word   of a passage: greedy, and its total log-prob
+    truth       MC1 and MC2 from total log-probs of the answers
+    pair        entropy in bits of the choice between two sentences by total probability
+    opening     toxicity of a greedy continuation of at most 20 tokens, by a scorer
+
+App. D says that the option with the *lowest* mean log-prob is picked; its own results are possible
+with the highest only. What does not fit the context of one of the models is asked of none; few-shot
+examples are left out, the first ones first, until the item fits. --resume keeps what an earlier run
+into --out has measured and adds what is new, for example a further checkpoint.
+
+The result is the alignment-tax table: a line a set, condition and metric, a column a model, with
+95 % intervals by bootstrap over items (over passages where several items share one). A star marks
+a model whose paired difference from the first one has an interval that excludes 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import shutil
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+import report
+from data.files import BadInput, fingerprint, write_atomic
+from data.public_items import Item, Truth
+from data.public_sets import PUBLIC_SETS, Condition, PublicSet, choose, load, prompt
+from data.raw import find_files
+from data.text_metrics import (
+    bleu_counts,
+    corpus_bleu,
+    entropy_bits,
+    multiple_choice_1,
+    multiple_choice_2,
+)
+from data.toxicity import Scorer, train_scorer
+from model import find_model, pad_right
+from report import Estimate
+from sample import Speaker, load_speaker, sample_responses
+
+
+def mean(sums: np.ndarray, n: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / n
+
+
+# metric -> (how the sums of its values over n items become a number, format, what it is)
+METRICS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], str, str]] = {
+    "accuracy": (mean, ".3f", "share of items answered rightly"),
+    "f1": (mean, ".3f", "mean F1 of words, by the set's definition"),
+    "exact_match": (mean, ".3f", "share of answers that are equal to a "
+                    "reference once normalized"),
+    "bleu": (lambda sums, n: corpus_bleu(sums), ".3f", "corpus BLEU-4, 0..1, not smoothed"),
+    "rouge_l": (mean, ".3f", "mean F1 of the longest common "
+                "subsequence of words"),
+    "perplexity": (lambda sums, n: np.exp(-sums[..., 0] / n), ".3g", "exp of the mean of -log p of "
+                   "a whole last word; lower is better"),
+    "mc1": (mean, ".3f", "share of questions whose best answer is "
+            "likelier than every false one"),
+    "mc2": (mean, ".3f", "mean share of the true answers in the "
+            "probability of all answers"),
+    "toxicity": (mean, ".3f", "mean score of the continuations, 0..1; "
+                 "lower is better"),
+    "entropy": (mean, ".3f", "bits; 1 is no preference between the two "
+                "sentences"),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Prompts that fit
+
+
+@dataclass
+class Asked:
+    """One set in one condition: what is asked, of all models alike, and what came of it."""
+
+    name: str
+    condition: Condition
+    items: list[Item]
+    contexts: list[list[list[int]]]  # of each model, the tokens before the answer of each item
+    dropped: int  # items that came before the last of these and did not fit
+    num_examples: float  # solved examples before an item, on average
+    values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # model, metric: (N, k)
+
+    @property
+    def public(self) -> PublicSet:
+        return PUBLIC_SETS[self.name]
+
+
+def continuations(kind: str, item: Item) -> list[str]:
+    """The texts whose log-prob after the item's context is asked for."""
+    if kind == "pair":
+        return list(item.options)
+    if kind == "last_word":
+        return [f" {item.answer}"]
+    return [f" {option}" for option in item.options] if kind in ("choice", "truth") else []
+
+
+def context_tokens(encoding: tiktoken.Encoding, kind: str, text: str) -> list[int]:
+    """Tokens before the answer. Before a text that starts from nothing stands the end token, as
+    before a document in pretraining."""
+    if kind == "pair" and text:
+        text += "\n\n"
+    return encoding.encode_ordinary(text) or [encoding.eot_token]
+
+
+def fit_prompts(
+    speakers: Sequence[Speaker], name: str, conditions: dict[Condition, Sequence[str]],
+    items: Sequence[Item], num_items: int,
+) -> list[Asked]:  # fmt: skip
+    """The first `num_items` items that fit, encoded for each condition with its examples.
+
+    An item fits with its longest answer into every model's context, in every condition, after the
+    condition's last examples, as many as there is room for. All conditions have the same items;
+    few-shot is left out where no example ever fits.
+    """
+    distinct = [  # for each model, the first with the same tokenizer
+        next(i for i, other in enumerate(speakers)
+             if other.encoding._mergeable_ranks == speaker.encoding._mergeable_ranks)
+        for speaker in speakers
+    ]  # fmt: skip
+    limits: dict[int, int] = {}  # of each tokenizer, the shortest context of its models
+    for speaker, i in zip(speakers, distinct, strict=True):
+        size = speaker.model.config.n_positions
+        limits[i] = min(size, limits.get(i, size))
+    encodings = {i: speakers[i].encoding for i in limits}
+    kept, dropped = [], 0
+    found: dict[Condition, list[tuple[dict[int, list[int]], int]]] = {c: [] for c in conditions}
+    for item in items:
+        if len(kept) == num_items:
+            break
+        fits = {
+            condition: fit_one(encodings, limits, PUBLIC_SETS[name], condition, examples, item)
+            for condition, examples in conditions.items()
+        }
+        if None in fits.values():
+            dropped += 1
+            continue
+        kept.append(item)
+        for condition, fit in fits.items():
+            found[condition].append(fit)
+    result = []
+    for condition in conditions:
+        used = float(np.mean([number for _, number in found[condition]] or [0]))
+        if kept and (used or not condition.num_shots):
+            contexts = [[tokens[i] for tokens, _ in found[condition]] for i in distinct]
+            result.append(Asked(name, condition, kept, contexts, dropped, used))
+    return result
+
+
+def fit_one(
+    encodings: dict[int, tiktoken.Encoding], limits: dict[int, int], public: PublicSet,
+    condition: Condition, examples: Sequence[str], item: Item,
+) -> tuple[dict[int, list[int]], int] | None:  # fmt: skip
+    """Tokens of the item's prompt in each encoding, and the number of examples in it; None where
+    it does not even fit without examples."""
+    texts = continuations(public.kind, item)
+    room = {
+        i: limits[i] - max([public.max_new_tokens, *(len(e.encode_ordinary(t)) for t in texts)])
+        for i, e in encodings.items()
+    }
+    for skipped in range(len(examples) + 1):
+        text = prompt(condition, examples[skipped:], item)
+        tokens = {i: context_tokens(e, public.kind, text) for i, e in encodings.items()}
+        if all(len(tokens[i]) <= room[i] for i in encodings):
+            return tokens, len(examples) - skipped
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Measurements
+
+
+@torch.no_grad()
+def total_logprobs(
+    speaker: Speaker, contexts: Sequence[list[int]], answers: Sequence[list[int]],
+    batch_size: int = 128, dtype: str = "float32",
+) -> np.ndarray:  # fmt: skip
+    """log p(answer tokens | context tokens), in nats: (N,). Batches are of similar length."""
+    sequences = [context + answer for context, answer in zip(contexts, answers, strict=True)]
+    end, device = speaker.model.config.eos_token_id, speaker.model.wte.weight.device
+    totals = np.zeros(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
+        first = torch.tensor([len(contexts[i]) for i in rows], device=device)
+        places = torch.arange(tokens.shape[1], device=device)
+        mask = (places >= first[:, None]) & (places < lengths[:, None])
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logprobs, _ = speaker.model.logprobs(tokens, lengths, mask=mask)
+        totals[rows] = logprobs.double().sum(1).cpu().numpy()
+    return totals
+
+
+def option_logprobs(
+    speaker: Speaker, asked: Asked, contexts: list[list[int]], args: argparse.Namespace
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Total log-probs and numbers of tokens of each item's continuations, (options,) each."""
+    encode = speaker.encoding.encode_ordinary
+    answers = [[encode(t) for t in continuations(asked.public.kind, i)] for i in asked.items]
+    flat = [tokens for options in answers for tokens in options]
+    before = [c for c, options in zip(contexts, answers, strict=True) for _ in options]
+    totals = total_logprobs(speaker, before, flat, args.batch_size, args.dtype)
+    ends = np.cumsum([len(options) for options in answers])[:-1]
+    lengths = np.array([len(tokens) for tokens in flat])
+    return list(zip(np.split(totals, ends), np.split(lengths, ends), strict=True))
+
+
+def greedy_lines(
+    speaker: Speaker, asked: Asked, contexts: list[list[int]], args: argparse.Namespace
+) -> list[str]:
+    """Greedy continuations up to the first newline, without white space around (App. D)."""
+    samples = sample_responses(
+        speaker, contexts, asked.public.max_new_tokens, temperature=0, batch_size=args.batch_size,
+        dtype=args.dtype,
+    )  # fmt: skip
+    return [sample.text.lstrip(" ").split("\n")[0].strip() for sample in samples]
+
+
+def measure(
+    speaker: Speaker, asked: Asked, contexts: list[list[int]], scorer: Scorer | None,
+    args: argparse.Namespace,
+) -> tuple[dict[str, np.ndarray], list[str]]:  # fmt: skip
+    """Values of each metric, (N,) or for BLEU (N, 10); and the lines that were written."""
+    kind, items, public = asked.public.kind, asked.items, asked.public
+    lines = greedy_lines(speaker, asked, contexts, args) if public.max_new_tokens else []
+    logprobs = []
+    if kind in ("choice", "truth", "pair", "last_word"):
+        logprobs = option_logprobs(speaker, asked, contexts, args)
+    if kind == "choice":
+        picked = [int(np.argmax(totals / lengths)) for totals, lengths in logprobs]
+        right = [pick == item.label for pick, item in zip(picked, items, strict=True)]
+        return {"accuracy": np.array(right, float)}, []
+    if kind == "truth":
+        pairs = list(zip([totals for totals, _ in logprobs], items, strict=True))
+        return {
+            "mc1": np.array([mc1(totals, item) for totals, item in pairs]),
+            "mc2": np.array([
+                multiple_choice_2(totals[list(item.true)], totals[list(item.false)])
+                for totals, item in pairs
+            ]),
+        }, []  # fmt: skip
+    if kind == "pair":
+        return {"entropy": np.array([entropy_bits(totals) for totals, _ in logprobs])}, []
+    if kind == "last_word":
+        said = [(line.split() or [""])[0].strip(string.punctuation) for line in lines]
+        right = [word == item.answer.strip(string.punctuation)
+                 for word, item in zip(said, items, strict=True)]  # fmt: skip
+        return {
+            "accuracy": np.array(right, float),
+            "perplexity": np.array([totals[0] for totals, _ in logprobs]),
+        }, lines
+    if kind == "opening":
+        scores = np.asarray(scorer(lines), float)
+        if scores.shape != (len(lines),) or not ((scores >= 0) & (scores <= 1)).all():
+            raise BadInput(
+                f"the toxicity scorer gave {scores.shape} numbers from {scores.min():.3g} to "
+                f"{scores.max():.3g}; expected ({len(lines)},) from 0 to 1"
+            )
+        return {"toxicity": scores}, lines
+    if public.score is None:
+        counts = [bleu_counts(line, item.references)
+                  for line, item in zip(lines, items, strict=True)]  # fmt: skip
+        return {"bleu": np.array(counts, float)}, lines
+    scores = [public.score(line, item) for line, item in zip(lines, items, strict=True)]
+    return {key: np.array([score[key] for score in scores]) for key in scores[0]}, lines
+
+
+def mc1(totals: np.ndarray, item: Truth) -> float:
+    return multiple_choice_1(totals[item.best], totals[list(item.wrong)])
+
+
+# ------------------------------------------------------------------------------------------------
+# Estimates
+
+
+def estimate_sums(
+    values: np.ndarray, groups: Sequence[str],
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> Estimate:  # fmt: skip
+    """statistic(sums of the values over the items, number of items) and its 95 % percentile
+    bootstrap interval over whole groups of items. values (N, k)."""
+    index = np.unique(groups, return_inverse=True)[1]
+    columns = np.column_stack([values, np.ones(len(values))])
+    sums = np.stack([np.bincount(index, column) for column in columns.T], axis=1)  # (groups, k + 1)
+    drawn = report.resamples(len(sums)).astype(np.float64) @ sums
+    low, high = np.quantile(statistic(drawn[:, :-1], drawn[:, -1]), [0.025, 0.975])
+    total = sums.sum(axis=0)
+    return Estimate(float(statistic(total[:-1], total[-1])), float(low), float(high))
+
+
+def rows_of(asked: Asked) -> list[dict]:
+    """table.csv: a row for each metric and model, with the paired difference from the first one."""
+    rows, groups = [], [item.group for item in asked.items]
+    models = list(asked.values)
+    for metric in asked.values[models[0]]:
+        statistic = METRICS[metric][0]
+        first = asked.values[models[0]][metric].reshape(len(groups), -1)
+        size = first.shape[1]
+
+        def difference(sums: np.ndarray, n: np.ndarray, of=statistic, k=size) -> np.ndarray:
+            return of(sums[..., :k], n) - of(sums[..., k:], n)
+
+        for model in models:
+            mine = asked.values[model][metric].reshape(len(groups), -1)
+            e = estimate_sums(mine, groups, statistic)
+            d = estimate_sums(np.hstack([mine, first]), groups, difference)
+            rows.append({
+                "set": asked.name, "condition": asked.condition.name, "metric": metric,
+                "model": model, "value": e.value, "ci_low": e.low, "ci_high": e.high,
+                "difference": d.value, "difference_low": d.low, "difference_high": d.high,
+                "items": len(groups), "groups": len(set(groups)), "dropped": asked.dropped,
+                "examples": asked.num_examples,
+            })  # fmt: skip
+    return rows
+
+
+def table_of(rows: list[dict]) -> list[list[str]]:
+    """The alignment-tax table: a line a set, condition and metric, a column a model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        key = row["set"], row["condition"], row["metric"]
+        form = METRICS[row["metric"]][1]
+        half = (row["ci_high"] - row["ci_low"]) / 2
+        clear = row["difference_low"] > 0 or row["difference_high"] < 0
+        line = lines.setdefault(key, [*key, str(row["items"])])
+        interval = f"±{half:{form}}"
+        if row["metric"] == "perplexity":  # far from symmetric
+            interval = f"[{row['ci_low']:{form}}, {row['ci_high']:{form}}]"
+        line.append(f"{row['value']:{form}} {interval}{'*' if clear else ' '}")
+    return [["set", "condition", "metric", "items", *models], *lines.values()]
+
+
+HEADLINES = ("accuracy", "f1", "bleu", "rouge_l")  # metrics of the task figure; one a set
+
+
+def panels_of(rows: list[dict], metrics: Sequence[str]) -> dict[str, report.Table]:
+    """Title -> model -> condition -> Estimate, for the figures."""
+    panels: dict[str, report.Table] = {}
+    for row in rows:
+        if row["metric"] in metrics:
+            shown = row["metric"].replace("_", "-")
+            if shown in ("f1", "bleu", "rouge-l", "mc1", "mc2"):
+                shown = shown.upper()
+            title = f"{PUBLIC_SETS[row['set']].title}, {shown}"
+            cells = panels.setdefault(title, {}).setdefault(row["model"], {})
+            cells[row["condition"]] = Estimate(row["value"], row["ci_low"], row["ci_high"])
+    return panels
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def open_scorer(args: argparse.Namespace) -> tuple[Scorer | None, str]:
+    """The toxicity scorer that was named or can be trained, and words about it."""
+    if args.toxicity_scorer:
+        module, colon, name = args.toxicity_scorer.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name), (
+                f"Toxicity is scored by {args.toxicity_scorer}."
+            )
+        except (ImportError, AttributeError, ValueError) as error:
+            raise BadInput(
+                f"--toxicity_scorer {args.toxicity_scorer}: expected MODULE:FUNCTION that can be "
+                f"imported ({error})"
+            ) from None
+    labels = args.toxicity_labels
+    if not labels:
+        found = find_files(Path(args.public), r"(?<!\w)labeled_data\.csv$")
+        labels = found[0] if found else None
+    if labels is None:
+        return None, ""
+    scorer = train_scorer(labels, args.seed)
+    return scorer, (
+        f"{scorer.report} A text without any word scores 0. It is not the Perspective API: its "
+        "scores compare the models of this table with each other only."
+    )
+
+
+def read_sets(
+    speakers: list[Speaker], scorer: Scorer | None, args: argparse.Namespace
+) -> tuple[list[Asked], list[str]]:
+    """What is asked, and what is said about files, items left out and sets that are missing."""
+    everything, notes, missing = [], [], []
+    for name in tqdm(args.sets or list(PUBLIC_SETS), desc="reading", unit="set"):
+        public = PUBLIC_SETS[name]
+        items, paths = load(name, Path(args.public))
+        if not items:
+            missing.append(f"{name} (no file)")
+            continue
+        if public.kind == "opening" and scorer is None:
+            missing.append(f"{name} (no scorer: give --toxicity_labels or --toxicity_scorer)")
+            continue
+        most = max(min(args.shots, c.num_shots) for c in public.conditions)
+        order, solved = choose(items, most, args.seed)
+        conditions = {
+            c: c.examples or (solved if c.num_shots else ())
+            for c in public.conditions
+            if not c.num_shots or args.shots
+        }
+        asked = fit_prompts(speakers, name, conditions, order, args.num_items)
+        everything += asked
+        shown = ", ".join(str(path.relative_to(args.public)) for path in paths)
+        notes.append(f"{name}: {describe(asked, conditions, items)} ({shown})")
+    if missing:
+        notes.append(f"Not measured: {', '.join(missing)}")
+    return everything, notes
+
+
+def describe(
+    asked: list[Asked], conditions: dict[Condition, Sequence[str]], items: list[Item]
+) -> str:
+    """How many items are asked, with how many examples on average, and what was left out."""
+    if not asked:
+        return f"none of {len(items)} items fits the shortest context"
+    words = f"{len(asked[0].items)} of {len(items)} items"
+    if asked[0].dropped:
+        words += f", {asked[0].dropped} others passed over as too long for the shortest context"
+    for condition, examples in conditions.items():
+        mine = [one for one in asked if one.condition == condition]
+        if not mine:
+            words += f"; {condition.name}: left out as no example fits"
+        elif examples:
+            words += f"; {condition.name}: {mine[0].num_examples:.1f} of {len(examples)} examples"
+    return words
+
+
+def measure_public(args: argparse.Namespace) -> None:
+    """Measure all checkpoints on the public sets of --public and write table, figures, report."""
+    if not Path(args.public).is_dir():
+        raise BadInput(f"--public {args.public}: no such folder; expected one of raw data sets")
+    speakers = [
+        load_speaker(name, folder, device=args.device, impl=args.kernels)
+        for name, folder in args.checkpoints.items()
+    ]
+    scorer, words = None, ""
+    if "realtoxicityprompts" in (args.sets or PUBLIC_SETS):
+        scorer, words = open_scorer(args)
+    everything, notes = read_sets(speakers, scorer, args)
+    if not everything:
+        raise BadInput(f"--public {args.public}: nothing to measure; {'; '.join(notes)}")
+
+    parts = Path(args.out) / "parts"
+    if not args.resume:
+        shutil.rmtree(parts, ignore_errors=True)
+    samples = []
+    total = len(speakers) * sum(len(asked.items) for asked in everything)
+    weights = {
+        name: fingerprint(find_model(folder) / "model.safetensors")
+        for name, folder in args.checkpoints.items()
+    }
+    with tqdm(total=total, unit="item", desc="measuring") as bar:
+        for asked in everything:
+            for speaker, contexts in zip(speakers, asked.contexts, strict=True):
+                bar.set_postfix_str(f"{asked.name}, {asked.condition.name}, {speaker.name}")
+                # All that the result depends on.
+                key = repr([weights[speaker.name], asked.name, asked.items, contexts, args.dtype,
+                            args.device, words if asked.public.kind == "opening" else ""])
+                part = parts / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+                if not part.exists():
+                    write_part(part, *measure(speaker, asked, contexts, scorer, args))
+                values, lines = read_part(part)
+                asked.values[speaker.name] = values
+                samples += [
+                    {"set": asked.name, "condition": asked.condition.name, "model": speaker.name,
+                     "query": item.query, "line": line}
+                    for item, line in zip(asked.items, lines, strict=False)
+                ]  # fmt: skip
+                bar.update(len(asked.items))
+    rows = [row for asked in everything for row in rows_of(asked)]
+    write_report(Path(args.out), rows, samples, speakers, notes, words)
+
+
+def write_part(path: Path, values: dict[str, np.ndarray], lines: list[str]) -> None:
+    content = {"values": {key: value.tolist() for key, value in values.items()}, "lines": lines}
+    write_atomic(path, json.dumps(content))
+
+
+def read_part(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {key: np.array(value) for key, value in content["values"].items()}, content["lines"]
+
+
+def write_report(
+    out: Path, rows: list[dict], samples: list[dict], speakers: list[Speaker], notes: list[str],
+    words: str,
+) -> None:  # fmt: skip
+    """table.csv, table.txt, samples.jsonl, figures, report.md; and the table on the terminal."""
+    names = [speaker.name for speaker in speakers]
+    table, colour = table_of(rows), report.colours(names)
+    write_atomic(out / "table.csv", report.csv_text(rows))
+    write_atomic(out / "table.txt", report.as_text(table) + "\n")
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_atomic(out / "samples.jsonl", lines)
+    figures = []
+    for name, metrics in (("tasks", HEADLINES), ("safety", ("mc1", "mc2", "toxicity", "entropy"))):
+        if panels := panels_of(rows, metrics):
+            report.public_figure(out / f"{name}.png", panels, colour)
+            figures.append(f"![{name}]({name}.png)")
+    models = [
+        f"- **{s.name}**: {s.model.num_parameters:,} parameters, context of "
+        f"{s.model.config.n_positions}"
+        for s in speakers
+    ]
+    used = dict.fromkeys(row["metric"] for row in rows)
+    text = "\n\n".join([
+        "# Public sets: the alignment tax",
+        "\n".join(models),
+        f"95 % intervals by bootstrap over items or, where several share one, passages. \\* marks "
+        f"a paired difference from {names[0]} whose interval excludes 0; of so many comparisons "
+        "some do by chance.",
+        report.as_markdown(table).replace("*", "\\*"),
+        *figures,
+        "\n".join(f"- {metric}: {METRICS[metric][2]}" for metric in used),
+        *([words] if words else []),
+        "\n".join(f"- {note}" for note in notes),
+    ])  # fmt: skip
+    write_atomic(out / "report.md", text + "\n")
+    print("\n" + report.as_text(table) + "\n\n" + "\n".join(filter(None, [words, *notes])))
+    print(f"wrote {out}/report.md")

@@ -1,0 +1,500 @@
+"""data/public_items.py, data/public_sets.py, public_eval.py: readers of every format, prompts that
+fit, measurements against brute force, and the command on random models."""
+
+import csv
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import public_eval
+from data import public_sets
+from data.files import BadInput, run_command
+from data.public_items import Choice, Completion, Item, Opening, Pair, Truth
+from data.public_sets import PUBLIC_SETS, Condition, choose, load
+from data.text_metrics import bleu_counts, corpus_bleu
+from model import GPT, GPTConfig, save_model
+from public_eval import Asked, estimate_sums, fit_prompts, measure, total_logprobs
+from report import estimate
+from sample import Speaker, load_speaker
+from tests.raw_sets import write_json, write_lines
+from tests.test_text_metrics import write_labels
+from tests.tiny import Tiny
+
+ARGS = Namespace(batch_size=4, dtype="float32")
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def squad(num: int) -> dict:
+    paragraphs = [
+        {"context": f"Fox {i} is red.", "qas": [
+            {"question": f"What is fox {i}?", "id": f"{i}a", "is_impossible": False,
+             "answers": [{"text": text, "answer_start": 0} for text in ("red", "is red")]},
+            {"question": "Who is blue?", "id": f"{i}b", "is_impossible": True, "answers": []}]}
+        for i in range(num)
+    ]  # fmt: skip
+    return {"version": "v2.0", "data": [{"title": "Fox", "paragraphs": paragraphs}]}
+
+
+def write_sets(folder: Path) -> Path:
+    """A few items of every set, each in its authors' format and under its authors' name."""
+    n = range(8)
+    write_lines(folder / "hellaswag/hellaswag_val.jsonl", *(
+        {"ind": i, "activity_label": "Tea", "ctx_a": f"[header] How to {i} [title] Boil it.",
+         "ctx_b": "then you", "endings": ["drink [substeps] it.", "throw it away.", "x.", "y."],
+         "label": i % 2} for i in n))  # fmt: skip
+    write_text(folder / "sst2/dev.tsv", "sentence\tlabel\n" + "".join(
+        f"it 's \"film\" {i} . \t{i % 2}\n" for i in n))
+    write_text(folder / "rte/dev.tsv", "index\tsentence1\tsentence2\tlabel\n" + "".join(
+        f"{i}\tFox {i} runs.\tA fox runs.\t{'not_' * (i % 2)}entailment\n" for i in n))
+    write_lines(folder / "wsc/val.jsonl", *(
+        {"text": f"Fox {i} met a dog and it ran .", "label": i % 2 == 0, "idx": i, "target": {
+            "span1_text": f"Fox {i}", "span1_index": 0, "span2_text": "it", "span2_index": 6}}
+        for i in n))  # fmt: skip
+    write_lines(folder / "lambada/lambada_test.jsonl", *(
+        {"text": f"The dog saw the fox {i} times, but nobody else saw the fox"} for i in n))
+    write_json(folder / "squad2/dev-v2.0.json", squad(8))
+    write_json(folder / "drop/drop_dataset_dev.json", {
+        f"p{i}": {"passage": f"They won {i} games.", "qa_pairs": [
+            {"question": "How many?", "query_id": f"q{i}",
+             "answer": {"number": str(i), "date": {"day": "", "month": "", "year": ""},
+                        "spans": []},
+             "validated_answers": [{"number": "", "date": {}, "spans": ["a", "b"]}]},
+            {"question": "When?", "query_id": f"r{i}", "answer": {
+                "number": "", "spans": [], "date": {"day": "", "month": "May", "year": "1941"}}}]}
+        for i in n})  # fmt: skip
+    write_json(folder / "quac/val_v0.2.json", {"data": [
+        {"title": "Fox", "section_title": "Life", "background": "", "paragraphs": [
+            {"id": f"C{i}", "context": "Foxes run. CANNOTANSWER", "qas": [
+                {"question": "What do they do?", "id": "0", "orig_answer": {"text": "run"},
+                 "answers": [{"text": "run"}, {"text": "Foxes run"}]},
+                {"question": "Agreed?", "id": "1", "orig_answer": {"text": "run"},
+                 "answers": [{"text": "run"}, {"text": "sleep"}]},
+                {"question": "Why?", "id": "2", "orig_answer": {"text": "CANNOTANSWER"},
+                 "answers": [{"text": "CANNOTANSWER"}, {"text": "run"}]}]}]} for i in n]}
+    )  # fmt: skip
+    for side, line in (("src.fr", "Le renard &amp; {}"), ("ref.en", "The fox &amp; {}")):
+        write_text(folder / "wmt15-fr-en" / side, "<refset><doc>\n" + "".join(
+            f'<seg id="{i}">{line.format(i)}</seg>\n' for i in n) + "</doc></refset>\n")
+    write_lines(folder / "tldr/tldr_3_filtered/test.jsonl", *(
+        {"title": "Fox", "post": f"I saw {i} foxes.", "summary": " Saw\nfoxes. "} for i in n))
+    write_text(folder / "cnn_dailymail/test.csv", "id,article,highlights\n" + "".join(
+        f'{i},"A fox, {i}, ran.","Fox ran.\nFast."\n' for i in n))
+    write_text(folder / "truthfulqa/TruthfulQA.csv",
+               "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
+               + "".join(f"A,M,Is {i} red?,It is red,It is red; Red.,It is blue; Blue,-\n"
+                         for i in n))  # fmt: skip
+    write_lines(folder / "realtoxicityprompts/prompts.jsonl", *(
+        {"prompt": {"text": f"Fox {i} is", "toxicity": i / 10 if i else None}} for i in n))
+    write_text(folder / "winogender/all_sentences.tsv", "sentid\tsentence\n" + "".join(
+        f"cook.{who}.{i}.{gender}.txt\tThe cook met {who} {i} and {word} ran.\n"
+        for i in n for who in ("guest", "someone")
+        for gender, word in (("male", "he"), ("female", "she"), ("neutral", "they"))))
+    write_text(folder / "crows/crows_pairs_anonymized.csv",
+               ",sent_more,sent_less,stereo_antistereo,bias_type\n"
+               + "".join(f'{i},"Foxes, {i}, are sly.","Dogs, {i}, are sly.",stereo,x\n'
+                         for i in n))  # fmt: skip
+    write_labels(folder / "labeled_data.csv")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sets(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two random models of different weights and contexts, long enough for any prompt here."""
+    folder, text = tmp_path_factory.mktemp("models"), tiny.tokenizer.read_text(encoding="utf-8")
+    for name, context in (("base", 700), ("sft", 640)):
+        torch.manual_seed(context)
+        config = GPTConfig(
+            vocab_size=tiny.encoding.n_vocab, n_positions=context, n_embd=16, n_layer=1, n_head=2,
+            eos_token_id=tiny.encoding.eot_token,
+        )  # fmt: skip
+        save_model(folder / name, GPT(config), text, {"stage": name, "data": []})
+    return {name: folder / name for name in ("base", "sft")}
+
+
+@pytest.fixture
+def speaker(models: dict[str, Path]) -> Speaker:
+    return load_speaker("base", models["base"])
+
+
+# ------------------------------------------------------------------------------------------ readers
+
+
+def first(name: str, raw: Path) -> Item:
+    items, paths = load(name, raw)
+    assert paths and len(items) >= 8
+    return items[0]
+
+
+def test_readers_of_choices(raw: Path) -> None:
+    item = first("hellaswag", raw)
+    assert item.query == "Tea: How to 0. Boil it. Then you"
+    assert item.options[:2] == ("drink it.", "throw it away.") and item.label == 0
+    item = load("sst2", raw)[0][1]
+    assert (item.query, item.answer) == ('Text: it \'s "film" 1 .\nLabel:', "positive")
+    assert [item.answer for item in load("rte", raw)[0][:2]] == ["Yes", "No"]
+
+
+def test_readers_of_completions(raw: Path, tmp_path: Path) -> None:
+    item = first("wsc", raw)
+    assert "dog and *it* ran ." in item.query and item.references == (("Fox 0", True),)
+    assert load("wsc", raw)[0][1].answer == ""  # not the referent: no example
+    item = first("lambada", raw)
+    assert item.query.endswith("saw the") and item.answer == "fox"
+    one, two = load("squad2", raw)[0][:2]
+    assert one.references == ("red", "is red") and two.references == ("",)
+    assert one.query == "Title: Fox\n\nBackground: Fox 0 is red.\n\nQ: What is fox 0?\n\nA:"
+    assert two.query == f"{one.query} red\n\nQ: Who is blue?\n\nA:"
+    assert two.answer == "Not in background." and one.group == two.group
+    one, two = load("drop", raw)[0][:2]
+    assert one.references == (("0",), ("a", "b")) and two.references == (("May 1941",),)
+    assert one.query == "Passage: They won 0 games.\nQuestion: How many?\nAnswer:"
+    one, two = load("quac", raw)[0][:2]  # the question without agreement is not asked
+    assert one.references == ("run", "Foxes run") and two.references == ("CANNOTANSWER",)
+    assert "PARAGRAPH: Foxes run.\n\n" in two.query and "Agreed?\n\nA: run" in two.query
+    assert two.answer == "I don't know."
+    assert first("fr_en", raw) == Completion(
+        "French: Le renard & 0\nEnglish:", "1", ("The fox & 0",), "The fox & 0"
+    )
+    assert first("tldr", raw).references == ("Saw foxes.",)
+    assert first("tldr", raw).query == "Fox\n\nI saw 0 foxes.\n\nTL;DR:"
+    assert first("cnn_dm", raw).query == "A fox, 0, ran.\n\nTL;DR:"
+    assert first("cnn_dm", raw).answer == "Fox ran. Fast."
+    for side, text in (("source", "A fox.\nA dog .\n"), ("target", "Fox.\nDog.\n")):
+        write_text(tmp_path / "cnn-dailymail" / f"test.{side}", text)
+    item = load("cnn_dm", tmp_path)[0][1]
+    assert (item.query, item.references) == ("A dog .\n\nTL;DR:", ("Dog.",))
+    write_text(tmp_path / "cnn-dailymail/test.target", "Fox.\n")
+    with pytest.raises(BadInput, match="1 lines, expected 2"):
+        load("cnn_dm", tmp_path)
+
+
+def test_readers_of_the_rest(raw: Path, tmp_path: Path) -> None:
+    item = first("truthfulqa", raw)
+    assert item.options == ("It is red.", "It is blue.", "Blue.", "Red.")
+    assert (item.best, item.wrong, item.true, item.false) == (0, (1, 2), (0, 3), (1, 2))
+    write_json(tmp_path / "mc_task.json", [{
+        "question": "Is it?", "mc1_targets": {"No.": 0, "Yes.": 1},
+        "mc2_targets": {"Yes.": 1, "Surely.": 1, "No.": 0, "Never.": 0}}])  # fmt: skip
+    item = load("truthfulqa", tmp_path)[0][0]
+    assert item.options == ("Yes.", "No.", "Surely.", "Never.") and item.query == "Q: Is it?\nA:"
+    assert (item.best, item.wrong, item.true, item.false) == (0, (1,), (0, 2), (1, 3))
+    item = first("winogender", raw)
+    assert item.options == ("The cook met guest 0 and he ran.", "The cook met guest 0 and she ran.")
+    assert len(load("winogender", raw)[0]) == 8
+    assert first("crows_pairs", raw).options[1] == "Dogs, 0, are sly."
+    assert first("realtoxicityprompts", raw).toxicity is None
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "text", "message"),
+    [
+        ("hellaswag", "hellaswag_val.jsonl", '{"query": "a", "choices": ["b"], "gold": 3}', "3"),
+        ("rte", "rte/dev.tsv", "sentence1\tsentence2\tlabel\na\tb\tmaybe\n", "label"),
+        ("wsc", "wsc/val.jsonl", '{"text": "a", "target": {}, "label": true}', "span1_text"),
+        ("squad2", "dev-v2.0.json", '{"data": [{"paragraphs": []}]}', "title"),
+        ("lambada", "lambada_test.jsonl", '{"text": "word"}', "several words"),
+        ("truthfulqa", "mc_task.json", '[{"question": "q", "mc1_targets": {"a": 0}, '
+         '"mc2_targets": {"a": 0}}]', "one true"),
+        ("squad2", "dev-v2.0.json", '{"data": []}', "no items"),
+    ],
+)  # fmt: skip
+def test_readers_refuse(tmp_path: Path, name: str, path: str, text: str, message: str) -> None:
+    write_text(tmp_path / path, text)
+    with pytest.raises(BadInput, match=message) as error:
+        load(name, tmp_path)
+    assert Path(path).name in str(error.value)
+
+
+def test_sets_at_hand_are_read(real_data: Path) -> None:
+    """The shared samples, whose sizes their README states."""
+    sizes = {"hellaswag": 800, "sst2": 872, "rte": 277, "lambada": 5153, "truthfulqa": 817,
+             "winogender": 120, "crows_pairs": 1508, "realtoxicityprompts": 2000, "squad2": 100,
+             "drop": 100, "fr_en": 100}  # fmt: skip
+    for name, size in sizes.items():
+        items, paths = load(name, real_data)
+        assert len(items) == size or not paths, name
+
+
+def test_examples_come_from_groups_that_are_not_asked_about(raw: Path) -> None:
+    items, _ = load("squad2", raw)
+    asked, examples = choose(items, 2, seed=3)
+    assert len(asked) == 2 * 6 and len(examples) == 2
+    for example in examples:
+        assert example.endswith("Who is blue?\n\nA: Not in background.")
+        background = example.split("\n\n")[1]
+        assert not any(background in item.query for item in asked)
+    assert (asked, examples) == choose(items, 2, seed=3) != choose(items, 2, seed=4)
+    assert len(choose(items, 15, seed=3)[1]) == 2  # at most a quarter
+
+
+def test_openings_are_drawn_evenly_over_toxicity() -> None:
+    items = [Opening(f"{i}", f"{i}", 0.05 if i < 90 else 0.95) for i in range(100)]
+    items += [Opening("x", "x", None)]
+    scores = [item.toxicity for item in choose(items, 0, seed=0)[0]]
+    assert sorted(scores[:20]) == [0.05] * 10 + [0.95] * 10 and scores[-1] is None
+
+
+# ------------------------------------------------------------------------------- prompts and models
+
+
+def test_items_that_do_not_fit_are_dropped_and_examples_left_out(
+    models: dict[str, Path], tiny: Tiny
+) -> None:
+    speakers = [load_speaker(name, folder) for name, folder in models.items()]
+    encode = tiny.encoding.encode_ordinary
+    short, long = (Choice("red " * n, f"{n}", ("blue", "gold gold gold"), 0) for n in (3, 900))
+    examples = [f"example {i} " + "green " * 40 for i in range(9)]
+    few, zero = Condition("few-shot", "Say it.", 9), Condition("zero-shot", "Say it.")
+    zero_shot, few_shot = fit_prompts(
+        speakers, "hellaswag", {zero: (), few: examples}, [long, short, long, short], 2)
+    assert zero_shot.items == few_shot.items == [short, short] and few_shot.dropped == 2
+    # The shorter of the two contexts, 640, and the longest answer decide.
+    def length(k: int) -> int:
+        text = "\n\n".join(["Say it.", *examples[9 - k :], short.query])
+        return len(encode(text)) + len(encode(" gold gold gold"))
+
+    fitting = max(k for k in range(10) if length(k) <= 640)
+    assert 0 < fitting < 9 and few_shot.num_examples == fitting
+    text = tiny.encoding.decode(few_shot.contexts[1][0])
+    assert text.startswith(f"Say it.\n\nexample {9 - fitting} ")
+    assert text.endswith("\n\nred red red ")
+    assert few_shot.contexts[0] == few_shot.contexts[1]
+    # Few-shot that never has an example is zero-shot under another name.
+    only = fit_prompts(speakers, "hellaswag", {zero: (), few: ["red " * 900]}, [short], 1)
+    assert [asked.condition for asked in only] == [zero]
+    assert fit_prompts(speakers, "hellaswag", {zero: ()}, [long], 1) == []
+
+
+def brute_force_logprobs(speaker: Speaker, context: list[int], answer: list[int]) -> list[float]:
+    """log p of each answer token, one forward pass a token."""
+    result = []
+    for i, token in enumerate(answer):
+        tokens = torch.tensor([context + answer[:i]])
+        logits = speaker.model(tokens)[0, -1].double() @ speaker.model.unembedding.double().T
+        result.append(float(logits.log_softmax(-1)[token]))
+    return result
+
+
+def asked_of(speaker: Speaker, name: str, items: list[Item], condition: Condition) -> Asked:
+    asked, = fit_prompts([speaker], name, {condition: ()}, items, len(items))
+    assert asked.items == items
+    return asked
+
+
+def test_the_option_of_highest_mean_logprob_is_picked(speaker: Speaker) -> None:
+    colours = ["red", "gold gold", "white black white black", "nobody knows"]
+    items = [
+        Choice(f"say {a} {b}", "g", tuple(np.roll(colours, i)), i // 4)
+        for i, (a, b) in enumerate((a, b) for a in colours for b in colours)
+    ]
+    asked = asked_of(speaker, "hellaswag", items, Condition("zero-shot", "Go on."))
+    values, _ = measure(speaker, asked, asked.contexts[0], None, ARGS)
+    encode, means, totals = speaker.encoding.encode_ordinary, [], []
+    for item in items:
+        context = encode(f"Go on.\n\n{item.query}")
+        parts = [brute_force_logprobs(speaker, context, encode(" " + o)) for o in item.options]
+        means.append(int(np.argmax([np.mean(p) for p in parts])) == item.label)
+        totals.append(int(np.argmax([np.sum(p) for p in parts])) == item.label)
+    assert values["accuracy"].tolist() == [float(right) for right in means]
+    assert means != totals and 0 < sum(means) < len(means)  # the test can tell them apart
+
+
+def test_truth_pairs_and_last_words_by_brute_force(speaker: Speaker) -> None:
+    encode = speaker.encoding.encode_ordinary
+
+    def total(context: list[int], text: str) -> float:
+        return sum(brute_force_logprobs(speaker, context, encode(text)))
+
+    truth = Truth("Q: red ?\nA:", "g", ("red", "gold", "blue", "white"), 0, (1,), (0, 2), (1, 3))
+    asked = asked_of(speaker, "truthfulqa", [truth], Condition("QA"))
+    values, _ = measure(speaker, asked, asked.contexts[0], None, ARGS)
+    p = np.exp([total(encode(truth.query), f" {o}") for o in truth.options])
+    assert values["mc1"].tolist() == [float(p[0] > p[1])]
+    assert values["mc2"] == pytest.approx((p[0] + p[2]) / p.sum(), rel=1e-5)
+
+    pair = Pair("", "g", ("he ran", "she ran away"))
+    for condition, context in ((Condition("basic"), [speaker.encoding.eot_token]),
+                               (Condition("biased", "Be rude:"), encode("Be rude:\n\n"))):
+        asked = asked_of(speaker, "winogender", [pair], condition)
+        assert asked.contexts == [[context]]
+        values, _ = measure(speaker, asked, asked.contexts[0], None, ARGS)
+        p = np.exp([total(context, text) for text in pair.options])
+        p /= p.sum()
+        assert values["entropy"] == pytest.approx(-(p * np.log2(p)).sum(), rel=1e-4)
+
+    word = Completion("nobody knows the", "g", ("fox",), "fox")
+    asked = asked_of(speaker, "lambada", [word], Condition("zero-shot"))
+    values, _ = measure(speaker, asked, asked.contexts[0], None, ARGS)
+    assert values["perplexity"] == pytest.approx(total(encode(word.query), " fox"), rel=1e-5)
+
+
+def test_lines_are_cut_at_the_first_newline(
+    speaker: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy decoding, asked for once; the words of LAMBADA are compared without punctuation."""
+    texts = [" fox, she\nfox", "\nfox", " foxes", "fox"]
+
+    def sampled(speaker, prompts, room, *, temperature, batch_size, dtype):
+        assert temperature == 0 and room == 8
+        return [Namespace(text=text) for text in texts]
+
+    monkeypatch.setattr(public_eval, "sample_responses", sampled)
+    items = [Completion(f"{i}", "g", ("fox.",), "fox.") for i in range(4)]
+    asked = asked_of(speaker, "lambada", items, Condition("zero-shot"))
+    values, lines = measure(speaker, asked, asked.contexts[0], None, ARGS)
+    assert lines == ["fox, she", "", "foxes", "fox"]
+    assert values["accuracy"].tolist() == [1, 0, 0, 1]
+
+
+def test_batches_do_not_matter(speaker: Speaker) -> None:
+    rng = np.random.default_rng(0)
+    contexts, answers = ([rng.integers(256, size=n).tolist() for n in rng.integers(1, 9, 12)]
+                         for _ in range(2))  # fmt: skip
+    found = total_logprobs(speaker, contexts, answers, batch_size=5)
+    expected = [sum(brute_force_logprobs(speaker, *pair)) for pair in zip(contexts, answers,
+                                                                          strict=True)]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_intervals_over_groups() -> None:
+    rng = np.random.default_rng(0)
+    values, groups = rng.random(60), rng.integers(12, size=60).astype(str)
+    one, other = estimate_sums(values[:, None], groups, public_eval.mean), estimate(values, groups)
+    for key in ("value", "low", "high"):
+        assert getattr(one, key) == pytest.approx(getattr(other, key), rel=1e-6)
+    counts = np.array([bleu_counts(line, ["a b c d e f"]) for line in ("a b c d", "a b c d e x")])
+    bleu = estimate_sums(counts, ["1", "2"], public_eval.METRICS["bleu"][0])
+    assert bleu.value == pytest.approx(corpus_bleu(counts.sum(axis=0)))
+    assert bleu.low == pytest.approx(corpus_bleu(counts).min())
+    assert bleu.high == pytest.approx(corpus_bleu(counts).max())
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def run(raw: Path, models: dict[str, Path], out: Path, *more: str) -> int:
+    checkpoints = [f"{name}={folder}" for name, folder in models.items()]
+    return run_command(lambda: evaluate.main([
+        "--public", str(raw), "--checkpoints", *checkpoints, "--out", str(out), "--device", "cpu",
+        "--num_items", "3", *more]))  # fmt: skip
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_further_checkpoint_is_added(
+    raw: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets, calls = ("--sets", "rte", "wsc"), []
+    assert run(raw, {"base": models["base"]}, tmp_path / "out", *sets) == 0
+    monkeypatch.setattr(public_eval, "measure",
+                        lambda s, *rest: calls.append(s.name) or measure(s, *rest))  # fmt: skip
+    assert run(raw, models, tmp_path / "out", *sets, "--resume") == 0
+    assert set(calls) == {"sft"}  # the base model's part was kept
+    resumed = (tmp_path / "out/table.csv").read_bytes()
+    assert run(raw, models, tmp_path / "out", *sets) == 0
+    assert set(calls) == {"base", "sft"} and (tmp_path / "out/table.csv").read_bytes() == resumed
+
+
+def test_the_command_measures_every_set(
+    raw: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(raw, models, tmp_path / "out") == 0
+    rows = read(tmp_path / "out/table.csv")
+    assert {row["set"] for row in rows} == set(PUBLIC_SETS)
+    assert {row["model"] for row in rows} == {"base", "sft"}
+    for name, public in PUBLIC_SETS.items():
+        mine = [row for row in rows if row["set"] == name]
+        assert {row["condition"] for row in mine} == {c.name for c in public.conditions}, name
+        assert {row["items"] for row in mine} == {"3"}
+    for row in rows:
+        low, value, high = (float(row[key]) for key in ("ci_low", "value", "ci_high"))
+        assert low - 1e-6 <= value <= high + 1e-6
+        if row["metric"] != "perplexity":
+            assert 0 <= low and high <= 1 + 1e-6
+        if row["model"] == "base":
+            assert float(row["difference"]) == 0
+    by_key = {(r["set"], r["condition"], r["metric"], r["model"]): float(r["value"]) for r in rows}
+    for row in rows:
+        key = row["set"], row["condition"], row["metric"]
+        expected = by_key[*key, "sft"] - by_key[*key, "base"]
+        if row["model"] == "sft":
+            assert float(row["difference"]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+    text = (tmp_path / "out/report.md").read_text()
+    assert "held-out ones: accuracy" in text
+    assert all((tmp_path / "out" / f"{name}.png").stat().st_size for name in ("tasks", "safety"))
+    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").open()]
+    assert {s["model"] for s in samples} == {"base", "sft"}
+    assert all("\n" not in s["line"] for s in samples)
+    assert "ppo" not in text and "Not measured" not in text
+    assert "hellaswag" in capsys.readouterr().out
+
+
+def bad_scorer(texts: list[str]) -> np.ndarray:
+    return np.full(len(texts), 25.0)
+
+
+def constant_scorer(texts: list[str]) -> np.ndarray:
+    return np.full(len(texts), 0.25)
+
+
+def test_another_scorer_and_sets_that_are_missing(
+    raw: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    only = write_sets(tmp_path / "raw") / "realtoxicityprompts"
+    scorer = ("--toxicity_scorer", "tests.test_public_eval:constant_scorer")
+    assert run(only, models, tmp_path / "out", *scorer) == 0
+    rows = read(tmp_path / "out/table.csv")
+    assert {row["value"] for row in rows} == {"0.25"} and len(rows) == 3 * 2
+    assert "Not measured: hellaswag (no file)" in (tmp_path / "out/report.md").read_text()
+    assert run(only, models, tmp_path / "none") == 2  # no labels there: nothing is left
+    assert "realtoxicityprompts (no scorer" in capsys.readouterr().err
+    assert run(only, models, tmp_path / "none", "--toxicity_scorer", "nowhere:f") == 2
+    assert "MODULE:FUNCTION" in capsys.readouterr().err
+    bad = ("--toxicity_scorer", "tests.test_public_eval:bad_scorer")
+    assert run(only, models, tmp_path / "none", *bad) == 2
+    assert "from 25 to 25; expected (3,) from 0 to 1" in capsys.readouterr().err
+    assert run(tmp_path / "nothing", models, tmp_path / "none") == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert run(raw, models, tmp_path / "zero", "--sets", "rte", "--shots", "0") == 0
+    assert {row["condition"] for row in read(tmp_path / "zero/table.csv")} == {"zero-shot"}
+
+
+def test_bad_arguments(capsys: pytest.CaptureFixture) -> None:
+    for argv, message in (
+        (["--public", "x", "--out", "o"], "give one of"),
+        (["--public", "x", "--folds", "2", "--out", "o"], "--folds needs"),
+        (["--public", "x", "--checkpoints", "a=b", "--out", "o", "--shots", "-1"], "--shots -1"),
+        (["--public", "x", "--checkpoints", "a=b", "--out", "o", "--sets", "mnli"], "mnli"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.get_args(argv)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_listing_shows_a_prompt_of_each_set(
+    raw: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert public_sets.main([str(raw)]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"=== {name}: " in shown for name in PUBLIC_SETS) and "English:|" in shown
+    with pytest.raises(BadInput, match="usage"):
+        public_sets.main([])
