@@ -93,6 +93,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ptx_coef", type=float, default=0.0, help="gamma of Eq. 2; 0: PPO (paper: 27.8)")
     add("--ptx_ratio", type=float, default=0.5, help="pretraining sequences an episode (paper: 8)")
     add("--ptx_tokens", type=int, default=128, help="tokens a pretraining sequence (paper: 2048)")
+    add("--ptx_anywhere", type=float, default=0.25,
+        help="share of these cut anywhere; others start at documents (paper: 1)")  # fmt: skip
     add("--missing_eos_score", type=float, default=-4.0, help="score of a response without end")
     add("--gamma", type=float, default=1.0, help="discount (paper: none)")
     add("--lam", type=float, default=0.95, help="lambda of GAE (not in the paper)")
@@ -171,7 +173,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--batch_size {args.batch_size} is not a multiple of --num_minibatches "
             f"{args.num_minibatches}: change either"
         )
-    for name in ("gamma", "lam", "ema"):
+    for name in ("gamma", "lam", "ema", "ptx_anywhere"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} {getattr(args, name)}: expected 0 to 1")
     if args.temperature <= 0:
@@ -207,10 +209,8 @@ def load_prompts(
 def load_pretraining(path: str, encoding, length: int) -> tuple[Tensor, Tensor]:
     """Documents joined by the end token, (M,) int64, and where sequences of it may start, (N,).
 
-    A sequence starts where a document does, and in a long one every `length` tokens, and runs on
-    into what follows. Cut anywhere, text at a sequence's start would be the middle of something;
-    but a prompt stands at the start, and what the model does there is what PPO changes most.
-    `draw_pretraining` draws among the starts.
+    Starts are where a document does, and in a long one every `length` tokens; a sequence runs on
+    into what follows. `draw_pretraining` draws among the starts.
     """
     stream: list[int] = []
     starts: list[int] = []
@@ -224,14 +224,19 @@ def load_pretraining(path: str, encoding, length: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_pretraining(
-    stream: Tensor, starts: Tensor, count: int, length: int, rng: np.random.Generator
+    stream: Tensor, starts: Tensor, count: int, args: argparse.Namespace, rng: np.random.Generator
 ) -> Tensor:
-    """Sequences (count, length): each is the one that starts at, or last before, a random token.
+    """Pretraining sequences (count, ptx_tokens), a share `ptx_anywhere` of them cut anywhere.
 
-    Starts are thus drawn in proportion to the text behind them, not short documents too often.
+    Each of the others is the one that starts at, or last before, a random token: documents count by
+    their length. A prompt stands at a sequence's start, and what the model does there PPO changes
+    most, so that is where beginnings are needed; but with them alone, how to go on from the middle
+    of a text is lost.
     """
+    length = args.ptx_tokens
     places = torch.from_numpy(rng.integers(int(starts[-1]) + 1, size=count))
     first = starts[torch.searchsorted(starts, places, right=True) - 1]
+    first = torch.where(torch.arange(count) < round(args.ptx_anywhere * count), places, first)
     return stream[first[:, None] + torch.arange(length)]
 
 
@@ -816,7 +821,7 @@ def main(argv: list[str] | None = None) -> int:
                 break
             ptx_sequences = None
             if stream is not None:
-                ptx_sequences = draw_pretraining(stream, starts, num_ptx, args.ptx_tokens, rng)
+                ptx_sequences = draw_pretraining(stream, starts, num_ptx, args, rng)
                 ptx_sequences = ptx_sequences.to(device)
             updates.append(update(mb, models, optimizers, ptx_sequences, args))
             update_ema(ema, policy, args.ema)

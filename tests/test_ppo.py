@@ -978,14 +978,29 @@ def test_pretraining_sequences_start_at_documents(tiny: Tiny, tmp_path: Path) ->
 
 
 def test_pretraining_is_drawn_by_length() -> None:
-    """A start as often as there is text up to the next: else short documents would be too many."""
+    """A start as often as there is text up to the next: else short documents would be too many;
+    and the share that is cut anywhere begins at any place as often as at another."""
     stream, starts = torch.arange(100), torch.tensor([0, 10, 14, 44, 74])
     rng = np.random.default_rng(0)
-    drawn = train_ppo.draw_pretraining(stream, starts, 30_000, 4, rng)
+    flags = ["--batch_size", "8", "--ptx_tokens", "4", "--ptx_anywhere"]
+    drawn = train_ppo.draw_pretraining(
+        stream, starts, 30_000, train_ppo.get_args([*flags, "0"]), rng
+    )
     assert drawn.shape == (30_000, 4) and (drawn.diff(dim=1) == 1).all()
     shares = [(drawn[:, 0] == start).float().mean().item() for start in starts]
     # Places are drawn up to the last start, which stands for itself alone.
-    assert np.abs(np.array(shares) - np.array([10, 4, 30, 30, 1]) / 75).max() < 0.01
+    by_length = np.array([10, 4, 30, 30, 1]) / 75
+    assert np.abs(np.array(shares) - by_length).max() < 0.01
+
+    drawn = train_ppo.draw_pretraining(
+        stream, starts, 30_000, train_ppo.get_args([*flags, "0.25"]), rng
+    )
+    assert drawn.shape == (30_000, 4) and (drawn.diff(dim=1) == 1).all()
+    shares = drawn[:, 0].bincount(minlength=75).double().numpy() / 30_000
+    expected = np.full(75, 0.25 / 75)
+    expected[starts.numpy()] += 0.75 * by_length
+    assert np.abs(shares - expected).max() < 0.01
+    assert abs(shares[np.setdiff1d(np.arange(75), starts)].sum() - 0.25 * 70 / 75) < 0.01
 
 
 def test_rows_of_a_minibatch_are_sorted_by_length(
