@@ -788,7 +788,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Sampling.
     add("--max_prompt_tokens", type=int, default=96, help="longer prompts are dropped")
     add("--max_new_tokens", type=int, default=32, help="limit of a response")
-    add("--batch_size", type=int, default=128, help="responses sampled at once")
+    add("--batch_size", type=int, default=256, help="responses sampled at once")
     add("--seed", type=int, default=0, help="of all random draws")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to compute")  # fmt: skip
