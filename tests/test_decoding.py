@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.flash_decoding
 import kernels.runtime
-import model as model_file
 from model import GPT, GPTConfig, KVCache, ScalarModel, _Decoder, forward_flops, store_matrices
 
 END = 60
