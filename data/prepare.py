@@ -148,6 +148,19 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def give_tokenizers(folder: Path) -> None:
+    """Write tokenizer.json into every downloaded GPT-2 under `folder`, so that --init finds it."""
+    for weights in sorted(folder.glob("gpt2*/model.safetensors")):
+        path = weights.with_name("tokenizer.json")
+        if path.exists():
+            continue
+        if not (folder / "gpt2-bpe" / "vocab.bpe").exists():
+            print(f"{weights.parent}: its tokenizer is not there yet: --download gpt2-bpe")
+            continue
+        save_tokenizer(gpt2_encoding(folder / "gpt2-bpe"), path)
+        print(f"wrote {path}")
+
+
 # --- reading ------------------------------------------------------------------------------------
 
 
@@ -339,7 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.download:
         from data.downloads import download  # only here: conversion needs no network code
 
-        return download(args.download, DOWNLOADS)
+        download(args.download, DOWNLOADS)
+        give_tokenizers(DOWNLOADS)
+        return 0
     files = locate(args.names, args.folder)
     encoding = load_encoding(args.tokenizer, args.folder)
     account = Account()

@@ -9,7 +9,7 @@ import pytest
 
 from data.files import read_documents, read_jsonl, run_command
 from data.hygiene import pii_of
-from data.prepare import DATA_SETS, SPLITS, main
+from data.prepare import DATA_SETS, SPLITS, give_tokenizers, main
 from data.raw import find_files
 from data.tokenizer import load_tokenizer
 from tests.raw_sets import hh, node, qa, write_json, write_lines
@@ -244,3 +244,20 @@ def test_files_are_found_in_any_layout(tmp_path):
                                 "c/hh_rlhf.jsonl", "helpful-online/test.jsonl"]
     assert found("alpaca") == ["d/alpaca_data.json"]
     assert found("hh-rlhf", tmp_path / "helpful-online") == ["helpful-online/test.jsonl"]
+
+
+def test_downloaded_weights_get_their_tokenizer(tmp_path, real_data, capsys):
+    """As soon as both are there, whichever comes first; one that is there stays."""
+    for name in ("gpt2", "gpt2-xl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    give_tokenizers(tmp_path)
+    assert "--download gpt2-bpe" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("tokenizer.json"))
+    bpe = next(real_data.rglob("vocab.bpe")).parent
+    (tmp_path / "gpt2-bpe").symlink_to(bpe)
+    (tmp_path / "gpt2-xl" / "tokenizer.json").write_text("mine")
+    give_tokenizers(tmp_path)
+    encoding = load_tokenizer(tmp_path / "gpt2" / "tokenizer.json")
+    assert (encoding.n_vocab, encoding.eot_token) == (50257, 50256)
+    assert (tmp_path / "gpt2-xl" / "tokenizer.json").read_text() == "mine"
