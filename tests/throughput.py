@@ -2,7 +2,7 @@
 
     python -m tests.throughput                              the tiny world's sizes, on this machine
     python -m tests.throughput --preset gpt2 gpt2-xl        on a GPU; writes kernels/results/
-    python -m tests.throughput --plan                       memory of all presets on paper, no run
+    python -m tests.throughput --plan                       memory and operations on paper, no run
     python -m tests.throughput --preset gpt2 --rollout_size 256 -- --max_prompt_tokens 1
 
 The models have random weights of the preset's shape; data, batches and lengths are those that the
@@ -75,7 +75,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to time")
     add("--repeats", type=int, default=5, help="timed runs of each, after one that is not timed")
     add("--rollout_size", type=int, help="responses sampled at once, instead of the preset's")
-    add("--plan", action="store_true", help="print the memory of all presets on paper, and stop")
+    add("--plan", action="store_true", help="print memory and operations on paper, and stop")
     add("--out", type=Path, help="CSV; on a GPU without it: kernels/results/throughput_<GPU>.csv")
     add("flags", nargs="*", help="after --: flags for the three scripts")
     args = parser.parse_args(argv)
@@ -142,14 +142,37 @@ def memory_plan(stage: str, config: GPTConfig, args: argparse.Namespace) -> dict
                    "total": sum(held.values()) + max(rollout, update)}  # fmt: skip
 
 
+def operations(stage: str, config: GPTConfig, args: argparse.Namespace) -> float:
+    """Of a step, or of an iteration without pretraining data, with all sequences full; a prompt has
+    K = 4..9 responses in turn."""
+    longest = args.max_prompt_tokens + args.max_new_tokens
+    if stage == "sft":
+        tokens = args.batch_size * (longest - 1)  # at most: every token counted
+        return 3 * forward_flops(config, [longest] * args.batch_size, tokens)
+    if stage == "rm":
+        rows = sum(responses_of(i) for i in range(args.batch_size))
+        return 3 * forward_flops(config, [longest] * rows, 0)
+    with torch.device("meta"):
+        models: dict = {"policy": GPT(config), "reference": GPT(config)}
+        models |= {"reward_model": ScalarModel(config), "value_network": ScalarModel(config)}
+    new = args.batch_size * args.max_new_tokens
+    return train_ppo.iteration_flops(models, [longest] * args.batch_size, new, 0, args)
+
+
+def responses_of(prompt: int) -> int:
+    """4, 5, ..., 9, 4, ..."""
+    return 4 + prompt % (MOST_RESPONSES - 3)
+
+
 def print_plans(flags: list[str]) -> None:
-    """A line for each preset and stage, GiB."""
+    """A line for each preset and stage: petaflop of a step or iteration, GiB by item."""
     for preset, config in SHAPES.items():
         for stage in STAGES:
             args = stage_args(stage, preset, ["--device", "cpu", *flags])  # on paper: no GPU needed
             plan = memory_plan(stage, config, args)
             items = "  ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
-            print(f"{preset:12} {stage:4} GiB: {items}")
+            work = operations(stage, config, args) / 1e15
+            print(f"{preset:12} {stage:4} petaflop {work:.3g}  GiB: {items}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,9 +218,9 @@ def supervised(stage: str, config: GPTConfig, args: argparse.Namespace) -> tuple
         model = new_model(ScalarModel, config, args).train()
         batch = []
         for i in range(args.batch_size):
-            K = 4 + i % (MOST_RESPONSES - 3)
-            pairs = train_rm.untied_pairs(list(range(K)))
-            batch.append(train_rm.Comparison([sequence() for _ in range(K)], pairs))
+            sequences = [sequence() for _ in range(responses_of(i))]
+            pairs = train_rm.untied_pairs(list(range(len(sequences))))
+            batch.append(train_rm.Comparison(sequences, pairs))
         count, predicted = sum(len(group.sequences) for group in batch), 0
     optimizer = adamw(model, args.lr)
 
