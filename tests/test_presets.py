@@ -2,6 +2,7 @@
 checkpointing and sampling in parts change what they should change, and nothing else."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import model as model_file
 import train_ppo
 import train_rm
 import train_sft
-from data.files import read_log
+from data.files import read_log, run_command
 from model import GPT, GPT2_NAMES, ScalarModel, forward_flops
 from tests.tiny import Tiny
 
@@ -137,6 +138,22 @@ def test_checkpointing_and_micro_batches_of_a_preset_change_no_byte(
         assert least <= flops <= 3 * forward_flops(config, [44] * (tokens // 20 + 12), tokens)
     if not torch.cuda.is_available():
         assert {clock["mfu"] for clock in no_peak} == {""}
+
+
+def test_a_preset_starts_from_downloaded_weights(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """`--preset gpt2` finds data/downloads/gpt2; without it, the error says how to get it."""
+    monkeypatch.setattr(model_file, "DOWNLOADS", tmp_path / "downloads")
+    argv = ["--preset", "gpt2", "--data", str(tiny.demonstrations), "--device", "cpu",
+            "--max_prompt_tokens", "36", "--max_new_tokens", "8", "--max_steps", "1",
+            "--out", str(tmp_path / "sft")]  # fmt: skip
+    assert run_command(lambda: train_sft.main(argv)) == 2
+    assert "data.prepare --download gpt2" in capsys.readouterr().err
+    shutil.copytree(tiny.base, tmp_path / "downloads" / "gpt2")
+    assert train_sft.main(argv) == 0
+    row = read_log(tmp_path / "sft" / "log.csv", train_sft.LOG)[0]
+    assert float(row["lr"]) == train_sft.PRESETS["gpt2"]["lr"]
 
 
 def check_kl_starts_at_zero(log: list[dict]) -> None:

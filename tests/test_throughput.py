@@ -197,5 +197,6 @@ def test_operations_on_paper_are_those_of_the_timed_work() -> None:
         _, about = throughput.supervised(stage, SMALL, args)
         assert throughput.operations(stage, SMALL, args) == about[f"{stage}_step"]["flops"]
     args = stage_args("ppo", "tiny", flags)
-    once, heads = (throughput.forward_flops(SMALL, rows, n) for rows, n in (([18] * 8, 0), ([], 48)))
+    once = throughput.forward_flops(SMALL, [18] * 8, 0)
+    heads = throughput.forward_flops(SMALL, [], 8 * 6)
     assert throughput.operations("ppo", SMALL, args) == 11 * once + 6 * heads
