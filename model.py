@@ -610,7 +610,7 @@ def find_model(name_or_dir: str | Path) -> Path:
         if not folder.is_dir():
             raise BadInput(
                 f"{folder}: no such folder; get the weights with "
-                f"`python -m data.prepare --download {name_or_dir}`"
+                f"`python -m data.prepare --download gpt2-bpe {name_or_dir}`"
             )
         return folder
     return Path(name_or_dir)

@@ -149,7 +149,7 @@ def test_a_preset_starts_from_downloaded_weights(
             "--max_prompt_tokens", "36", "--max_new_tokens", "8", "--max_steps", "1",
             "--out", str(tmp_path / "sft")]  # fmt: skip
     assert run_command(lambda: train_sft.main(argv)) == 2
-    assert "data.prepare --download gpt2" in capsys.readouterr().err
+    assert "data.prepare --download gpt2-bpe gpt2" in capsys.readouterr().err
     shutil.copytree(tiny.base, tmp_path / "downloads" / "gpt2")
     assert train_sft.main(argv) == 0
     row = read_log(tmp_path / "sft" / "log.csv", train_sft.LOG)[0]
@@ -164,9 +164,9 @@ def check_kl_starts_at_zero(log: list[dict]) -> None:
 @pytest.fixture(scope="module")
 def ppo(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """A run with the preset: its logs, and what was seen of its models on the way."""
-    seen: dict = {"gradients": []}
+    seen: dict = {"gradients": [], "flops": []}
     with pytest.MonkeyPatch.context() as patch:
-        sample, score = train_ppo.sample, train_ppo.score
+        sample, score, flops = train_ppo.sample, train_ppo.score, train_ppo.iteration_flops
 
         def spying_sample(policy: GPT, *args):
             seen["gradients"].append(any(p.grad is not None for p in policy.parameters()))
@@ -179,6 +179,11 @@ def ppo(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict:
             }
             return score(tokens, lengths, prompt_lengths, models, args)
 
+        def spying_flops(*args):
+            seen["flops"].append(flops(*args))
+            return seen["flops"][-1]
+
+        patch.setattr(train_ppo, "iteration_flops", spying_flops)
         patch.setattr(train_ppo, "sample", spying_sample)
         patch.setattr(train_ppo, "score", spying_score)
         out = tmp_path_factory.mktemp("preset") / "ppo"
@@ -221,9 +226,17 @@ def test_gradients_are_gone_before_the_next_rollout(ppo: dict) -> None:
     assert len(ppo["gradients"]) >= 2 and not any(ppo["gradients"])
 
 
-def test_timing_of_an_iteration(ppo: dict) -> None:
+def test_timing_of_an_iteration(ppo: dict, tiny: Tiny) -> None:
     assert len(ppo["timing"]) == 2
-    for row in ppo["timing"]:
+    config = GPT.from_pretrained(tiny.base).config
+    for log, row, counted in zip(ppo["log"], ppo["timing"], ppo["flops"], strict=True):
+        new = round(8 * float(log["response_len"]))
+        assert float(row["tok_per_s"]) * float(row["rollout_s"]) == pytest.approx(new, rel=0.01)
+        flops = float(row["mfu"]) * float(row["step_s"]) * 1e12
+        least = 11 * forward_flops(config, [1] * new, 0)  # 11 passes in all; prompts are more
+        most = 11 * forward_flops(config, [44] * 8, new) + 3 * forward_flops(config, [12] * 8, 96)
+        assert least < counted < most
+        assert flops == pytest.approx(counted, rel=1e-3)
         parts = sum(float(row[name]) for name in ("rollout_s", "score_s", "update_s"))
         assert parts == pytest.approx(float(row["step_s"]), rel=0.01)
         assert 0 < float(row["mfu"]) < 1 and float(row["tok_per_s"]) > 0
