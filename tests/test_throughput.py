@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 import train_sft
 from model import GPT, GPT2_NAMES, GPTConfig, KVCache, Linear, store_matrices
 from tests import throughput
@@ -200,3 +201,15 @@ def test_operations_on_paper_are_those_of_the_timed_work() -> None:
     once = throughput.forward_flops(SMALL, [18] * 8, 0)
     heads = throughput.forward_flops(SMALL, [], 8 * 6)
     assert throughput.operations("ppo", SMALL, args) == 11 * once + 6 * heads
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10", 125e12), ("NVIDIA L40S", 362e12),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA H20", None), ("another", None),
+])  # fmt: skip
+def test_peak_by_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert kernels.peak_flops("cuda") == peak
+    assert kernels.peak_flops("cpu") is None
