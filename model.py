@@ -18,12 +18,13 @@ Parameter names and layout are GPT-2's, so its weights load here and ours load e
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from data import files
@@ -121,6 +123,32 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights and biases of the `Linear` layers in `dtype`, half the memory at 16 bits.
+
+    Under autocast to `dtype` results stay the same bit for bit: there products cast them at each
+    use. Embeddings, layer norms and a scalar head, which autocast leaves alone, stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.to(dtype)
+
+
+def forward_flops(config: GPTConfig, lengths: Sequence[int], predicted: int) -> float:
+    """Operations of a forward pass over rows of these lengths, by the usual count: a product of
+    (n, a) and (a, b) has 2 n a b, attention is counted without its causal half left out.
+
+        sum_rows (24 L C^2 n + 4 L C n^2)  +  2 V C predicted
+
+    `predicted` is how many positions go through the unembedding. Training has three times as many
+    (a backward pass twice the forward's): with all positions predicted, 6 N + 12 L C T a token,
+    N = 12 L C^2 + V C (Chowdhery et al. 2022, B). Recomputation is not counted.
+    """
+    L, C = config.n_layer, config.n_embd
+    trunk = sum(24 * L * C**2 * n + 4 * L * C * n**2 for n in lengths)
+    return trunk + 2.0 * config.vocab_size * C * predicted
+
+
 class KVCache:
     """Keys and values of every layer for the tokens seen so far, (B, H, S, D) each."""
 
@@ -132,8 +160,9 @@ class KVCache:
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all but the given batch rows; one that is given twice is there twice."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):  # one at a time: the old one is freed
+                tensors[layer] = tensor[rows]
 
 
 @dataclass
@@ -250,11 +279,17 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2. `impl` chooses the kernels: "auto" (Triton on CUDA, torch elsewhere), or either."""
+    """A GPT-2. `impl` chooses the kernels: "auto" (Triton on CUDA, torch elsewhere), or either.
+
+    With `gradient_checkpointing` set, a forward pass that is to be differentiated keeps only each
+    block's input, and the backward pass computes the block again: about a ninth of the memory for
+    activations, a third more time. Gradients are the same, dropout included.
+    """
 
     def __init__(self, config: GPTConfig, impl: str = "auto"):
         super().__init__()
         self.config, self.impl = config, impl
+        self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -323,8 +358,12 @@ class GPT(nn.Module):
             packing = Packing.make(tokens.shape, lengths, prefixes)
         x = self.wte(tokens) + self.wpe.weight[:T]
         x = self.dropout(packing.to_list(x) if packing else x)
+        again = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for block in self.h:
-            x = block(x, lengths, packing, cache)
+            if again:
+                x = checkpoint(block, x, lengths, packing, None, use_reentrant=False)
+            else:
+                x = block(x, lengths, packing, cache)
         x = self.ln_f(x)
         return packing.to_rows(x) if packing else x
 
@@ -367,6 +406,7 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         repeats: Tensor | None = None,
+        _static: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sample a response to each prompt, with a KV cache, until the end token or the limit.
 
@@ -377,10 +417,12 @@ class GPT(nn.Module):
         gap, the tail filled with the end token; a length counts prompt, response and end token.
         Temperature 0 takes the likeliest token. The randomness is one uniform number
         per row and step, all drawn at the start: what a row gets does not depend on when other rows
-        end. Rows that ended leave the batch, a tenth of
-        it or more at a time, and then cost nothing.
+        end. Rows that ended leave the batch, a tenth of it or more at a time, and then cost
+        nothing. On a GPU (or with the private `_static`, for tests) a step's tensors stay where
+        they are and batch sizes are few, so that a step is one CUDA graph: see `_Decoder`.
         """
         device, end = prompts.device, self.config.eos_token_id
+        _static = device.type == "cuda" if _static is None else _static
         sources = torch.arange(len(prompts), device=device)  # row of the result -> its prompt
         if repeats is not None:
             sources = sources.repeat_interleave(repeats)
@@ -400,41 +442,42 @@ class GPT(nn.Module):
         if max_new_tokens == 0:
             return tokens, lengths.int()
         uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
-        weight = self.unembedding.float()  # float32 logits: 16-bit ones are off by 0.1 nats
 
-        cache = KVCache(self.config, len(prompts), longest, self.h[0].attn.c_attn.weight)
-        hidden = self(prompts[:, :longest_prompt], prompt_lengths.int(), cache)
+        model = self._for_decoding()
+        cache = KVCache(self.config, len(prompts), longest, model.h[0].attn.c_attn.weight)
+        hidden = model(prompts[:, :longest_prompt], prompt_lengths.int(), cache)
         if repeats is not None:
             cache.keep_rows(sources)
-        hidden = hidden[sources, lengths - 1]
-        rows = torch.arange(B, device=device)  # rows of the batch that are still being written
-        ended = torch.zeros(B, dtype=torch.bool, device=device)  # of those rows
+        decoder = _Decoder(model, tokens, lengths, cache, uniforms, temperature)
+        decoder.write(hidden[sources, lengths - 1])
+        del hidden
         # A look at `ended` waits for the device, so on a GPU it is rationed.
-        look_every = 1 if device.type == "cpu" else 8
-        for step in range(max_new_tokens):
-            with without_autocast(weight):
-                logits = hidden.float() @ weight.T
-            new = _sample(logits, uniforms[rows, step], temperature)
-            new = torch.where(ended, end, new)
-            tokens[rows, lengths[rows]] = new
-            lengths[rows] += (~ended).long()
-            ended = ended | (new == end)
-            if step + 1 == max_new_tokens:
-                break
-            if step % look_every == look_every - 1:
-                going = (~ended).nonzero().squeeze(1)
-                if len(going) == 0:
+        look_every = 8 if _static else 1
+        for step in range(1, max_new_tokens):
+            if step % look_every == 0:
+                going = int((~decoder.ended).sum())
+                if going == 0:
                     break
-                if len(going) < 0.9 * len(rows):  # below that, copying the cache pays
-                    cache.keep_rows(going)
-                    rows, new, ended = rows[going], new[going], ended[going]
-            # A row that ended but is still here rewrites its last place; nobody reads the result.
-            positions = lengths[rows] - 1
-            x = self.wte(new) + self.wpe(positions)
-            for block in self.h:
-                x = block.step(x, positions, cache)
-            hidden = self.ln_f(x)
+                left = max_new_tokens - step
+                decoder.keep(_next_size(going, len(decoder.rows), left, _static))
+            decoder.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the graph must not go while it runs
         return tokens, lengths.int()
+
+    def _for_decoding(self) -> GPT:
+        """This model with its matrices in the dtype of their products: cast once, not each step."""
+        weight = self.h[0].attn.c_attn.weight
+        if compute_dtype(weight) == weight.dtype:
+            return self
+        model = copy.copy(self)  # shares all parameters but the blocks'
+        model._modules = dict(self._modules)
+        blocks = nn.ModuleList()
+        for block in self.h:
+            blocks.append(copy.deepcopy(block))
+            store_matrices(blocks[-1], compute_dtype(weight))
+        model.h = blocks
+        return model
 
     @classmethod
     def from_pretrained(
@@ -456,6 +499,87 @@ class GPT(nn.Module):
             )
         config.resid_pdrop = resid_pdrop
         return _make(cls, config, weights, folder, impl)
+
+
+class _Decoder:
+    """Rows being written, N of the B of a result: the tensors of a step, and the step.
+
+    Nothing in `step` reads a value on the host or makes a tensor that the next step needs: it works
+    on the buffers below, in place. So on a GPU the first step at a batch size runs as it is, which
+    also warms up all kernels; the second is captured as a CUDA graph, and later ones are launches
+    of that graph, one call each instead of some fifteen a layer.
+    """
+
+    def __init__(
+        self, model: GPT, tokens: Tensor, lengths: Tensor, cache: KVCache, uniforms: Tensor,
+        temperature: float,
+    ):  # fmt: skip
+        self.model, self.cache, self.temperature = model, cache, temperature
+        self.tokens, self.lengths, self.uniforms = tokens, lengths, uniforms  # of all B rows
+        self.start = lengths.clone()  # (B,) prompt lengths
+        self.rows = torch.arange(len(tokens), device=tokens.device)  # (N,) which are written
+        self.new = torch.empty_like(self.rows)  # (N,) their newest tokens
+        self.ended = torch.zeros_like(self.rows, dtype=torch.bool)  # (N,)
+        self.weight = model.unembedding.float()  # float32 logits: 16-bit ones are off by 0.1 nats
+        self.captures = tokens.is_cuda
+        self.steps_here = 0  # at this batch size
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def write(self, hidden: Tensor) -> None:
+        """Choose a token for each row from its last hidden state (N, C), and append it."""
+        places = self.lengths[self.rows]
+        with without_autocast(self.weight):
+            logits = hidden.float() @ self.weight.T
+        uniforms = self.uniforms[self.rows, places - self.start[self.rows]]
+        end = self.model.config.eos_token_id
+        self.new.copy_(_sample(logits, uniforms, self.temperature))
+        self.new.masked_fill_(self.ended, end)
+        # A row that ended but is still here writes the end token behind its end, where one stands.
+        self.tokens[self.rows, places] = self.new
+        self.lengths[self.rows] = places + (~self.ended).long()
+        self.ended.logical_or_(self.new == end)
+
+    def advance(self) -> None:
+        """Run the newest tokens through the model, and write the next ones."""
+        positions = self.lengths[self.rows] - 1
+        x = self.model.wte(self.new) + self.model.wpe(positions)
+        for block in self.model.h:
+            x = block.step(x, positions, self.cache)
+        self.write(self.model.ln_f(x))
+
+    def step(self) -> None:
+        """`advance`, on a GPU as a CUDA graph from the second step at a batch size on."""
+        self.steps_here += 1
+        if not self.captures or self.steps_here == 1:
+            self.advance()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, runs nothing
+                self.advance()
+        self.graph.replay()
+
+    def keep(self, size: int) -> None:
+        """Go on with `size` rows: those that have not ended, filled up with some that have."""
+        if size == len(self.rows):
+            return
+        self.graph, self.steps_here = None, 0  # the buffers move
+        kept = self.ended.int().argsort(stable=True)[:size]
+        self.cache.keep_rows(kept)
+        self.rows, self.new, self.ended = self.rows[kept], self.new[kept], self.ended[kept]
+
+
+def _next_size(going: int, size: int, steps_left: int, static: bool) -> int:
+    """The batch size to go on with, where `going` of `size` rows have not ended.
+
+    Copying the cache of fewer rows pays when a tenth has ended. With CUDA graphs a new size also
+    costs a step without graph and a capture: sizes are powers of two from 8, and the step is made
+    for a quarter of the rows and 16 steps.
+    """
+    if not static:
+        return going if going < 0.9 * size else size
+    smaller = max(8, 1 << (going - 1).bit_length())
+    return smaller if smaller <= 0.75 * size and steps_left >= 16 else size
 
 
 def _sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:

@@ -63,13 +63,38 @@ from data.files import (
     write_atomic,
 )
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
-from model import GPT, Checkpoints, ScalarModel, check_tokenizer, find_model, pad_right
+from model import (
+    GPT,
+    Checkpoints,
+    ScalarModel,
+    check_tokenizer,
+    find_model,
+    forward_flops,
+    pad_right,
+    store_matrices,
+)
 
 LOG = ["step", "episodes", "lr", "score", "score_std", "kl", "kl_coef", "reward", "entropy"]
 LOG += ["response_len", "eos_frac", "policy_loss", "value_loss", "ptx_loss", "approx_kl"]
 LOG += ["clipfrac", "vf_clipfrac", "ratio_max", "explained_variance", "grad_norm"]
 LOG += ["value_grad_norm", "check_agreement", "val_score", "val_kl"]
-TIMING = ["step", "rollout_s", "score_s", "update_s", "step_s", "tok_per_s", "mem_gib"]
+TIMING = ["step", "rollout_s", "score_s", "update_s", "step_s", "tok_per_s", "mfu", "mem_gib"]
+# --preset: GPT-2's sizes on one GPU. Batch, minibatches, kl_coef and the value network's rate are
+# the paper's, the policy's rates within what it tried (C.4, E.9); none is tuned. Held are policy
+# and value network in float32 with gradients and Adam's two moments, their average, and two frozen
+# models in bfloat16: about 40 bytes a parameter. More in `python -m tests.throughput`.
+GPT2 = {"device": "cuda", "dtype": "bfloat16", "frozen_dtype": "bfloat16", "kl_coef": 0.02,
+        "batch_size": 512, "max_steps": 500, "value_lr": 9e-6, "ptx_ratio": 1.0, "ptx_tokens": 512,
+        "max_prompt_tokens": 512, "max_new_tokens": 256, "eval_every": 50,
+        "save_every": 100}  # fmt: skip
+PRESETS = {
+    "gpt2": GPT2 | {"lr": 1.5e-5, "micro_batch_size": 8, "rollout_size": 128},
+    "gpt2-medium": GPT2 | {"lr": 1e-5, "micro_batch_size": 4, "rollout_size": 64},
+    "gpt2-large": GPT2 | {"lr": 8e-6, "micro_batch_size": 16, "rollout_size": 64,
+                          "grad_checkpointing": True},
+    "gpt2-xl": GPT2 | {"lr": 5e-6, "micro_batch_size": 8, "rollout_size": 64,
+                       "grad_checkpointing": True},
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
@@ -81,6 +106,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
+    add("--preset", choices=PRESETS, help="settings for a GPT-2 on one GPU; flags given win")
     add("--data", default="out/data/train/ppo_prompts.jsonl", help="prompts.jsonl of customers")
     add("--val_data", help="prompts.jsonl for val_score and val_kl of the averaged weights")
     add("--pretrain_data", help="pretrain.txt; needed with --ptx_coef over 0")
@@ -108,6 +134,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=128, help="episodes an iteration (paper: 512)")
     add("--num_minibatches", type=int, default=8, help="updates an iteration (paper: 8)")
     add("--micro_batch_size", type=int, default=8, help="sequences a forward pass; 0: a minibatch")
+    add("--rollout_size", type=int, default=0, help="responses sampled at once; 0: all")
     add("--inner_epochs", type=int, default=1, help="passes over an iteration's batch (paper: 1)")
     add("--lr", type=float, default=6e-4, help="of the policy (paper tried 2.55e-6 to 2.55e-5)")
     add("--value_lr", type=float, default=5e-4, help="of the value network (paper: 9e-6)")
@@ -131,7 +158,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to compute")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add("--frozen_dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of reference and reward model; bfloat16 only with --dtype bfloat16")  # fmt: skip
+    add("--grad_checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="compute blocks again in the backward pass: less memory")  # fmt: skip
+    add("--peak_tflops", type=float, default=0.0, help="of the GPU, for mfu; 0: by its name")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    # A preset changes the defaults, so that flags win over it and --help shows it.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    parser.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
 
     at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
@@ -139,6 +175,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
     at_least_zero += ["seed", "stop_seconds", "lr", "value_lr", "grad_clip", "kl_coef", "ptx_coef"]
     at_least_zero += ["cliprange", "cliprange_value", "entropy_coef", "print_samples"]
+    at_least_zero += ["rollout_size"]
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name} {value}: expected a finite number")
@@ -156,6 +193,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("data", "init", "reward_model", "out"):
         if not getattr(args, name):
             parser.error(f"--{name} is empty: expected a path")
+    if args.frozen_dtype == "bfloat16" and args.dtype != "bfloat16":
+        parser.error("--frozen_dtype bfloat16 needs --dtype bfloat16; give --frozen_dtype float32")
     for name in ("init", "reward_model", "check_model"):
         folder = getattr(args, name)
         if folder and os.path.realpath(args.out) == os.path.realpath(folder):
@@ -332,15 +371,26 @@ def sample(
     policy: GPT, prompts: list[list[int]], seed: int, args: argparse.Namespace,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One response to each prompt: tokens (B, T), prompt_lengths (B,), lengths (B,)."""
-    device = torch.device(args.device)
+    """One response to each prompt: tokens (B, T), prompt_lengths (B,), lengths (B,).
+
+    With --rollout_size, so many at a time, those with prompts of like length together.
+    """
+    device, end = torch.device(args.device), policy.config.eos_token_id
     generator = torch.Generator(device).manual_seed(seed)
-    padded, prompt_lengths = pad_right(prompts, policy.config.eos_token_id, device)
-    with autocast(args):
-        tokens, lengths = policy.generate(
-            padded, prompt_lengths, args.max_new_tokens, temperature=temperature,
-            generator=generator,
-        )  # fmt: skip
+    padded, prompt_lengths = pad_right(prompts, end, device)
+    tokens = F.pad(padded, (0, args.max_new_tokens), value=end)
+    lengths = torch.empty_like(prompt_lengths)
+    order = torch.arange(len(prompts), device=device)
+    if args.rollout_size:
+        order = prompt_lengths.argsort(stable=True)
+    for rows in order.split(args.rollout_size or len(prompts)):
+        width = int(prompt_lengths[rows].max())
+        with autocast(args):
+            part, lengths[rows] = policy.generate(
+                padded[rows, :width], prompt_lengths[rows], args.max_new_tokens,
+                temperature=temperature, generator=generator,
+            )  # fmt: skip
+        tokens[rows, : part.shape[1]] = part
     return tokens, prompt_lengths, lengths
 
 
@@ -563,6 +613,23 @@ def evaluate(
     return {"val_score": torch.cat(scores).mean().item(), "val_kl": torch.cat(kls).mean().item()}
 
 
+def iteration_flops(
+    models: dict[str, torch.nn.Module], lengths: list[int], new_tokens: int, num_ptx: int,
+    args: argparse.Namespace,
+) -> float:  # fmt: skip
+    """Operations of an iteration: each row once through every model in scoring, once more through
+    the policy in sampling, and three times (forward and backward) through what is trained, in each
+    inner epoch; and the pretraining sequences. The language models' heads see response tokens."""
+    trained = 3 * args.inner_epochs
+    times = {"policy": 2 + trained, "value_network": 1 + trained}
+    flops = 0.0
+    for name, model in models.items():
+        predicted = new_tokens if isinstance(model, GPT) else 0
+        flops += times.get(name, 1) * forward_flops(model.config, lengths, predicted)
+    ptx = forward_flops(models["policy"].config, [args.ptx_tokens], args.ptx_tokens - 1)
+    return flops + 3 * num_ptx * ptx
+
+
 def rollout_metrics(minibatches: list[Minibatch]) -> dict[str, float]:
     """What the iteration's episodes were like; KL and reward in nats and score units a response."""
     scores = torch.cat([mb.scores for mb in minibatches])
@@ -710,6 +777,10 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("reference", "reward_model", "check_model"):
         if name in models:
             models[name].requires_grad_(False)
+            if args.frozen_dtype == "bfloat16":  # as autocast would cast them: KL starts at 0
+                store_matrices(models[name], torch.bfloat16)
+    for trunk in (policy, models["value_network"].trunk):
+        trunk.gradient_checkpointing = args.grad_checkpointing
     ema.requires_grad_(False)
     if args.max_prompt_tokens + args.max_new_tokens > context:
         raise BadInput(
@@ -739,6 +810,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
     left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds", "minibatch_size")
+    left_out += ("preset", "peak_tflops")
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.pretrain_data, args.val_data, tokenizer_path,
             init / "model.safetensors", Path(args.reward_model, "model.safetensors"),
@@ -785,6 +857,7 @@ def main(argv: list[str] | None = None) -> int:
         f"kernels {kernels.resolve(args.kernels, args.device)}; "
         f"{total_steps} iterations of {args.batch_size} episodes, from {step}"
     )
+    peak_flops = args.peak_tflops * 1e12 or kernels.peak_flops(args.device)
     while step < total_steps:
         started = time.perf_counter()
         step += 1
@@ -830,6 +903,8 @@ def main(argv: list[str] | None = None) -> int:
             phase, place, bad = first_not_finite(minibatches, updates)
             bad_records = [records[chosen[i]] for i in rows_of[place]]
             return stop_not_finite(out, step, phase, place, bad, bad_records)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)  # the next rollout needs the memory
         finished = time.perf_counter()
 
         # Means over all updates of the iteration; maximum for the ratio.
@@ -854,19 +929,24 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         new_tokens = int((lengths - prompt_lengths).sum())
-        timing.write({
+        num_ptx_now = num_ptx * len(updates) if stream is not None else 0
+        flops = iteration_flops(models, lengths.tolist(), new_tokens, num_ptx_now, args)
+        clocks = {
             "step": step, "rollout_s": sampled - started, "score_s": scored - sampled,
             "update_s": finished - scored, "step_s": finished - started,
             "tok_per_s": new_tokens / (sampled - started),
+            "mfu": flops / (finished - started) / peak_flops if peak_flops else None,
             "mem_gib": memory,
-        })  # fmt: skip
+        }  # fmt: skip
+        timing.write(clocks)
         shown = ["score", "kl", "reward", "response_len", "policy_loss", "value_loss", "ptx_loss"]
         shown += ["approx_kl", "clipfrac", "explained_variance", "val_score", "val_kl"]
         print(
             f"{out.name} {step:04d}/{total_steps} | "
             + " | ".join(f"{k} {row[k]:+.3f}" for k in shown if row[k] is not None)
             + f" | rollout_s {sampled - started:.2f} | score_s {scored - sampled:.2f}"
-            + f" | update_s {finished - scored:.2f}",
+            + f" | update_s {finished - scored:.2f} | tok_per_s {clocks['tok_per_s']:,.0f}"
+            + f" | mem_gib {memory:.1f}" + (f" | mfu {clocks['mfu']:.3f}" if peak_flops else ""),
             flush=True,
         )
         leave = bool(stop)

@@ -39,11 +39,29 @@ from torch import Tensor
 import kernels
 from data.files import BadInput, Log, fingerprint, read_jsonl, run_command, write_atomic
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
-from model import GPT, Checkpoints, ScalarModel, check_tokenizer, find_model, pad_right
+from model import (
+    GPT,
+    Checkpoints,
+    ScalarModel,
+    check_tokenizer,
+    find_model,
+    forward_flops,
+    pad_right,
+)
 
 LOG = ["step", "epoch", "lr", "loss", "accuracy", "margin", "chosen_score", "rejected_score"]
 LOG += ["grad_norm", "tokens", "val_loss", "val_accuracy"]
-TIMING = ["step", "step_s", "tok_per_s", "mem_gib"]
+TIMING = ["step", "step_s", "tok_per_s", "mfu", "mem_gib"]
+# --preset: GPT-2's sizes on one GPU. Batch and the largest size's rate are the paper's (C.2);
+# smaller models take larger rates; none is tuned. Memory: `python -m tests.throughput`.
+GPT2 = {"device": "cuda", "dtype": "bfloat16", "batch_size": 64, "save_every": 1000,
+        "max_prompt_tokens": 512, "max_new_tokens": 256}  # fmt: skip
+PRESETS = {
+    "gpt2": GPT2 | {"lr": 3e-5, "micro_batch_size": 2},
+    "gpt2-medium": GPT2 | {"lr": 2e-5, "micro_batch_size": 2},
+    "gpt2-large": GPT2 | {"lr": 1.5e-5, "micro_batch_size": 4, "grad_checkpointing": True},
+    "gpt2-xl": GPT2 | {"lr": 9e-6, "micro_batch_size": 4, "grad_checkpointing": True},
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -55,6 +73,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
+    add("--preset", choices=PRESETS, help="settings for a GPT-2 on one GPU; flags given win")
     add("--data", default="out/data/train/comparisons.jsonl", help="comparisons.jsonl")
     add("--val_data", help="comparisons.jsonl on held-out prompts")
     add("--held_out_data", help="comparisons.jsonl of labelers who gave no training data")
@@ -83,7 +102,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to compute")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add("--grad_checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="compute blocks again in the backward pass: less memory")  # fmt: skip
+    add("--peak_tflops", type=float, default=0.0, help="of the GPU, for mfu; 0: by its name")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    # A preset changes the defaults, so that flags win over it and --help shows it.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    parser.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
 
     at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
@@ -372,6 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     model = ScalarModel.from_gpt(sft, impl=args.kernels)
     check_tokenizer(model.config, encoding, tokenizer_path)
     model.to(device).train()
+    model.trunk.gradient_checkpointing = args.grad_checkpointing
     context = model.config.n_positions
     if args.max_prompt_tokens + args.max_new_tokens > context:
         raise BadInput(
@@ -398,7 +425,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
-    left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds")
+    left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds", "preset")
+    left_out += ("peak_tflops",)
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.val_data, args.held_out_data, args.demonstrations, tokenizer_path,
             init / "model.safetensors")  # fmt: skip
@@ -436,6 +464,7 @@ def main(argv: list[str] | None = None) -> int:
         f"kernels {kernels.resolve(args.kernels, args.device)}; "
         f"{total_steps} steps of {args.batch_size} prompts, from step {step}"
     )
+    peak_flops = args.peak_tflops * 1e12 or kernels.peak_flops(args.device)
     batches, batches_epoch, val = [], -1, None
     while step < total_steps:
         started = time.perf_counter()
@@ -474,15 +503,21 @@ def main(argv: list[str] | None = None) -> int:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / kib
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
-        timing.write({
+        flops = 3 * forward_flops(
+            model.config, [len(s) for group in batch for s in group.sequences], predicted=0
+        )
+        clocks = {
             "step": step, "step_s": seconds, "tok_per_s": row["tokens"] / seconds,
-            "mem_gib": memory,
-        })  # fmt: skip
+            "mfu": flops / seconds / peak_flops if peak_flops else None, "mem_gib": memory,
+        }  # fmt: skip
+        timing.write(clocks)
         if looks or step % 50 == 0:
             shown = [f"{out.name} {step:05d}/{total_steps}", f"lr {lr:.2e}"]
             shown += [f"{k} {row[k]:.3f}" for k in ("loss", "accuracy", "margin")]
             shown += [f"{k} {row[k]:.3f}" for k in ("val_loss", "val_accuracy") if row[k]]
-            print(" | ".join([*shown, f"tok_per_s {row['tokens'] / seconds:,.0f}"]), flush=True)
+            shown += [f"tok_per_s {clocks['tok_per_s']:,.0f}", f"mem_gib {memory:.1f}"]
+            shown += [f"mfu {clocks['mfu']:.3f}"] if peak_flops else []
+            print(" | ".join(shown), flush=True)
         leave = bool(stop)
         if leave:
             signal.setitimer(signal.ITIMER_REAL, 0)  # the step has ended in time

@@ -47,11 +47,31 @@ from data.files import (
     write_atomic,
 )
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
-from model import GPT, Checkpoints, GPTConfig, check_tokenizer, find_model, pad_right
+from model import (
+    GPT,
+    Checkpoints,
+    GPTConfig,
+    check_tokenizer,
+    find_model,
+    forward_flops,
+    pad_right,
+)
 
 LOG = ["step", "epoch", "lr", "loss", "pretrain_loss", "grad_norm", "tokens"]
 LOG += ["val_loss", "val_pretrain_loss"]
-TIMING = ["step", "step_s", "tok_per_s", "mem_gib"]
+TIMING = ["step", "step_s", "tok_per_s", "mfu", "mem_gib"]
+# --preset: GPT-2's sizes on one GPU. Batch and the largest size's rate are the paper's for 1.3B
+# (C.1); smaller models take larger rates; none is tuned. Memory: `python -m tests.throughput`.
+GPT2 = {"device": "cuda", "dtype": "bfloat16", "epochs": 3, "batch_size": 32, "save_every": 1000,
+        "max_prompt_tokens": 512, "max_new_tokens": 256, "short_fraction": 0.0}  # fmt: skip
+PRESETS = {
+    "gpt2": GPT2 | {"init": "gpt2", "lr": 5e-5, "micro_batch_size": 8},
+    "gpt2-medium": GPT2 | {"init": "gpt2-medium", "lr": 3e-5, "micro_batch_size": 8},
+    "gpt2-large": GPT2 | {"init": "gpt2-large", "lr": 2e-5, "micro_batch_size": 16,
+                          "grad_checkpointing": True},
+    "gpt2-xl": GPT2 | {"init": "gpt2-xl", "lr": 9.65e-6, "micro_batch_size": 16,
+                       "grad_checkpointing": True},
+}  # fmt: skip
 Example = tuple[list[int], int]  # tokens, and how many of them, at the start, are not in the loss
 
 
@@ -64,6 +84,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
+    add("--preset", choices=PRESETS, help="settings for a GPT-2 on one GPU; flags given win")
     add("--data", help="demonstrations.jsonl; absent with --pretrain_data: pretraining")
     add("--val_data", help="demonstrations.jsonl for the validation loss")
     add("--pretrain_data", help="pretrain.txt; with --data it is mixed in")
@@ -110,7 +131,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to compute")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile each block")  # fmt: skip
+    add("--grad_checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="compute blocks again in the backward pass: less memory")  # fmt: skip
+    add("--peak_tflops", type=float, default=0.0, help="of the GPU, for mfu; 0: by its name")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    # A preset changes the defaults, so that flags win over it and --help shows it.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    parser.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
 
     at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
@@ -266,14 +296,14 @@ def backward(model: GPT, examples: list[Example], weight: float, args: argparse.
     """
     end, device = model.config.eos_token_id, torch.device(args.device)
     counted = sum(len(tokens) - skipped for tokens, skipped in examples)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)  # read once, for the GPU's sake
     for start in range(0, len(examples), args.micro_batch_size):
         batch = collate(examples[start : start + args.micro_batch_size], end, device)
         with autocast(args):
             loss = sft_loss(model, *batch) / counted
         (weight * loss).backward()
-        total += loss.item()
-    return total
+        total += loss.detach()
+    return total.item()
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -359,6 +389,10 @@ def main(argv: list[str] | None = None) -> int:
             model.start_from_sinusoids()
     check_tokenizer(model.config, encoding, tokenizer_path)
     model.to(device).train()
+    model.gradient_checkpointing = args.grad_checkpointing
+    if args.compile:
+        for block in model.h:
+            block.compile(dynamic=True)  # of all lengths at once
     context = model.config.n_positions
     if args.data and args.max_prompt_tokens + args.max_new_tokens > context:
         raise BadInput(
@@ -411,7 +445,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
-    left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds")
+    left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds", "preset")
+    left_out += ("peak_tflops",)
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.pretrain_data, args.val_data, args.val_pretrain_data, tokenizer_path,
             init and init / "model.safetensors")  # fmt: skip
@@ -450,6 +485,7 @@ def main(argv: list[str] | None = None) -> int:
         f"kernels {kernels.resolve(args.kernels, args.device)}; "
         f"{total_steps} steps of batch size {args.batch_size}, from step {step}"
     )
+    peak_flops = args.peak_tflops * 1e12 or kernels.peak_flops(args.device)
     batches, batches_epoch = [], -1
     while step < total_steps:
         started = time.perf_counter()
@@ -468,7 +504,7 @@ def main(argv: list[str] | None = None) -> int:
         # Gradients: demonstrations, then the mixed-in pretraining data, into the same buffers.
         optimizer.zero_grad(set_to_none=True)
         loss = backward(model, batch, 1 - args.pretrain_fraction if mixing else 1.0, args)
-        pretrain_loss = None
+        pretrain_loss, mixed = None, []
         if mixing:
             rng = np.random.default_rng([args.seed, 1, step])
             draw = np.searchsorted(parts_end, rng.integers(parts_end[-1], size=num_mixed), "right")
@@ -498,14 +534,21 @@ def main(argv: list[str] | None = None) -> int:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / kib
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
-        timing.write({
+        flops = 3 * forward_flops(
+            model.config, [len(tokens) for tokens, _ in batch + mixed],
+            sum(len(tokens) - skipped for tokens, skipped in batch + mixed),
+        )  # fmt: skip
+        clocks = {
             "step": step, "step_s": seconds, "tok_per_s": row["tokens"] / seconds,
-            "mem_gib": memory,
-        })  # fmt: skip
+            "mfu": flops / seconds / peak_flops if peak_flops else None, "mem_gib": memory,
+        }  # fmt: skip
+        timing.write(clocks)
         if epoch_ends or step % 50 == 0:
             shown = [f"{out.name} {step:05d}/{total_steps}", f"epoch {epoch + 1}", f"lr {lr:.2e}"]
             shown += [f"{k} {v:.3f}" for k, v in row.items() if "loss" in k and v is not None]
-            print(" | ".join([*shown, f"tok_per_s {row['tokens'] / seconds:,.0f}"]), flush=True)
+            shown += [f"tok_per_s {clocks['tok_per_s']:,.0f}", f"mem_gib {memory:.1f}"]
+            shown += [f"mfu {clocks['mfu']:.3f}"] if peak_flops else []
+            print(" | ".join(shown), flush=True)
         leave = bool(stop)
         if leave:
             signal.setitimer(signal.ITIMER_REAL, 0)  # the step has ended in time

@@ -20,9 +20,10 @@ _HOME = {
     "decode_attention": "flash_decoding",
     "logprobs": "linear_logprob",
     "SCORE_MODS": "score_mods",
+    "peak_flops": "runtime",
     "resolve": "runtime",
 }
-__all__ = ["SCORE_MODS", "attention", "decode_attention", "logprobs", "resolve"]
+__all__ = ["SCORE_MODS", "attention", "decode_attention", "logprobs", "peak_flops", "resolve"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ there, so they are refused.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,7 +26,24 @@ except ImportError:  # not Linux, or not installed: the torch implementations do
     tl = None
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+# Dense bfloat16 products with float32 sums, operations a second, by the makers' data sheets; the
+# first that matches counts. (kernels/measure.py has what products reach.)
+PEAK_FLOPS = {
+    r"Laptop": None,  # has the name of a faster card
+    r"B200": 2250e12, r"H200": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H100": 989e12,
+    r"A100": 312e12, r"L40S": 362e12, r"L4": 121e12, r"A10": 125e12,
+    r"RTX 4090": 165e12, r"RTX 3090": 71e12,
+}  # fmt: skip
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def peak_flops(device: str) -> float | None:
+    """Operations a second that the GPU has by its data sheet; None where it is not in the table,
+    and on a CPU."""
+    if device != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def jit(function: Callable) -> Any:

@@ -2,9 +2,11 @@
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,6 +53,41 @@ def test_modules_run_in_the_readme_exist() -> None:
     for module in set(re.findall(r"python -m ([\w.]+)", README)):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), module
+
+
+def commands() -> list[str]:
+    """Python commands of the README's code blocks, each on one line."""
+    blocks = "".join(re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_in_the_readme_parse(command: str) -> None:
+    words = shlex.split(command, comments=True)[1:]
+    name = words.pop(0)
+    name = words.pop(0) if name == "-m" else name.removesuffix(".py")
+    module = importlib.import_module(name)
+    if name in SCRIPTS and not torch.cuda.is_available():
+        words += ["--device", "cpu"]  # which a preset would not choose
+    args = module.get_args(words)
+    named = {word[2:].removeprefix("no-") for word in words if word.startswith("--")}
+    assert named <= set(vars(args)) | {"from"}  # spelt in full
+
+
+def test_the_way_on_one_gpu_is_complete() -> None:
+    """Whatever under out/ a command reads is what a command before it wrote."""
+    shown = section("One GPU")
+    lines = "".join(re.findall(r"^```\n(.*?)^```", shown, flags=re.M | re.S))
+    written: set[str] = set()
+    for line in lines.replace("\\\n", " ").splitlines():
+        out = re.findall(r"(?:--out |> )(out/\S+)", line)
+        for path in re.findall(r"out/[\w./]+", line):
+            known = any(path == w or path.startswith(w + "/") for w in written)
+            assert path in out or known, f"{path} in: {line}"
+        written |= set(out)
+    for script in ("train_sft", "train_rm", "train_ppo", "sample", "evaluate", "data.label"):
+        assert script in lines
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

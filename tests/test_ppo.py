@@ -879,7 +879,7 @@ def test_the_log_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
         assert float(row["ptx_loss"]) > 1 and 0 <= float(row["eos_frac"]) <= 1
     assert float(rows[3]["ptx_loss"]) < float(rows[0]["ptx_loss"])
     info = read_info(out)
-    assert (info["stage"], info["data"]) == ("ppo", [str(tiny.prompts)])
+    assert (info["stage"], info["data"]) == ("ppo", [str(tiny.prompts), str(tiny.pretrain)])
     assert info["reference"] == str(tiny.base)
 
 
