@@ -40,6 +40,7 @@ import copy
 import json
 import math
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -62,7 +63,15 @@ from data.files import (
     write_atomic,
 )
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
-from model import GPT, Checkpoints, ScalarModel, check_tokenizer, find_model, pad_right
+from model import (
+    GPT,
+    Checkpoints,
+    ScalarModel,
+    check_tokenizer,
+    find_model,
+    pad_right,
+    save_model,
+)
 
 LOG = ["step", "episodes", "lr", "score", "score_std", "kl", "kl_coef", "reward", "entropy"]
 LOG += ["response_len", "eos_frac", "policy_loss", "value_loss", "ptx_loss", "approx_kl"]
@@ -119,6 +128,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=32, help="limit of a response (paper: 1000)")
     add("--eval_every", type=int, default=20, help="iterations between validations; 0: at the end")
     add("--save_every", type=int, default=20, help="iterations between checkpoints; 0: at the end")
+    add("--keep_every", type=int, default=0,
+        help="keep the averaged model of every so many iterations under OUT/steps/; 0: none")
     add("--print_samples", type=int, default=2, help="samples shown at each validation")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--seed", type=int, default=0, help="of all random draws")
@@ -131,6 +142,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
     at_least_one += ["num_minibatches", "inner_epochs", "ptx_tokens"]
     at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
+    at_least_zero += ["keep_every"]
     for limit, names in ((1, at_least_one), (0, at_least_zero)):
         for name in names:
             if getattr(args, name) < limit:
@@ -684,7 +696,7 @@ def main(argv: list[str] | None = None) -> int:
     peak = {"policy": args.lr, "value_network": args.value_lr}
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
-    left_out = ("out", "resume", "save_every", "minibatch_size")
+    left_out = ("out", "resume", "save_every", "keep_every", "minibatch_size")
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.pretrain_data, args.val_data, tokenizer_path,
             init / "model.safetensors", Path(args.reward_model, "model.safetensors"),
@@ -711,6 +723,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, on_signal)
 
     step = checkpoints.resume(restore) if args.resume else 0
+    if step == 0:
+        shutil.rmtree(out / "steps", ignore_errors=True)  # of an earlier run
     warned: set[str] = set()
     log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
     timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
@@ -801,6 +815,8 @@ def main(argv: list[str] | None = None) -> int:
             + f" | update_s {finished - scored:.2f}",
             flush=True,
         )
+        if args.keep_every and step % args.keep_every == 0:
+            save_model(out / "steps" / f"{step:05}", ema, tokenizer_json, info)
         leave = bool(stop)
         if leave or last or (args.save_every and step % args.save_every == 0):
             state = {
