@@ -9,7 +9,7 @@ loser l, and the loss of one prompt is the mean over its pairs (Eq. 1):
 All pairs of a prompt are one batch element with one forward pass per response: K passes, not
 C(K, 2), and each response enters one update only (shuffled pairs overfit within one epoch, 3.5).
 Tied pairs are dropped, and the mean is over the pairs that are left (the paper leaves open whether
-the divisor counts ties). `--shuffle_pairs` is the contrast: each pair is a batch element of its own,
+the divisor counts ties). `--shuffle_pairs` is the contrast: each pair a batch element of its own,
 so a response comes back in up to K - 1 updates. One epoch, cosine to 10 % of the peak, no dropout.
 At the end the head's bias is shifted so that demonstrations score 0 on average. The learning rate
 and batch size are the miniature's; the paper's are in the help.
