@@ -31,9 +31,10 @@ from data.files import (
 from data.grader import EVALUATION_WEIGHTS, Grade
 from data.labelers import likert
 from data.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
+from data.tokenizer import encode_prompt, encode_response
 from data.world import World
 from evaluate import Answers, Bench, Sampling
-from model import ScalarModel, read_info
+from model import GPT, ScalarModel, read_config, read_info
 from report import Estimate, estimate
 from sample import Sample, Speaker, load_speaker
 
@@ -254,6 +255,54 @@ class Lab:
         rows = self.cached(name, [judge], make)
         records = read_jsonl(self.folder / comparisons, "comparisons")
         return [(records[number - 1], np.array(margins)) for number, margins in rows]
+
+    def demonstration_losses(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean -log p per token of each validation demonstration, and its number of tokens."""
+
+        def make() -> list[list[float]]:
+            speaker = self.speaker(name)
+            path = self.folder / "data" / "valid" / "demonstrations.jsonl"
+            records = read_jsonl(path, "demonstrations")
+            prompts = [encode_prompt(speaker.encoding, r["prompt"]) for r in records]
+            responses = [encode_response(speaker.encoding, r["response"]) for r in records]
+            samples = [Sample(p, r, "", True) for p, r in zip(prompts, responses, strict=True)]
+            logprobs = evaluate.response_logprobs(speaker, prompts, samples)
+            tokens = np.array([len(response) for response in responses])
+            return [(-logprobs / tokens).tolist(), tokens.tolist()]
+
+        losses, tokens = self.cached(f"{name}_demonstrations", [name], make)
+        return np.array(losses), np.array(tokens)
+
+    # ------------------------------------------------------------------ operations
+
+    def trained(self, run: str) -> float:
+        """Operations of a supervised run: 6N for each token of its log."""
+        tokens = sum(float(row["tokens"]) for row in self.log(run))
+        return 6 * self.parameters(run) * tokens
+
+    def reinforced(self, run: str) -> float:
+        """Operations of a PPO run, see claims.cost."""
+        flags = read_info(self.folder / run)["settings"]
+        prompts = read_jsonl(self.folder / "data" / "train" / "ppo_prompts.jsonl", "prompts")
+        encoding = self.speaker("base").encoding
+        prompt = np.mean([len(encode_prompt(encoding, r["prompt"])) for r in prompts])
+        rows, epochs = self.log(run), flags["inner_epochs"]
+        T = sum(flags["batch_size"] * (prompt + float(row["response_len"])) for row in rows)
+        policy, value = self.parameters(run), self.parameters("rm")
+        total = (2 + 2 + 2 + 6 * epochs) * policy * T + (2 + 2 + 6 * epochs) * value * T
+        if flags["ptx_coef"]:
+            sequences = round(flags["ptx_ratio"] * flags["batch_size"] / flags["num_minibatches"])
+            updates = len(rows) * flags["num_minibatches"] * epochs
+            total += 6 * policy * updates * sequences * flags["ptx_tokens"]
+        return total
+
+    def parameters(self, run: str) -> int:
+        """Of a model or reward model."""
+        config = read_config(self.folder / run)[0]
+        with torch.device("meta"):
+            return GPT(config).num_parameters
+
+    # ------------------------------------------------------------------ logs
 
     def log(self, run: str) -> list[dict[str, str]]:
         """The rows of a run's log.csv."""
