@@ -23,14 +23,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import train_ppo
 from data.files import BadInput, fingerprint, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 CORES = 2
 SIZES = {"64x2": (64, 2), "96x2": (96, 2)}  # width, layers of the smaller policies; 4 heads
 LARGE = {"192x4": (192, 4)}  # a base model more than ten times the smallest policy
-PTX_COEFS = (0.0, 0.1, 3.0, 10.0)  # beside the demo's
-KL_COEFS = (0.02, 2.0, 20.0)  # a tenth, ten and a hundred times the demo's
+PTX_FACTORS = (0, 0.1, 3, 10)  # times the demo's --ptx_coef, and times its --kl_coef
+KL_FACTORS = (0.1, 10, 100)
 OVEROPT_STEPS, OVEROPT_KEEP = 60, 6
 PAIRS_PROMPTS = 1500  # prompts of both arms of the contrast of 3.5
 ROUND_PROMPTS = 2500  # prompts ranked anew in the second round
@@ -238,10 +239,12 @@ class Seed:
 
     def coefficients(self) -> None:
         """The sweeps of E.6 and E.7; one flag differs from the demo's PPO-ptx or PPO."""
-        for coef in PTX_COEFS:
-            self.run(f"ptx_coef_{coef:g}", "ppo_ptx", ["demo"], 3.5, ptx_coef=coef)
-        for coef in KL_COEFS:
-            self.run(f"kl_coef_{coef:g}", "ppo", ["demo"], 2.2, kl_coef=coef)
+        demo = {run: train_ppo.get_args(list(self.recipes[run][2:])) for run in ("ppo", "ppo_ptx")}
+        for factor in PTX_FACTORS:
+            self.run(f"ptx_x{factor:g}", "ppo_ptx", ["demo"], 3.5,
+                     ptx_coef=factor * demo["ppo_ptx"].ptx_coef)  # fmt: skip
+        for factor in KL_FACTORS:
+            self.run(f"kl_x{factor:g}", "ppo", ["demo"], 2.2, kl_coef=factor * demo["ppo"].kl_coef)
 
     def overoptimised(self) -> None:
         """PPO without KL penalty, its averaged model kept along the way."""

@@ -11,7 +11,7 @@ import numpy as np
 from evaluate import best_of_n
 from report import estimate
 from tests.claims.lab import Lab, accuracy
-from tests.claims.pipeline import LARGE, SIZES
+from tests.claims.pipeline import KL_FACTORS, LARGE, PTX_FACTORS, SIZES
 from tests.claims.variants import group_of
 from tests.claims.verdict import (
     FOUR,
@@ -27,6 +27,7 @@ from tests.claims.verdict import (
     bars,
     claim,
     exact,
+    minus,
     triple,
 )
 
@@ -227,6 +228,15 @@ def shuffled_pairs(lab: Lab) -> Result:
 # Alignment tax
 
 
+PTX_RUNS = [f"ptx_x{factor:g}" for factor in PTX_FACTORS]
+KL_RUNS = [f"kl_x{factor:g}" for factor in KL_FACTORS]
+
+
+def by_setting(lab: Lab, models: list[str], flag: str) -> dict[float, str]:
+    """The runs by their value of a flag, in order."""
+    return dict(sorted((float(lab.setting(model, flag)), model) for model in models))
+
+
 def sweep_panels(lab: Lab, runs: dict[float, str], flag: str) -> list[Panel]:
     """Public tasks and pretraining loss, and validation score, over a coefficient (Fig. 33, 34)."""
     text = {x: lab.text(model) for x, model in runs.items()}
@@ -248,7 +258,7 @@ def sweep_panels(lab: Lab, runs: dict[float, str], flag: str) -> list[Panel]:
     ]  # fmt: skip
 
 
-@claim("tax", "Fig. 33", [f"ptx_coef_{coef:g}" for coef in PTX_COEFS])
+@claim("tax", "Fig. 33", PTX_RUNS)
 def ptx_coefficient(lab: Lab) -> Result:
     """A large enough pretraining coefficient undoes the regressions; the reward falls with it.
 
@@ -258,9 +268,7 @@ def ptx_coefficient(lab: Lab) -> Result:
     above 0; the reward-model score on validation prompts at the largest minus at 0 below 0.
     Refuted by: tasks that stay lost, or a reward that does not fall.
     """
-    runs = {coef: f"ptx_coef_{coef:g}" for coef in PTX_COEFS}
-    runs[float(lab.setting(PTX, "ptx_coef"))] = PTX
-    runs = dict(sorted(runs.items()))
+    runs = by_setting(lab, [*PTX_RUNS, PTX], "ptx_coef")
     most, least = runs[max(runs)], runs[min(runs)]
     tasks = {m: lab.text(m)["zero_shot"] for m in (most, least, GPT)}
     gap = lab.gap(most, least, "score", "valid/ppo_prompts")
@@ -276,7 +284,7 @@ def ptx_coefficient(lab: Lab) -> Result:
     return Result(rows, sweep_panels(lab, runs, "ptx_coef"))
 
 
-@claim("tax", "Fig. 34", [f"kl_coef_{coef:g}" for coef in KL_COEFS])
+@claim("tax", "Fig. 34", KL_RUNS)
 def kl_coefficient(lab: Lab) -> Result:
     """A larger KL coefficient does not undo the regressions, even at a hundred times the default.
 
@@ -286,8 +294,7 @@ def kl_coefficient(lab: Lab) -> Result:
     model score on validation prompts at a hundred times minus at the demo's below 0.
     Refuted by: a coefficient at which the tasks are as good as with pretraining gradients.
     """
-    demo = float(lab.setting(PPO, "kl_coef"))
-    runs = dict(sorted({**{coef: f"kl_coef_{coef:g}" for coef in KL_COEFS}, demo: PPO}.items()))
+    demo, runs = float(lab.setting(PPO, "kl_coef")), by_setting(lab, [*KL_RUNS, PPO], "kl_coef")
     tasks = {m: lab.text(m)["zero_shot"] for m in (*runs.values(), PTX)}
     best = max(runs, key=lambda coef: tasks[runs[coef]].mean())
     most = max(runs)

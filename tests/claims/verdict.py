@@ -144,6 +144,21 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {}
+TOPICS = {
+    "preference": "Preference by model and size",
+    "labelers": "Held-out labelers",
+    "quality": "Quality and metadata",
+    "truth": "Truthfulness",
+    "harm": "Toxicity and bias",
+    "tax": "Alignment tax",
+    "epochs": "SFT over epochs",
+    "pairs": "One batch element per prompt",
+    "overoptimisation": "Over-optimisation",
+    "rounds": "Rounds of feedback",
+    "generalisation": "Generalisation and simple mistakes",
+    "cost": "Cost",
+    "controls": "Controls, which must refute",
+}
 
 
 def claim(topic: str, figure: str, needs: Sequence[str] = ()) -> Callable:
