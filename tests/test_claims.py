@@ -80,7 +80,7 @@ class PlantedLab(Lab):
 
     def __init__(self, folder: Path, good: bool):
         super().__init__(folder, 0, fast=True)
-        self.good = good
+        self.good, self._records = good, {}
 
     def rng(self, *of: object) -> np.random.Generator:
         return np.random.default_rng(list(" ".join(map(str, of)).encode()))
@@ -102,10 +102,15 @@ class PlantedLab(Lab):
         return RANK.get(name.rpartition("/")[2], 0.8)
 
     def records(self, name: str) -> list[dict]:
+        if name in self._records:
+            return self._records[name]
         tasks = [{"subject": f"s{i % 60}", "attribute": "food"} for i in range(450)]
         kinds = ("none", "respectful", "rude")
-        return [{"user": "probe" if "probes" in name else f"u{i % 150}", "task": t, "prompt": "p",
-                 "prefix": kinds[i % 3]} for i, t in enumerate(tasks)]  # fmt: skip
+        self._records[name] = [
+            {"user": "probe" if "probes" in name else f"u{i % 150}", "task": task, "prompt": "p",
+             "prefix": kinds[i % 3]} for i, task in enumerate(tasks)
+        ]  # fmt: skip
+        return self._records[name]
 
     def answers(self, name, prompts="prompts", temperature=1.0, draw=0) -> Answers:
         key = name, prompts, temperature, draw

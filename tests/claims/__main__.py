@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -257,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         print(pipeline.plan(stages, runner.is_done))
         return None
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the children are to stop, too
+        signal.signal(number, signal.default_int_handler)
     failed = [] if args.report else runner.run()
     write_all(args, setting_of(args, (time.monotonic() - began) / 60))
     return pipeline.refuse_failures(failed)

@@ -195,7 +195,7 @@ class Seed:
             command = ("make", "demo", f"SEED={self.seed}", f"OUT={self.folder}")
             last = self.path("report", "table.csv")
             sources = sorted([ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
-            self.graph.add(Stage(name, command, last, (), 22.0, CORES, tuple(sources)))
+            self.graph.add(Stage(name, command, last, (), 24.0, CORES, tuple(sources)))
             return
         before: tuple[str, ...] = ()
         for made, recipe in self.recipes.items():
@@ -339,8 +339,11 @@ class Runner:
         )  # fmt: skip
 
     def run(self) -> list[str]:
-        """Run everything that is not done; the names of the stages that failed. Stages after a
-        failed one are left out. Stopped by Ctrl-C, it stops its children first."""
+        """Run everything that is not done; the names of the stages that failed.
+
+        Stages after a failed one are left out. Stopped by Ctrl-C, it first lets its children save
+        and stop: they have sessions of their own, so that each gets one signal, from here.
+        """
         waiting = dict(self.stages)
         try:
             while waiting or self.running:
@@ -382,7 +385,7 @@ class Runner:
             log.flush()
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                env=clean_environment(TQDM_MININTERVAL="30", **threads),
+                env=clean_environment(TQDM_MININTERVAL="30", **threads), start_new_session=True,
             )  # fmt: skip
         self.running[stage.name] = process, time.monotonic(), stamp
 
