@@ -39,16 +39,16 @@ RESUMABLE = ("train_sft.py", "train_rm.py", "train_ppo.py", "sample.py")
 # --fast: flags of each script that make a run of seconds; the numbers then mean nothing.
 FAST: dict[str, dict[str, object]] = {
     "data.tiny_world": {
-        "pretrain_tokens": 30_000, "heldout_tokens": 3000, "train_demonstrations": 96,
-        "valid_demonstrations": 24, "train_rm_prompts": 120, "valid_rm_prompts": 40,
-        "train_ppo_prompts": 100, "valid_ppo_prompts": 24, "test_prompts": 40,
+        "pretrain_tokens": 20_000, "heldout_tokens": 3000, "train_demonstrations": 64,
+        "valid_demonstrations": 24, "train_rm_prompts": 60, "valid_rm_prompts": 30,
+        "train_ppo_prompts": 60, "valid_ppo_prompts": 24, "test_prompts": 24,
         "balanced_prompts": 2,
     },
-    "train_sft.py": {"max_steps": 16},
-    "train_rm.py": {"max_steps": 6},
-    "train_ppo.py": {"max_steps": 4, "batch_size": 16, "eval_every": 2, "keep_every": 1},
-    "evaluate.py": {"num_prompts": 10, "select_every": 8},
-    "sample.py": {"num_prompts": 60},
+    "train_sft.py": {"max_steps": 8, "batch_size": 8},
+    "train_rm.py": {"max_steps": 3, "batch_size": 6},
+    "train_ppo.py": {"max_steps": 3, "batch_size": 16, "eval_every": 2, "keep_every": 1},
+    "evaluate.py": {"num_prompts": 6, "select_every": 9},
+    "sample.py": {"num_prompts": 40, "num_responses": [4]},
 }  # fmt: skip
 
 
