@@ -17,13 +17,14 @@ import train_ppo
 import train_rm
 from data.files import read_jsonl, run_command
 from data.grader import Grade, evaluation_utility
+from data.tokenizer import encode_response
 from evaluate import Answers
 from model import GPT
 from report import Estimate
 from sample import Sample
 from tests.claims import __main__ as command
 from tests.claims import pipeline, variants
-from tests.claims.lab import Lab
+from tests.claims.lab import Lab, first_line
 from tests.claims.pipeline import Graph, Runner, Seed, Stage, edit, recipes
 from tests.claims.sweeps import fit_gao, gao_curve
 from tests.claims.verdict import CLAIMS, TOPICS, Panel, Result, Row, minus, passes, together
@@ -239,6 +240,16 @@ def test_verdicts_do_not_depend_on_names() -> None:
     two = evaluate.labelers_win_scores(other, "y", "training", 0)[0]
     for a, b in zip(one.values(), two.values(), strict=True):
         assert a.tolist() == b.tolist()
+
+
+def test_raw_text_is_cut_at_the_line_end(tiny: Tiny) -> None:
+    speaker = SimpleNamespace(encoding=tiny.encoding)
+    cases = {(" red .\nred", False): ("red .", True), ("\nred", False): ("", True),
+             ("red", False): ("red", False), ("red", True): ("red", True)}  # fmt: skip
+    for (text, ended), expected in cases.items():
+        cut = first_line(Sample([1], [2], text, ended), speaker)
+        assert (cut.text, cut.ended) == expected
+        assert cut.tokens == encode_response(tiny.encoding, *expected)
 
 
 # -------------------------------------------------------------------------------- fits

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from data.world import World
 from evaluate import Answers, Bench, Sampling
 from model import GPT, ScalarModel, read_config, read_info
 from report import Estimate, estimate
-from sample import Sample, Speaker, load_speaker
+from sample import Sample, Speaker, load_speaker, sample_responses
 
 PREFIXED = "+prefix"
 Metric = Callable[[Grade], float | bool | None]
@@ -52,7 +53,7 @@ METRICS: dict[str, Metric] = {
     "true": lambda mark: mark.truthful >= 1,
     "true_informative": lambda mark: mark.truthful >= 1 and mark.informative >= 1,
 }
-FORMS = {  # sets are asked bare, or in the forms of the paper's D.2: "probes_facts:qa"
+FORMS = {  # sets are asked as they are, or in the forms of the paper's D.2: "probes_facts:qa"
     "": "{prompt}",
     "qa": "question : {prompt}\nanswer :",
     "instructed": NO_COMMENT_INSTRUCTION + "\n\nquestion : {prompt}\nanswer :",
@@ -136,17 +137,32 @@ class Lab:
     def answers(
         self, name: str, prompts: str = "prompts", temperature: float = 1.0, draw: int = 0
     ) -> Answers:
-        """A model's responses to a set, with the demo's reward model's scores and the truth."""
+        """A model's responses to a set, with the demo's reward model's scores and the truth.
+
+        Prompts in the web's form are raw text to be continued up to the line's end (App. D), as
+        public tasks are; all others go through the prompt template.
+        """
         key = name, prompts, temperature, draw
         if key in self._answers:
             return self._answers[key]
-        records, speaker = self.records(prompts), self.speaker(name)
-        bench = Bench(records, self.judge(), Sampling(seed=self.seed), self.world)
+        records = self.records(prompts)
 
         def make() -> list:
-            made = bench.answers(speaker, temperature, name=f"{name} {prompts} {draw}")
+            speaker, bench = self.speaker(name), Bench(records, self.judge(), Sampling())
+            seed = int.from_bytes(sha256(f"{self.seed} {key}".encode()).digest()[:7])
+            if ":" in prompts or prompts == "prompts_web":
+                encoded = [speaker.encoding.encode_ordinary(prompt) for prompt in bench.prompts]
+                samples = [
+                    first_line(sample, speaker) for sample in
+                    sample_responses(speaker, encoded, 32, temperature=temperature, seed=seed)
+                ]  # fmt: skip
+            else:
+                samples = evaluate.respond(
+                    speaker, bench.prompts, bench.sampling, temperature, seed
+                )
+            scores = evaluate.reward_scores(bench.judge, speaker, bench.prompts, samples)
             return [[s.prompt, s.tokens, s.text, s.ended, float(score)]
-                    for s, score in zip(made.samples, made.scores, strict=True)]  # fmt: skip
+                    for s, score in zip(samples, scores, strict=True)]  # fmt: skip
 
         file = f"{name}_{prompts}_t{temperature:g}_{draw}"
         rows = self.cached(file, [name.removesuffix(PREFIXED), "rm"], make)
@@ -311,6 +327,13 @@ class Lab:
     def setting(self, run: str, name: str):
         """A flag's value in a run."""
         return read_info(self.folder / run)["settings"][name]
+
+
+def first_line(sample: Sample, speaker: Speaker) -> Sample:
+    """A continuation of raw text, cut at the end of its line, where it has then ended."""
+    text, newline, _ = sample.text.lstrip(" ").partition("\n")
+    ended = sample.ended or bool(newline)
+    return Sample(sample.prompt, encode_response(speaker.encoding, text, ended), text, ended)
 
 
 def accuracy(rows: Sequence[tuple[Record, np.ndarray]]) -> Estimate:
