@@ -333,6 +333,8 @@ def test_runs_differ_from_the_makefile_in_what_they_vary_alone() -> None:
     demo = train_ppo.get_args(list(made["ppo"][2:])).kl_coef
     assert run.command == edit(made["ppo"], out=out, kl_coef=100 * demo)
     assert run.output == Path(out, "model.safetensors") and run.after == ("seed_3/demo",)
+    runs = [s for s in graph.stages.values() if s.name.count("/") == 1]
+    assert {s.output.name for s in runs} == {"table.csv", "model.safetensors"}
     for claim in CLAIMS.values():  # every run that a claim needs is there
         assert {f"seed_3/{need}" for need in claim.needs} <= set(graph.stages), claim.name
 
@@ -447,9 +449,10 @@ def test_table_figures_and_page(planted, tmp_path: Path, capsys) -> None:
 
 def test_no_gap_is_hidden(planted, tmp_path: Path) -> None:
     """A claim that fails on one seed says so, with the gate that failed."""
-    results = {"bias": {s: CLAIMS["bias"].measure(planted(s == 0)) for s in (0, 1)}}
-    assert "PPO-ptx, respectful prefix minus none (1 of 2)" in command.failing(results["bias"])
-    assert "Toxicity and bias (1 of 2)" in command.topics_held(results)
+    results = {"bias": {s: CLAIMS["bias"].measure(planted(s != 1)) for s in (0, 1, 2)}}
+    assert command.failing(results["bias"]) == "PPO-ptx, respectful prefix minus none (1 of 3)"
+    assert "0 hold whole" in command.topics_held(results)
+    assert "Toxicity and bias (2 of 3)" in command.topics_held(results)
 
 
 def test_plan_and_bad_claims(capsys, tmp_path: Path) -> None:

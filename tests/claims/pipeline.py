@@ -103,6 +103,11 @@ def edit(command: Iterable[str], **flags: object) -> tuple[str, ...]:
     return tuple(words)
 
 
+def output_of(file: Path) -> Path:
+    """What a stage leaves: a data file itself, or the weights in a run's folder."""
+    return file if file.suffix in (".jsonl", ".txt") else file / "model.safetensors"
+
+
 def script_of(command: Iterable[str]) -> str:
     """ "train_ppo.py", or "data.label" for a module."""
     words = list(command)
@@ -179,7 +184,7 @@ class Seed:
                 small = {k: v for k, v in small.items() if k != "keep_every"}
             command = edit(command, **small)
         file = self.path(name)
-        output = file if file.suffix else file / "model.safetensors"
+        output = output_of(file)
         source = ROOT / (script.replace(".", "/") + ".py" if "/" not in script and
                          not script.endswith(".py") else script)  # fmt: skip
         after = tuple(self.graph.maker(self.seed, a) for a in after)
@@ -205,8 +210,8 @@ class Seed:
             command = edit(command, **FAST.get(script_of(command), {}))
             command = edit(command, keep_every=None)
             file = self.path(made)
-            output = file / ("card.md" if made == "data" else "model.safetensors")
-            stage = Stage(f"{name}/{made}", command, file if file.suffix else output, before, 0.1)
+            output = file / "card.md" if made == "data" else output_of(file)
+            stage = Stage(f"{name}/{made}", command, output, before, 0.1)
             before = (self.graph.add(stage),)
         last = self.path("ppo_ptx", "model.safetensors")
         self.graph.add(Stage(name, (sys.executable, "-c", "pass"), last, before, 0.0))
