@@ -438,7 +438,7 @@ def test_table_figures_and_page(planted, tmp_path: Path, capsys) -> None:
     assert all(float(r["ci_low"]) <= float(r["value"]) <= float(r["ci_high"]) for r in rows
                if not r["claim"].endswith("run's end"))  # fmt: skip
     text = (tmp_path / "report.md").read_text()
-    assert "| [preference](#preference) | Fig. 1 | 1 of 2 |" in text
+    assert "| [preference](#preference) | Fig. 1 | 1 of 2 | 13 of 18 |" in text
     assert text.index("## Verdicts") < text.index("## Preference by") < text.index("## Controls")
     for name in chosen:
         assert f"### {name}" in text and f"(figures/{name}.png)" in text

@@ -16,7 +16,7 @@ from report import PALETTE, Estimate
 from tests.claims.verdict import NAMES, Panel, together, triple
 
 COLOURS = dict(zip(NAMES.values(), PALETTE, strict=False))
-OTHERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
+OTHERS = ("#4d4d4d", "#b8b8b8", "#CC79A7", "#D55E00", "#8c6d31", "#7570b3")  # not of a model
 WIDTH = 8.3  # inches: at 100 dots an inch the width of a README page
 
 

@@ -177,5 +177,5 @@ def bars(
 ) -> Panel:
     """A panel of one metric, a bar for each model."""
     values = [triple(lab.mean(model, metric, prompts)) for model in models]
-    return Panel(title, metric.replace("_", " "), groups=list(models.values()),
-                 series={metric.replace("_", " "): values})  # fmt: skip
+    ylabel = "Likert, 1 to 7" if metric == "likert" else metric
+    return Panel(title, ylabel, groups=list(models.values()), series={metric: values})
