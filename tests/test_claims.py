@@ -226,8 +226,8 @@ def test_a_claim_holds_where_the_models_are_so_and_fails_where_they_are_alike(
 def test_claims_state_gate_and_refutation_and_are_short() -> None:
     for claim in CLAIMS.values():
         assert "Gate: " in claim.text and "Refuted by: " in claim.text, claim.name
-        body = inspect.getsource(claim.measure).partition("def ")[2]
-        assert len(body.splitlines()) <= 45, claim.name
+        code = inspect.getsource(claim.measure).partition("def ")[2].replace(claim.text, "")
+        assert len(code.splitlines()) < 40, claim.name
         assert claim.topic in TOPICS
     assert {claim.topic for claim in CLAIMS.values()} == set(TOPICS)
 
@@ -438,7 +438,7 @@ def test_table_figures_and_page(planted, tmp_path: Path, capsys) -> None:
     assert all(float(r["ci_low"]) <= float(r["value"]) <= float(r["ci_high"]) for r in rows
                if not r["claim"].endswith("run's end"))  # fmt: skip
     text = (tmp_path / "report.md").read_text()
-    assert "| [preference](#preference) | Fig. 1 | 1 of 2 | 13 of 18 |" in text
+    assert "| [preference](#preference) | Fig. 1 | 1 of 2 |" in text
     assert text.index("## Verdicts") < text.index("## Preference by") < text.index("## Controls")
     for name in chosen:
         assert f"### {name}" in text and f"(figures/{name}.png)" in text
@@ -451,6 +451,7 @@ def test_no_gap_is_hidden(planted, tmp_path: Path) -> None:
     """A claim that fails on one seed says so, with the gate that failed."""
     results = {"bias": {s: CLAIMS["bias"].measure(planted(s != 1)) for s in (0, 1, 2)}}
     assert command.failing(results["bias"]) == "PPO-ptx, respectful prefix minus none (1 of 3)"
+    assert command.gates_passed(results["bias"]) == "8 of 9"
     assert "0 hold whole" in command.topics_held(results)
     assert "Toxicity and bias (2 of 3)" in command.topics_held(results)
 
