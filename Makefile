@@ -2,6 +2,7 @@
 #
 #   make demo                    the tiny world, end to end: out/report/report.md
 #   make demo SEED=1 OUT=out/1   another world, users, models
+#   make claims                  every claim of the paper's results: out/claims/report.md
 #   make test                    the test suite (TESTS="..." adds arguments for pytest)
 #   make real DATA=FOLDER        the same scripts on human data: out/real/report/report.md
 #   make public DATA=FOLDER      those models on public evaluation sets: out/real/public/report.md
@@ -15,6 +16,7 @@ PYTHON  ?= python3
 OUT     ?= out
 SEED    ?= 0
 TESTS   ?=
+CLAIMS  ?=
 py      := .venv/bin/python
 # Two stages at a time where the graph allows it, each on half of the cores: small matrix products
 # use two separate cores better than two together. A stage that has to run alone gets them all.
@@ -25,13 +27,17 @@ export TQDM_MININTERVAL := 5
 D       := $(OUT)/data
 weights  = $(OUT)/$(1)/model.safetensors
 
-.PHONY: demo test real public lint clean
+.PHONY: demo claims test real public lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
 demo: $(OUT)/report/report.md
 	@cat $(OUT)/report/table.txt
 	@echo "The report is $(OUT)/report/report.md, its figures beside it."
+
+# Up to 150 minutes on two idle cores; started again, it goes on. CLAIMS="--plan" shows the plan.
+claims: .venv/ready
+	$(py) -m tests.claims --out $(OUT)/claims $(CLAIMS)
 
 test: .venv/ready
 	$(py) -m pytest $(TESTS)

@@ -41,6 +41,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -71,6 +72,7 @@ from model import (
     find_model,
     forward_flops,
     pad_right,
+    save_model,
     store_matrices,
 )
 
@@ -149,6 +151,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=32, help="limit of a response (paper: 1000)")
     add("--eval_every", type=int, default=20, help="iterations between validations; 0: at the end")
     add("--save_every", type=int, default=20, help="iterations between checkpoints; 0: at the end")
+    add("--keep_every", type=int, default=0,
+        help="keep the averaged model of every so many iterations under OUT/steps/; 0: none")
     add("--print_samples", type=int, default=2, help="samples shown at each validation")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--resume_changed", action="store_true", help="--resume although settings have changed")
@@ -175,7 +179,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
     at_least_zero += ["seed", "stop_seconds", "lr", "value_lr", "grad_clip", "kl_coef", "ptx_coef"]
     at_least_zero += ["cliprange", "cliprange_value", "entropy_coef", "print_samples"]
-    at_least_zero += ["rollout_size"]
+    at_least_zero += ["rollout_size", "keep_every"]
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name} {value}: expected a finite number")
@@ -810,7 +814,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
     left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds", "minibatch_size")
-    left_out += ("preset", "peak_tflops")
+    left_out += ("keep_every", "preset", "peak_tflops")
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.pretrain_data, args.val_data, tokenizer_path,
             init / "model.safetensors", Path(args.reward_model, "model.safetensors"),
@@ -849,6 +853,8 @@ def main(argv: list[str] | None = None) -> int:
 
     resuming = args.resume or args.resume_changed
     step = checkpoints.resume(restore, args.resume_changed) if resuming else 0
+    if step == 0:
+        shutil.rmtree(out / "steps", ignore_errors=True)  # of an earlier run
     log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
     timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
@@ -949,6 +955,8 @@ def main(argv: list[str] | None = None) -> int:
             + f" | mem_gib {memory:.1f}" + (f" | mfu {clocks['mfu']:.3f}" if peak_flops else ""),
             flush=True,
         )
+        if args.keep_every and step % args.keep_every == 0:
+            save_model(out / "steps" / f"{step:05}", ema, tokenizer_json, info)
         leave = bool(stop)
         if leave:
             signal.setitimer(signal.ITIMER_REAL, 0)  # the step has ended in time

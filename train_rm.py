@@ -9,9 +9,10 @@ loser l, and the loss of one prompt is the mean over its pairs (Eq. 1):
 All pairs of a prompt are one batch element with one forward pass per response: K passes, not
 C(K, 2), and each response enters one update only (shuffled pairs overfit within one epoch, 3.5).
 Tied pairs are dropped, and the mean is over the pairs that are left (the paper leaves open whether
-the divisor counts ties). One epoch, cosine to 10 % of the peak, no dropout. At the end the head's
-bias is shifted so that demonstrations score 0 on average. The learning rate and batch size are the
-miniature's; the paper's are in the help.
+the divisor counts ties). `--shuffle_pairs` is the contrast: each pair a batch element of its own,
+so a response comes back in up to K - 1 updates. One epoch, cosine to 10 % of the peak, no dropout.
+At the end the head's bias is shifted so that demonstrations score 0 on average. The learning rate
+and batch size are the miniature's; the paper's are in the help.
 
 Names: B rows (all responses of a batch of prompts), T tokens, K responses a prompt. `tokens` (B, T)
 is right-padded, `scores` (B,).
@@ -27,7 +28,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
     add("--batch_size", type=int, default=16, help="prompts a step, all responses each (paper: 64)")
     add("--micro_batch_size", type=int, default=0, help="prompts a backward pass; 0: all")
+    add("--shuffle_pairs", action="store_true",
+        help="each pair by itself, in any order; --batch_size then counts pairs (paper: overfits)")
     add("--lr", type=float, default=1e-3, help="peak (paper: 9e-6 for 6B)")
     add("--warmup_steps", type=int, default=0, help="linear warm-up (not in the paper)")
     add("--weight_decay", type=float, default=0.0, help="decoupled, on matrices")
@@ -166,9 +169,8 @@ def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comp
             response = encode_response(encoding, response, ended=end)
             cut += len(response) > args.max_new_tokens
             sequences.append(prompt + response[: args.max_new_tokens])
-        comparison = Comparison(
-            sequences, untied_pairs(record["ranks"]), len(prompt), number
-        )
+        pairs_of_record = untied_pairs(record["ranks"])
+        comparison = Comparison(sequences, pairs_of_record, len(prompt), number)
         ties += math.comb(len(sequences), 2) - len(comparison.pairs)
         pairs += len(comparison.pairs)
         all_tied += not comparison.pairs
@@ -190,6 +192,15 @@ def untied_pairs(ranks: list[int]) -> list[tuple[int, int]]:
         (i, j) if ranks[i] < ranks[j] else (j, i)
         for i, j in combinations(range(len(ranks)), 2)
         if ranks[i] != ranks[j]
+    ]
+
+
+def one_by_one(groups: list[Comparison]) -> list[Comparison]:
+    """Every pair as a batch element of its own: what 3.5 found to overfit within one epoch."""
+    return [
+        replace(group, sequences=[group.sequences[i] for i in pair], pairs=[(0, 1)])
+        for group in groups
+        for pair in group.pairs
     ]
 
 
@@ -412,6 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     held_out = load_comparisons(args.held_out_data, encoding, args) if args.held_out_data else []
     if args.demonstrations:
         read_jsonl(args.demonstrations, "demonstrations")  # bad input shows before the work
+    groups = one_by_one(groups) if args.shuffle_pairs else groups
     lengths = np.array([max(map(len, group.sequences)) for group in groups])
 
     steps_per_epoch = math.ceil(len(groups) / args.batch_size)
@@ -462,7 +474,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{out.name}: {model.num_parameters:,} parameters, {args.device}, {args.dtype}, "
         f"kernels {kernels.resolve(args.kernels, args.device)}; "
-        f"{total_steps} steps of {args.batch_size} prompts, from step {step}"
+        f"{total_steps} steps of {args.batch_size} {'pairs' if args.shuffle_pairs else 'prompts'}, "
+        f"from step {step}"
     )
     peak_flops = args.peak_tflops * 1e12 or kernels.peak_flops(args.device)
     batches, batches_epoch, val = [], -1, None

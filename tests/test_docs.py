@@ -129,13 +129,6 @@ def test_the_sources_in_the_readme_are_those_of_the_table() -> None:
     assert sorted(named) == sorted(SOURCES)
 
 
-def test_commands_in_the_readme_have_flags_that_exist() -> None:
-    for script, rest in re.findall(r"^python (\w+)\.py (.*)$", README.replace("\\\n", " "), re.M):
-        source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-        defined = set(re.findall(r'add\("--(?:no-)?(\w+)"', source))
-        assert set(re.findall(r"--(\w+)", rest)) <= defined, script
-
-
 def test_flags_of_evaluate_are_read() -> None:
     """By it, or by the files that its commands are in."""
     names = ("evaluate", "folds", "public_eval")

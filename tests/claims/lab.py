@@ -1,0 +1,342 @@
+"""What a claim may ask of a seed's models: answers, the world's truth about them, intervals.
+
+A model is named by its folder below the seed's, "base+prefix" being the base model after the prefix
+that the reward model likes best on validation prompts. Responses are kept under answers/, by the
+fingerprint of the weights, so that they are sampled once; they are graded anew each time. Who wrote
+an answer decides its random numbers and nothing else: grader, labelers and reward model see text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import evaluate
+import train_rm
+from data.corpus import NO_COMMENT_INSTRUCTION, bias_pairs, public_tasks
+from data.files import (
+    Record,
+    fingerprint,
+    read_documents,
+    read_jsonl,
+    read_log,
+    write_atomic,
+)
+from data.grader import EVALUATION_WEIGHTS, Grade
+from data.labelers import likert
+from data.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
+from data.tokenizer import encode_prompt, encode_response
+from data.world import World
+from evaluate import Answers, Bench, Sampling
+from model import GPT, ScalarModel, read_config, read_info
+from report import Estimate, estimate
+from sample import Sample, Speaker, load_speaker, sample_responses
+
+PREFIXED = "+prefix"
+Metric = Callable[[Grade], float | bool | None]
+METRICS: dict[str, Metric] = {
+    "helpful": lambda mark: mark.helpful,
+    "attempts": lambda mark: mark.informative >= 0.5,
+    "constraints": lambda mark: None if mark.constraints is None else mark.constraints >= 1,
+    "fabricates": lambda mark: mark.fabricated,
+    "appropriate": lambda mark: mark.harmless >= 1,
+    "rude": lambda mark: mark.harmless < 1,
+    "hedges": lambda mark: mark.hedged,
+    "likert": lambda mark: likert(mark, EVALUATION_WEIGHTS),
+    "true": lambda mark: mark.truthful >= 1,
+    "true_informative": lambda mark: mark.truthful >= 1 and mark.informative >= 1,
+}
+FORMS = {  # sets are asked as they are, or in the forms of the paper's D.2: "probes_facts:qa"
+    "": "{prompt}",
+    "qa": "question : {prompt}\nanswer :",
+    "instructed": NO_COMMENT_INSTRUCTION + "\n\nquestion : {prompt}\nanswer :",
+}
+
+
+class Lab:
+    """Measurements of one seed's models; a claim sees nothing else."""
+
+    def __init__(self, folder: Path, seed: int, fast: bool = False):
+        self.folder, self.seed, self.fast = Path(folder), seed, fast
+        self._speakers: dict[str, Speaker] = {}
+        self._answers: dict[tuple, Answers] = {}
+        self._judges: dict[str, ScalarModel] = {}
+
+    # ------------------------------------------------------------------ models and prompts
+
+    @cached_property
+    def world(self) -> World:
+        return World.load(self.folder / "data" / "world.json")
+
+    def judge(self, name: str = "rm") -> ScalarModel:
+        if name not in self._judges:
+            model = ScalarModel.from_pretrained(self.folder / name)
+            self._judges[name] = model.eval().requires_grad_(False)
+        return self._judges[name]
+
+    def speaker(self, name: str) -> Speaker:
+        """The model of this folder, after its prefix where the name asks for one."""
+        if name not in self._speakers:
+            bare = name.removesuffix(PREFIXED)
+            speaker = load_speaker(name, self.folder / bare)
+            prefix = self.prefix(speaker, bare) if bare != name else ""
+            self._speakers[name] = replace(speaker, prefix=prefix)
+        return self._speakers[name]
+
+    def prefix(self, speaker: Speaker, name: str) -> str:
+        """Chosen by the reward model on 100 validation prompts, as in the report (3.5, fn 6)."""
+        prompts = [r["prompt"] for r in self.records("valid/rm_prompts")[:100]]
+        make = lambda: evaluate.choose_prefix(  # noqa: E731
+            speaker, evaluate.WORLD_PREFIXES, prompts, self.judge(), Sampling(seed=self.seed)
+        )
+        return self.cached(f"prefix_{name}", [name, "rm"], make)[0][0]
+
+    def records(self, name: str) -> list[Record]:
+        """Records of a set: "prompts", "valid/rm_prompts", "probes_facts:qa" and so on.
+
+        Small probe sets are asked several times, up to about 200, as in the report.
+        """
+        name, _, form = name.partition(":")
+        path = name if "/" in name else f"test/{name}"
+        records = read_jsonl(self.folder / "data" / f"{path}.jsonl", "prompts")
+        if name.startswith("probes"):
+            records = records * max(1, 200 // len(records))
+        limit = 24 if self.fast else None
+        return [r | {"prompt": FORMS[form].format(prompt=r["prompt"])} for r in records[:limit]]
+
+    def groups(self, name: str) -> list[str]:
+        """What the bootstrap draws: users; in probes, the facts that are asked about."""
+        return [
+            r["user"] if r["user"] != "probe"
+            else " ".join(str(r["task"].get(k, i)) for k in ("subject", "attribute"))
+            for i, r in enumerate(self.records(name))
+        ]  # fmt: skip
+
+    # ------------------------------------------------------------------ answers
+
+    def cached(self, name: str, models: Iterable[str], make: Callable[[], object]):
+        """make()'s JSON value, kept under answers/ for the weights of these models."""
+        weights = [fingerprint(self.folder / m / "model.safetensors") for m in models]
+        path = self.folder / "answers" / f"{name.replace('/', '-').replace(':', '-')}.json"
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["weights"] == weights and kept["fast"] == self.fast:
+                return kept["value"]
+        value = make()
+        kept = {"weights": weights, "fast": self.fast, "value": value}
+        write_atomic(path, json.dumps(kept) + "\n")
+        return json.loads(json.dumps(value))
+
+    def answers(
+        self, name: str, prompts: str = "prompts", temperature: float = 1.0, draw: int = 0
+    ) -> Answers:
+        """A model's responses to a set, with the demo's reward model's scores and the truth.
+
+        Prompts in the web's form are raw text to be continued up to the line's end (App. D), as
+        public tasks are; all others go through the prompt template.
+        """
+        key = name, prompts, temperature, draw
+        if key in self._answers:
+            return self._answers[key]
+        records = self.records(prompts)
+
+        def make() -> list:
+            speaker, bench = self.speaker(name), Bench(records, self.judge(), Sampling())
+            seed = int.from_bytes(sha256(f"{self.seed} {key}".encode()).digest()[:7])
+            if ":" in prompts or prompts == "prompts_web":
+                encoded = [speaker.encoding.encode_ordinary(prompt) for prompt in bench.prompts]
+                samples = [
+                    first_line(sample, speaker) for sample in
+                    sample_responses(speaker, encoded, 32, temperature=temperature, seed=seed)
+                ]  # fmt: skip
+            else:
+                samples = evaluate.respond(
+                    speaker, bench.prompts, bench.sampling, temperature, seed
+                )
+            scores = evaluate.reward_scores(bench.judge, speaker, bench.prompts, samples)
+            return [[s.prompt, s.tokens, s.text, s.ended, float(score)]
+                    for s, score in zip(samples, scores, strict=True)]  # fmt: skip
+
+        file = f"{name}_{prompts}_t{temperature:g}_{draw}"
+        rows = self.cached(file, [name.removesuffix(PREFIXED), "rm"], make)
+        samples = [Sample(*row[:4]) for row in rows]
+        marks = evaluate.grades(self.world, records, samples)
+        utility = np.array([evaluate.evaluation_utility(mark) for mark in marks])
+        scores = np.array([row[4] for row in rows])
+        self._answers[key] = Answers(samples, scores, marks, utility)
+        return self._answers[key]
+
+    def values(
+        self, name: str, metric: str, prompts: str = "prompts", temperature: float = 1.0
+    ) -> np.ndarray:
+        """One number for each prompt: "utility", "score", or one of METRICS; nan: not asked."""
+        answers = self.answers(name, prompts, temperature)
+        if metric in ("utility", "score"):
+            return answers.utility if metric == "utility" else answers.scores
+        found = (METRICS[metric](mark) for mark in answers.marks)
+        return np.array([np.nan if value is None else float(value) for value in found])
+
+    def average(self, values: np.ndarray, prompts: str = "prompts") -> Estimate:
+        """Mean over the prompts that have a value, with an interval over users or facts."""
+        known = ~np.isnan(values)
+        return estimate(np.where(known, values, 0.0), self.groups(prompts), known.astype(float))
+
+    def mean(
+        self, name: str, metric: str, prompts: str = "prompts", temperature: float = 1.0
+    ) -> Estimate:
+        return self.average(self.values(name, metric, prompts, temperature), prompts)
+
+    def gap(
+        self, ours: str, theirs: str, metric: str, prompts: str = "prompts", t: float = 1.0
+    ) -> Estimate:
+        """Mean over prompts of a metric of one model minus that of another."""
+        a, b = (self.values(name, metric, prompts, t) for name in (ours, theirs))
+        return self.average(a - b, prompts)
+
+    def win(self, ours: str, theirs: str, prompts: str = "prompts", t: float = 1.0) -> Estimate:
+        """How often the truth-checked utility of one is higher; ties count one half."""
+        a, b = (self.values(name, "utility", prompts, t) for name in (ours, theirs))
+        return self.average(evaluate.win_scores(a, b), prompts)
+
+    def pool_wins(
+        self, models: Sequence[str], baseline: str, pool: str, prompts: str = "prompts"
+    ) -> dict[str, np.ndarray]:
+        """Win scores against the baseline by simulated labelers, who rank all models together."""
+        answers = {name: self.answers(name, prompts) for name in (*models, baseline)}
+        return evaluate.labelers_win_scores(answers, baseline, pool, self.seed)[0]
+
+    def kl(self, name: str, prompts: str) -> Estimate:
+        """KL per response from the model that PPO started from, in nats."""
+        asked = [record["prompt"] for record in self.records(prompts)]
+        make = lambda: evaluate.kl_to_reference(  # noqa: E731
+            self.speaker(name), self.speaker("init"), asked, self.answers(name, prompts).samples
+        ).tolist()
+        values = self.cached(f"{name}_{prompts}_kl", [name, "init", "rm"], make)
+        return self.average(np.array(values), prompts)
+
+    # ------------------------------------------------------------------ text and files
+
+    def text(self, name: str) -> dict[str, np.ndarray]:
+        """On raw text: hits on each public task, mean zero- and few-shot, pretraining losses."""
+
+        def make() -> dict[str, list[float]]:
+            speaker, n = self.speaker(name), 16 if self.fast else 200
+            items = public_tasks(self.world, n, self.seed + 1)
+            hits = {task: evaluate.public_task_hits(speaker, i) for task, i in items.items()}
+            few = [task for task in hits if task.endswith("_few_shot")]
+            hits["zero_shot"] = np.mean([hits[t] for t in items if t not in few], axis=0)
+            hits["few_shot"] = np.mean([hits[t] for t in few], axis=0)
+            documents = read_documents(self.folder / "data" / "test" / "pretrain.txt")
+            tokens = evaluate.pretraining_tokens(documents, speaker, 128)
+            hits["loss"] = evaluate.pretraining_losses(speaker, tokens)
+            return {task: values.tolist() for task, values in hits.items()}
+
+        return {k: np.array(v) for k, v in self.cached(f"{name}_text", [name], make).items()}
+
+    def entropies(self, name: str) -> dict[str, np.ndarray]:
+        """Bits of the choice between two pronouns, after no, a respectful, and a rude prefix."""
+
+        def make() -> dict[str, list[float]]:
+            pairs = bias_pairs(self.world)[: 20 if self.fast else None]
+            heads = {"none": "", "respectful": RESPECTFUL_PREFIX + "\n", "rude": RUDE_PREFIX + "\n"}
+            return {
+                kind: evaluate.pair_entropies(
+                    self.speaker(name), [(head + a, head + b) for a, b in pairs]
+                ).tolist()
+                for kind, head in heads.items()
+            }
+
+        return {k: np.array(v) for k, v in self.cached(f"{name}_bias", [name], make).items()}
+
+    def margins(self, judge: str, comparisons: str) -> list[tuple[Record, np.ndarray]]:
+        """(record, margins r_w - r_l of its untied pairs) of a file by the reward model `judge`."""
+
+        @torch.no_grad()
+        def make() -> list:
+            path, args = str(self.folder / comparisons), train_rm.get_args(["--device", "cpu"])
+            made = []
+            for group in train_rm.load_comparisons(path, self.speaker("base").encoding, args):
+                scores = train_rm.score_all(self.judge(judge), [group], args).tolist()
+                made.append([group.record, [scores[w] - scores[x] for w, x in group.pairs]])
+            return made
+
+        name = f"{judge}_on_{comparisons}_{fingerprint(self.folder / comparisons)[:8]}"
+        rows = self.cached(name, [judge], make)
+        records = read_jsonl(self.folder / comparisons, "comparisons")
+        return [(records[number - 1], np.array(margins)) for number, margins in rows]
+
+    def demonstration_losses(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean -log p per token of each validation demonstration, and its number of tokens."""
+
+        def make() -> list[list[float]]:
+            speaker = self.speaker(name)
+            path = self.folder / "data" / "valid" / "demonstrations.jsonl"
+            records = read_jsonl(path, "demonstrations")
+            prompts = [encode_prompt(speaker.encoding, r["prompt"]) for r in records]
+            responses = [encode_response(speaker.encoding, r["response"]) for r in records]
+            samples = [Sample(p, r, "", True) for p, r in zip(prompts, responses, strict=True)]
+            logprobs = evaluate.response_logprobs(speaker, prompts, samples)
+            tokens = np.array([len(response) for response in responses])
+            return [(-logprobs / tokens).tolist(), tokens.tolist()]
+
+        losses, tokens = self.cached(f"{name}_demonstrations", [name], make)
+        return np.array(losses), np.array(tokens)
+
+    # ------------------------------------------------------------------ operations
+
+    def trained(self, run: str) -> float:
+        """Operations of a supervised run: 6N for each token of its log."""
+        tokens = sum(float(row["tokens"]) for row in self.log(run))
+        return 6 * self.parameters(run) * tokens
+
+    def reinforced(self, run: str) -> float:
+        """Operations of a PPO run, see claims.cost."""
+        flags = read_info(self.folder / run)["settings"]
+        prompts = read_jsonl(self.folder / "data" / "train" / "ppo_prompts.jsonl", "prompts")
+        encoding = self.speaker("base").encoding
+        prompt = np.mean([len(encode_prompt(encoding, r["prompt"])) for r in prompts])
+        rows, epochs = self.log(run), flags["inner_epochs"]
+        T = sum(flags["batch_size"] * (prompt + float(row["response_len"])) for row in rows)
+        policy, value = self.parameters(run), self.parameters("rm")
+        total = (2 + 2 + 2 + 6 * epochs) * policy * T + (2 + 2 + 6 * epochs) * value * T
+        if flags["ptx_coef"]:
+            sequences = round(flags["ptx_ratio"] * flags["batch_size"] / flags["num_minibatches"])
+            updates = len(rows) * flags["num_minibatches"] * epochs
+            total += 6 * policy * updates * sequences * flags["ptx_tokens"]
+        return total
+
+    def parameters(self, run: str) -> int:
+        """Of a model or reward model."""
+        config = read_config(self.folder / run)[0]
+        with torch.device("meta"):
+            return GPT(config).num_parameters
+
+    # ------------------------------------------------------------------ logs
+
+    def log(self, run: str) -> list[dict[str, str]]:
+        """The rows of a run's log.csv."""
+        return read_log(self.folder / run / "log.csv")
+
+    def setting(self, run: str, name: str):
+        """A flag's value in a run."""
+        return read_info(self.folder / run)["settings"][name]
+
+
+def first_line(sample: Sample, speaker: Speaker) -> Sample:
+    """A continuation of raw text, cut at the end of its line, where it has then ended."""
+    text, newline, _ = sample.text.lstrip(" ").partition("\n")
+    ended = sample.ended or bool(newline)
+    return Sample(sample.prompt, encode_response(speaker.encoding, text, ended), text, ended)
+
+
+def accuracy(rows: Sequence[tuple[Record, np.ndarray]]) -> Estimate:
+    """Share of the pairs whose winner scores higher, with an interval over prompts."""
+    right = [((m > 0) + 0.5 * (m == 0)).mean() for _, m in rows]
+    return estimate(right, weights=[len(m) for _, m in rows])

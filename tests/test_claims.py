@@ -1,0 +1,499 @@
+"""tests/claims: gates on planted numbers, the graph of runs, fits, table, figures and page."""
+
+import csv
+import inspect
+import json
+import math
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import evaluate
+import train_ppo
+import train_rm
+from data.files import read_jsonl, run_command
+from data.grader import Grade, evaluation_utility
+from data.tokenizer import encode_response
+from evaluate import Answers
+from model import GPT
+from report import Estimate
+from sample import Sample
+from tests.claims import __main__ as command
+from tests.claims import pipeline, variants
+from tests.claims.lab import Lab, first_line
+from tests.claims.pipeline import Graph, Runner, Seed, Stage, edit, recipes
+from tests.claims.sweeps import fit_gao, gao_curve
+from tests.claims.verdict import CLAIMS, TOPICS, Panel, Result, Row, minus, passes, together
+from tests.tiny import Tiny
+
+# ------------------------------------------------------------------------------ gates
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "gate", "expected"),
+    [
+        (0.51, 0.6, "above 0.5", True), (0.5, 0.6, "above 0.5", False),
+        (0.4, 0.49, "below 0.5", True), (0.4, 0.5, "below 0.5", False),
+        (-0.1, 0.2, "not above 0", True), (0.01, 0.2, "not above 0", False),
+        (-0.2, 0.1, "not below 0", True), (-0.2, -0.1, "not below 0", False),
+        (-0.09, 0.1, "within 0.1", True), (-0.11, 0.0, "within 0.1", False),
+        (0.0, 0.11, "within 0.1", False), (0.0, 1.0, "", None),
+        *((math.nan, math.nan, gate, False)
+          for gate in ("above 0", "below 0", "not above 0", "not below 0", "within 1")),
+    ],
+)  # fmt: skip
+def test_gates_are_about_the_interval(low: float, high: float, gate: str, expected) -> None:
+    assert passes(Estimate((low + high) / 2, low, high), gate) is expected
+
+
+def test_a_claim_holds_if_all_its_gates_do() -> None:
+    good, bad = Row("a", Estimate(1, 0.9, 1.1), "above 0"), Row("b", Estimate(0, -1, 1), "above 0")
+    told = Row("c", Estimate(0, -1, 1))
+    assert Result([good, told], []).holds and not Result([good, bad], []).holds
+    kept = json.dumps(Result([good, bad], [Panel("", "y")]).to_json())
+    again = Result.from_json(json.loads(kept))
+    assert again.rows[1].holds is False and again.panels[0].kind == "bars"
+
+
+def test_combined_intervals_by_hand() -> None:
+    a, b = Estimate(0.6, 0.57, 0.63), Estimate(0.5, 0.46, 0.54)
+    d = minus(a, b)
+    assert (d.value, d.high - d.value) == (pytest.approx(0.1), pytest.approx(0.05))
+    t = together([a, b])
+    assert (t.value, t.high - t.value) == (pytest.approx(0.55), pytest.approx(0.025))
+
+
+# -------------------------------------------------- every claim on planted models, good and equal
+
+RANK = {"base": 0.1, "base+prefix": 0.3, "public_selected": 0.45, "init": 0.6,
+        "sft_selected": 0.65, "ppo": 0.85, "ppo_ptx": 0.9, "ppo_again": 0.99}  # fmt: skip
+RUDE = {("none", "base"): 0.5, ("none", "sft_selected"): 0.02, ("none", "ppo"): 0.3,
+        ("none", "ppo_ptx"): 0.55, ("respectful", "base"): 0.5, ("respectful", "ppo_ptx"): 0.1,
+        ("rude", "base"): 0.4, ("rude", "ppo_ptx"): 0.9}  # fmt: skip
+
+
+class PlantedLab(Lab):
+    """A lab whose models are what the paper says (good), or all alike (not good)."""
+
+    def __init__(self, folder: Path, good: bool):
+        super().__init__(folder, 0, fast=True)
+        self.good, self._records = good, {}
+
+    def rng(self, *of: object) -> np.random.Generator:
+        return np.random.default_rng(list(" ".join(map(str, of)).encode()))
+
+    def quality(self, name: str, prompts: str) -> float:
+        if not self.good:
+            return 0.5
+        head, _, step = name.rpartition("/")
+        if head == "overopt/steps":  # up, then down
+            return 0.6 + 0.3 * math.sin(int(step) / 5 * math.pi * 0.9)
+        if head == "sft/epochs":
+            return 0.3 + 0.02 * int(step)
+        if name.startswith("control/"):
+            return RANK["sft_selected"] - 0.1
+        if name == "round_2/ppo_ptx":
+            return RANK["ppo_again"]
+        if "192x4" in name:
+            return 0.11
+        return RANK.get(name.rpartition("/")[2], 0.8)
+
+    def records(self, name: str) -> list[dict]:
+        if name in self._records:
+            return self._records[name]
+        tasks = [{"subject": f"s{i % 60}", "attribute": "food"} for i in range(450)]
+        kinds = ("none", "respectful", "rude")
+        self._records[name] = [
+            {"user": "probe" if "probes" in name else f"u{i % 150}", "task": task, "prompt": "p",
+             "prefix": kinds[i % 3]} for i, task in enumerate(tasks)
+        ]  # fmt: skip
+        return self._records[name]
+
+    def answers(self, name, prompts="prompts", temperature=1.0, draw=0) -> Answers:
+        key = name, prompts, temperature, draw
+        if key not in self._answers:
+            self._answers[key] = self.make_answers(*key)
+        return self._answers[key]
+
+    def make_answers(self, name: str, prompts: str, temperature: float, draw: int) -> Answers:
+        rng, q = self.rng(name, prompts, temperature, draw), self.quality(name, prompts)
+        bare, marks = name.rpartition("/")[2], []
+        instructed = self.good and prompts.endswith(":instructed") and bare == "ppo_ptx"
+        for record in self.records(prompts):
+            rude = RUDE.get((record["prefix"], bare), 0.3) if self.good else 0.3
+            is_rude = rng.random() < (rude if "toxicity" in prompts else 0.3 * (1 - q))
+            true = 0.6 if "false_premise" in prompts and self.good else q
+            kept = 0.3 if "constraints" in prompts and self.good else q
+            doubt = 0.3 if bare.startswith("ppo") and self.good else 0.0
+            marks.append(Grade(
+                helpful=float(np.clip(rng.normal(q, 0.1), 0, 1)),
+                truthful=float(instructed or rng.random() < true), harmless=0.5 if is_rude else 1.0,
+                informative=float(rng.random() < q), ended=1.0, hedged=rng.random() < doubt,
+                constraints=float(rng.random() < kept), fabricated=rng.random() < 0.9 * (1 - q),
+            ))  # fmt: skip
+        utility = np.array([evaluation_utility(mark) for mark in marks])
+        score = 3 * q + rng.normal(0, 0.3, len(marks))
+        if name.startswith("overopt") and self.good:
+            score += int(name[-2:])
+        if name in ("ptx_x10", "kl_x100") and self.good:
+            score -= 2
+        texts = [f"{name} {prompts} {i}" for i in range(len(marks))]
+        return Answers([Sample([1], [2], t, True) for t in texts], score, marks, utility)
+
+    def text(self, name: str) -> dict[str, np.ndarray]:
+        rng, bare = self.rng(name), name.rpartition("/")[2]
+        hit = {"base": 0.9, "sft_selected": 0.0, "ppo": 0.4, "ppo_ptx": 0.85, "ptx_x0": 0.4,
+               "ptx_x10": 0.95}.get(bare, 0.5)  # fmt: skip
+        loss = {"64x2/base": 1.4, "96x2/base": 1.3, "base": 1.2, "192x4/base": 1.1}.get(name, 2.0)
+        if name == "control/ppo_ptx":
+            hit = 0.35
+        hit, loss = (hit, loss) if self.good else (0.5, 1.0)
+        tasks = ("translation", "addition", "copy")
+        keys = [*tasks, *(f"{t}_few_shot" for t in tasks), "zero_shot", "few_shot"]
+        hits = {k: (rng.random(200) < hit).astype(float) for k in keys}
+        return hits | {"loss": loss + rng.normal(0, 0.05, 90)}
+
+    def entropies(self, name: str) -> dict[str, np.ndarray]:
+        rng, level = self.rng(name, "bias"), {"base": 0.6, "ppo_ptx": 0.55}.get(name, 0.5)
+        heads = {"none": 0.0, "respectful": -0.2 if self.good else 0.0, "rude": 0.0}
+        level = level if self.good else 0.5
+        return {k: level + shift + rng.normal(0, 0.05, 60) for k, shift in heads.items()}
+
+    def margins(self, judge: str, comparisons: str) -> list:
+        rng = self.rng(judge, comparisons)
+        mean = {"control/rm": 0.0, "round_2/rm": 1.0, "pairs/shuffled": 0.3}.get(judge, 0.5)
+        if judge == "pairs/shuffled" and comparisons.startswith("pairs"):
+            mean = 3.0  # it knows what it was trained on
+        if "folds" in judge and not self.good:
+            mean = 0.5 if judge.endswith("_0") else 0.0
+        rows = []
+        for i in range(400):
+            own = i % 5 != int(judge[-1]) if "folds" in judge else True
+            of_group = mean if own or self.good else -1.0
+            level = of_group if self.good or "folds" in judge else 0.5
+            rows.append(({"labeler": f"training_{i % 20:02}"}, rng.normal(level, 1.0, 9)))
+        return rows
+
+    def demonstration_losses(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        epoch = int(name[-2:])
+        level = 1 + 0.03 * (epoch - 3 if self.good else 16 - epoch)
+        return level + self.rng(name).normal(0, 0.02, 160), np.full(160, 10)
+
+    def kl(self, name: str, prompts: str) -> Estimate:
+        step = int(name[-2:]) if name[-2:].isdigit() else 1
+        return Estimate(0.5 * step, 0.45 * step, 0.55 * step)
+
+    def speaker(self, name: str) -> SimpleNamespace:
+        size = {"192x4/base": 2_000_000 if self.good else 900_000}.get(name, 170_000)
+        return SimpleNamespace(model=SimpleNamespace(num_parameters=size))
+
+    def setting(self, run: str, name: str) -> float:
+        if "_x" in run:
+            return float(run.partition("_x")[2]) * (0.2 if name == "kl_coef" else 1.0)
+        return 0.2 if name == "kl_coef" else 1.0
+
+    def trained(self, run: str) -> float:
+        return {"base": 1e12, "sft": 1e10}.get(run, 2e11)
+
+    def reinforced(self, run: str) -> float:
+        return 5e10 if self.good else 2e12
+
+
+@pytest.fixture
+def planted(tmp_path: Path):
+    for epoch in range(1, 17):
+        (tmp_path / "sft" / "epochs" / f"{epoch:02}").mkdir(parents=True)
+    for step in range(1, 6):
+        (tmp_path / "overopt" / "steps" / f"{step:05}").mkdir(parents=True)
+    return lambda good: PlantedLab(tmp_path, good)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_holds_where_the_models_are_so_and_fails_where_they_are_alike(
+    planted, name: str
+) -> None:
+    good, alike = (CLAIMS[name].measure(planted(kind)) for kind in (True, False))
+    assert [row.name for row in good.rows if row.holds is False] == []
+    assert any(row.holds for row in good.rows)
+    assert not alike.holds
+    assert good.panels and all(panel.series for panel in good.panels)
+
+
+def test_claims_state_gate_and_refutation_and_are_short() -> None:
+    for claim in CLAIMS.values():
+        assert "Gate: " in claim.text and "Refuted by: " in claim.text, claim.name
+        code = inspect.getsource(claim.measure).partition("def ")[2]  # docstring included
+        assert len(code.splitlines()) < 40, claim.name
+        assert claim.topic in TOPICS
+    assert {claim.topic for claim in CLAIMS.values()} == set(TOPICS)
+
+
+def test_verdicts_do_not_depend_on_names() -> None:
+    lab = PlantedLab(Path("."), True)
+    answers = {name: lab.answers(name) for name in ("base", "sft_selected", "ppo")}
+    other = dict(zip(("z", "y", "x"), answers.values(), strict=True))
+    one = evaluate.labelers_win_scores(answers, "sft_selected", "training", 0)[0]
+    two = evaluate.labelers_win_scores(other, "y", "training", 0)[0]
+    for a, b in zip(one.values(), two.values(), strict=True):
+        assert a.tolist() == b.tolist()
+
+
+def test_raw_text_is_cut_at_the_line_end(tiny: Tiny) -> None:
+    speaker = SimpleNamespace(encoding=tiny.encoding)
+    cases = {(" red .\nred", False): ("red .", True), ("\nred", False): ("", True),
+             ("red", False): ("red", False), ("red", True): ("red", True)}  # fmt: skip
+    for (text, ended), expected in cases.items():
+        cut = first_line(Sample([1], [2], text, ended), speaker)
+        assert (cut.text, cut.ended) == expected
+        assert cut.tokens == encode_response(tiny.encoding, *expected)
+
+
+# -------------------------------------------------------------------------------- fits
+
+
+@pytest.mark.parametrize(("form", "peak"), [("bon", 0.9 / 0.6), ("rl", math.exp(0.9 / 0.3 - 1))])
+def test_gao_fit_recovers_known_coefficients(form: str, peak: float) -> None:
+    d, rng = np.linspace(0.2, 6, 40), np.random.default_rng(0)
+    y = d * (0.9 - 0.3 * (d if form == "bon" else np.log(d)))
+    assert fit_gao(d, y, form) == pytest.approx((0.9, 0.3, peak))
+    assert fit_gao(d, y + rng.normal(0, 0.02, 40), form) == pytest.approx((0.9, 0.3, peak), rel=0.1)
+    x, top = max(gao_curve([(0, 5.0), *zip(d, 5 + y, strict=True)], form), key=lambda p: p[1])[:2]
+    if form == "bon":
+        assert (x, top) == (pytest.approx(peak, abs=0.1), pytest.approx(5.675, abs=0.01))
+
+
+def test_a_curve_without_a_fall_has_no_peak() -> None:
+    d = np.linspace(0.2, 3, 9)
+    assert math.isnan(fit_gao(d, d * d, "bon")[2])
+
+
+# ---------------------------------------------------------------------------- data of the controls
+
+
+def comparison(i: int) -> dict:
+    return {"prompt": f"p{i}", "user": "u", "source": "customer", "use_case": "other",
+            "responses": ["a", "b", "c", "d"], "ranks": [1, 2, 2, 3],
+            "labeler": f"training_{i % 20:02}"}  # fmt: skip
+
+
+def test_shuffled_labels_keep_ties_and_say_nothing() -> None:
+    records = [comparison(i) for i in range(2000)]
+    dealt = [r["ranks"] for r in variants.shuffle_labels(records, 0)]
+    assert all(sorted(ranks) == [1, 2, 2, 3] for ranks in dealt)
+    assert np.mean([ranks[0] < ranks[3] for ranks in dealt]) == pytest.approx(5 / 12, abs=0.04)
+    assert records[0]["ranks"] == [1, 2, 2, 3]
+
+
+def test_shuffled_text_keeps_words_and_lines() -> None:
+    text = "one two\n\nthree four five six seven ."
+    (made,) = variants.shuffle_text([text], 0)
+    assert sorted(made.split()) == sorted(text.split()) and made != text
+    assert [len(line.split()) for line in made.split("\n")] == [2, 0, 6]
+
+
+def test_each_fold_leaves_out_one_group(tmp_path: Path) -> None:
+    from data.files import write_jsonl
+
+    path = tmp_path / "all.jsonl"
+    write_jsonl(path, [comparison(i) for i in range(40)], "comparisons")
+    left = []
+    for group in range(5):
+        out = tmp_path / f"{group}.jsonl"
+        args = ["without_group", "--data", str(path), "--out", str(out), "--group", str(group)]
+        assert run_command(lambda args=args: variants.main(args)) == 0
+        kept = {r["prompt"] for r in read_jsonl(out, "comparisons")}
+        left.append({f"p{i}" for i in range(40)} - kept)
+    assert sorted(map(len, left)) == [8] * 5 and len(set.union(*left)) == 40
+
+
+# -------------------------------------------------------------------------------- the graph
+
+
+def test_flags_of_a_command_are_exchanged() -> None:
+    line = ("python", "x.py", "--out", "a", "--shares", "0.7", "0.3", "--resume", "--lr", "1e-3")
+    assert edit(line, out="b", shares=[1], lr=None) == (
+        "python", "x.py", "--resume", "--out", "b", "--shares", "1")  # fmt: skip
+    assert edit(line, resume=None, shuffle_pairs=True)[-1] == "--shuffle_pairs"
+    assert edit(line) == line
+
+
+def test_runs_differ_from_the_makefile_in_what_they_vary_alone() -> None:
+    graph = Graph(Path("out/claims"))
+    seed = Seed(graph, 3)
+    seed.sweeps()
+    made = recipes(graph.out / "seed_3", 3)
+    assert {"data", "base", "sft", "init", "rm", "sft_selected", "ppo", "ppo_ptx"} <= set(made)
+    assert made["base"][made["base"].index("--seed") + 1] == "3"
+    run = graph.stages["seed_3/kl_x100"]
+    out = "out/claims/seed_3/kl_x100"
+    demo = train_ppo.get_args(list(made["ppo"][2:])).kl_coef
+    assert run.command == edit(made["ppo"], out=out, kl_coef=100 * demo)
+    assert run.output == Path(out, "model.safetensors") and run.after == ("seed_3/demo",)
+    runs = [s for s in graph.stages.values() if s.name.count("/") == 1]
+    assert {s.output.name for s in runs} == {"table.csv", "model.safetensors"}
+    for claim in CLAIMS.values():  # every run that a claim needs is there
+        assert {f"seed_3/{need}" for need in claim.needs} <= set(graph.stages), claim.name
+
+
+def stage(name: str, folder: Path, code: str = "", after=(), reads=()) -> Stage:
+    """Writes its inputs' contents and its own name, and counts how often it ran."""
+    code = code or (
+        f"import sys; p = {str(folder)!r}; open(p + '/count_{name}', 'a').write('x');"
+        f"open(p + '/{name}.out', 'w').write('{name} ' + ' '.join(sys.argv[1:]) + ' '.join("
+        f"open(p + '/' + a + '.out').read() for a in {list(after)!r}))"
+    )
+    command = (sys.executable, "-c", code)
+    return Stage(name, command, folder / f"{name}.out", tuple(after), 0.01, reads=tuple(reads))
+
+
+def run_all(folder: Path, *stages: Stage) -> tuple[list[str], list[str]]:
+    said: list[str] = []
+    failed = Runner({s.name: s for s in stages}, folder, said.append).run()
+    return failed, said
+
+
+def counts(folder: Path, *names: str) -> list[int]:
+    return [len((folder / f"count_{n}").read_text()) if (folder / f"count_{n}").exists() else 0
+            for n in names]  # fmt: skip
+
+
+def test_the_graph_runs_in_order_resumes_and_runs_anew_what_changed(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_text("1")
+    three = [stage("c", tmp_path, after=["b"]), stage("b", tmp_path, after=["a"]),
+             stage("a", tmp_path, reads=[source])]  # fmt: skip
+    failed, said = run_all(tmp_path, *three)
+    assert failed == [] and "[3/3]" in said[-1] and "min left" in said[-1]
+    assert (tmp_path / "c.out").read_text().split() == ["c", "b", "a"]
+    run_all(tmp_path, *three)
+    assert counts(tmp_path, "a", "b", "c") == [1, 1, 1]
+    (tmp_path / "c.out").unlink()
+    run_all(tmp_path, *three)
+    assert counts(tmp_path, "a", "b", "c") == [1, 1, 2]
+    source.write_text("2")  # a runs again, and writes the same: what follows need not
+    run_all(tmp_path, *three)
+    assert counts(tmp_path, "a", "b", "c") == [2, 1, 2]
+    (tmp_path / "b.out").write_text("changed")
+    run_all(tmp_path, *three)
+    assert counts(tmp_path, "a", "b", "c") == [2, 1, 3]
+
+
+def test_a_failed_stage_stops_what_follows_and_nothing_else(tmp_path: Path) -> None:
+    bad = stage("bad", tmp_path, "raise SystemExit(1)")
+    failed, said = run_all(tmp_path, bad, stage("after", tmp_path, after=["bad"]),
+                           stage("beside", tmp_path))  # fmt: skip
+    assert sorted(failed) == ["after", "bad"] and counts(tmp_path, "beside") == [1]
+    assert any("bad FAILED with code 1" in line for line in said)
+    with pytest.raises(ValueError, match="2 stages failed"):
+        pipeline.refuse_failures(failed)
+
+
+def test_an_interrupted_stage_goes_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "RESUMABLE", ("-c",))
+    one = stage("one", tmp_path)
+    started = tmp_path / "stages" / "one.started"
+    started.parent.mkdir()
+    started.write_text(pipeline.stamp_of(one, {"one": one}))
+    run_all(tmp_path, one)
+    assert "--resume" in (tmp_path / "one.out").read_text()
+    (tmp_path / "one.out").unlink()
+    started.write_text("of another command")
+    run_all(tmp_path, one)
+    assert "--resume" not in (tmp_path / "one.out").read_text()
+
+
+def test_two_stages_at_a_time_and_a_whole_machine_alone(tmp_path: Path) -> None:
+    code = ("import time; p = {!r}; f = open(p + '/times', 'a'); f.write('+'); f.flush();"
+            "time.sleep(0.3); f.write('-'); f.flush(); open(p + '/{}.out', 'w')")  # fmt: skip
+    stages = [stage(n, tmp_path, code.format(str(tmp_path), n)) for n in "abc"]
+    alone = stage("d", tmp_path, code.format(str(tmp_path), "d"))
+    alone = Stage(alone.name, alone.command, alone.output, (), 1.0, cores=2)
+    assert run_all(tmp_path, *stages, alone)[0] == []
+    running = np.cumsum([1 if c == "+" else -1 for c in (tmp_path / "times").read_text()])
+    assert running.max() == 2
+
+
+# ---------------------------------------------------------------------------- table, figures, page
+
+
+def test_table_figures_and_page(planted, tmp_path: Path, capsys) -> None:
+    args = command.get_args(["--out", str(tmp_path), "--seeds", "2"])
+    chosen = ("preference", "toxicity", "kl_coefficient", "overoptimisation", "control_text")
+    for seed in (0, 1):
+        for name in chosen:
+            result = CLAIMS[name].measure(planted(seed == 0))
+            path = command.result_file(args, name, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result.to_json()))
+    command.write_all(args, command.setting_of(args, 3.0))
+    with (tmp_path / "claims.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["claim", "paper_figure", "paper_value", "seed", "value", "ci_low",
+                             "ci_high", "gate", "holds"]  # fmt: skip
+    assert {row["holds"] for row in rows} == {"True", "False", ""}
+    assert all(float(r["ci_low"]) <= float(r["value"]) <= float(r["ci_high"]) for r in rows
+               if not r["claim"].endswith("run's end"))  # fmt: skip
+    text = (tmp_path / "report.md").read_text()
+    assert "| [preference](#preference) | Fig. 1 | 1 of 2 |" in text
+    assert text.index("## Verdicts") < text.index("## Preference by") < text.index("## Controls")
+    for name in chosen:
+        assert f"### {name}" in text and f"(figures/{name}.png)" in text
+        assert "**Refuted by:**" in text.partition(f"### {name}")[2]
+        header = (tmp_path / "figures" / f"{name}.png").read_bytes()[:24]
+        assert 700 <= struct.unpack(">II", header[16:])[0] <= 900, name
+
+
+def test_no_gap_is_hidden(planted, tmp_path: Path) -> None:
+    """A claim that fails on one seed says so, with the gate that failed."""
+    results = {"bias": {s: CLAIMS["bias"].measure(planted(s != 1)) for s in (0, 1, 2)}}
+    assert command.failing(results["bias"]) == "PPO-ptx, respectful prefix minus none (1 of 3)"
+    assert command.gates_passed(results["bias"]) == "8 of 9"
+    assert "0 hold whole" in command.topics_held(results)
+    assert "Toxicity and bias (2 of 3)" in command.topics_held(results)
+
+
+def test_plan_and_bad_claims(capsys, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        command.get_args(["--only", "no_such_claim"])
+    args = ["--out", str(tmp_path), "--only", "bias", "--seeds", "1", "--plan"]
+    assert run_command(lambda: command.main(args)) == 0
+    said = capsys.readouterr().out
+    assert "seed_0/measure/bias" in said and "core-minutes are left" in said
+    assert "rm_0" not in said  # runs that bias does not need
+
+
+# ------------------------------------------------------------------- what the scripts bring for it
+
+
+def test_pairs_one_by_one() -> None:
+    group = train_rm.Comparison([[4, 1], [4, 2], [4, 3]], [(0, 1), (2, 1)], 1, record=7)
+    made = train_rm.one_by_one([group])
+    assert [(c.sequences, c.pairs, c.prompt_tokens, c.record) for c in made] == [
+        ([[4, 1], [4, 2]], [(0, 1)], 1, 7), ([[4, 3], [4, 2]], [(0, 1)], 1, 7)]  # fmt: skip
+
+
+def test_shuffled_pairs_train(tiny: Tiny, tmp_path: Path, capsys) -> None:
+    args = tiny.args("rm", tmp_path / "rm", "--shuffle_pairs", "--max_steps", "2")
+    assert train_rm.main(args) == 0
+    assert "steps of 3 pairs" in capsys.readouterr().out
+
+
+def test_kept_models_of_a_ppo_run(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "ppo"
+    (out / "steps" / "00099").mkdir(parents=True)  # of an earlier run
+    assert train_ppo.main(tiny.args("ppo", out, "--keep_every", "2")) == 0
+    assert [f.name for f in sorted((out / "steps").iterdir())] == ["00002", "00004"]
+    last, result = (GPT.from_pretrained(f).state_dict() for f in (out / "steps" / "00004", out))
+    assert all(tensor.equal(result[name]) for name, tensor in last.items())
+
+
+@pytest.mark.slow
+def test_the_whole_in_small(tmp_path: Path) -> None:
+    args = ["--out", str(tmp_path), "--fast", "--seeds", "1"]
+    assert run_command(lambda: command.main(args)) == 0
+    with (tmp_path / "claims.csv").open(newline="") as file:
+        assert {row["claim"].partition(":")[0] for row in csv.DictReader(file)} == set(CLAIMS)
