@@ -121,7 +121,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ptx_coef", type=float, default=0.0, help="gamma of Eq. 2; 0: PPO (paper: 27.8)")
     add("--ptx_ratio", type=float, default=0.5, help="pretraining sequences an episode (paper: 8)")
     add("--ptx_tokens", type=int, default=128, help="tokens a pretraining sequence (paper: 2048)")
-    add("--ptx_anywhere", type=float, default=0.25,
+    add("--ptx_anywhere", type=float, default=0.5,
         help="share of these cut anywhere; others start at documents (paper: 1)")  # fmt: skip
     add("--missing_eos_score", type=float, default=-4.0, help="score of a response without end")
     add("--gamma", type=float, default=1.0, help="discount (paper: none)")
