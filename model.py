@@ -134,19 +134,22 @@ def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def forward_flops(config: GPTConfig, lengths: Sequence[int], predicted: int) -> float:
+def forward_flops(
+    config: GPTConfig, lengths: Sequence[int], predicted: int, repeated: int = 0
+) -> float:
     """Operations of a forward pass over rows of these lengths, by the usual count: a product of
     (n, a) and (a, b) has 2 n a b, attention is counted without its causal half left out.
 
-        sum_rows (24 L C^2 n + 4 L C n^2)  +  2 V C predicted
+        sum_rows (24 L C^2 n + 4 L C n^2)  -  24 L C^2 repeated  +  2 V C predicted
 
-    `predicted` is how many positions go through the unembedding. Training has three times as many
-    (a backward pass twice the forward's): with all positions predicted, 6 N + 12 L C T a token,
-    N = 12 L C^2 + V C (Chowdhery et al. 2022, B). Recomputation is not counted.
+    `predicted` is how many positions go through the unembedding, `repeated` how many tokens through
+    attention alone, because another row has them as well (see `Packing`). Training has three times
+    as many (a backward pass twice the forward's): with all positions predicted, 6 N + 12 L C T a
+    token, N = 12 L C^2 + V C (Chowdhery et al. 2022, B). Recomputation is not counted.
     """
     L, C = config.n_layer, config.n_embd
     trunk = sum(24 * L * C**2 * n + 4 * L * C * n**2 for n in lengths)
-    return trunk + 2.0 * config.vocab_size * C * predicted
+    return trunk - 24 * L * C**2 * repeated + 2.0 * config.vocab_size * C * predicted
 
 
 class KVCache:

@@ -517,8 +517,9 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         flops = 3 * forward_flops(
-            model.config, [len(s) for group in batch for s in group.sequences], predicted=0
-        )
+            model.config, [len(s) for group in batch for s in group.sequences], predicted=0,
+            repeated=sum((len(g.sequences) - 1) * g.prompt_tokens for g in batch),
+        )  # fmt: skip
         clocks = {
             "step": step, "step_s": seconds, "tok_per_s": row["tokens"] / seconds,
             "mfu": flops / seconds / peak_flops if peak_flops else None, "mem_gib": memory,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import kernels
+import train_rm
 import train_sft
-from model import GPT, GPT2_NAMES, GPTConfig, KVCache, Linear, store_matrices
+from model import GPT, GPT2_NAMES, GPTConfig, KVCache, Linear, ScalarModel, store_matrices
 from tests import throughput
 from tests.throughput import SHAPES, STAGES, main, memory_plan, parameters, stage_args
 
@@ -73,6 +74,29 @@ def test_optimizers_hold_what_is_planned() -> None:
     assert sum(p.grad.nbytes for p in model.parameters()) == plan["gradients"] == plan["weights"]
 
 
+def test_planned_activations_of_a_reward_model() -> None:
+    """2 prompts of 30 tokens with 9 responses of 20 each, prompts computed once."""
+    flags = ["--max_prompt_tokens", "30", "--max_new_tokens", "20", "--micro_batch_size", "2"]
+    plan, args = planned("rm", SMALL, *flags)
+    model = ScalarModel(SMALL)
+    groups = []
+    for _ in range(2):
+        prompt = torch.randint(101, (30,)).tolist()
+        sequences = [prompt + torch.randint(101, (20,)).tolist() for _ in range(9)]
+        groups.append(train_rm.Comparison(sequences, [(0, 1)], prompt_tokens=30))
+    parameters, seen, kept = {p.shape for p in model.parameters()}, {}, []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape not in parameters and tensor.dtype == torch.float32:  # not the indices
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)  # alive, so that no two have one address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        train_rm.score_all(model, groups, args)
+    assert plan["activations"] == pytest.approx(sum(seen.values()), rel=0.15)
+
+
 def kept_for_backward(checkpointing: bool, dtype: str, pdrop: float) -> int:
     """Bytes that a forward pass of `SMALL` on 4 rows of 50 keeps, without its parameters and what
     autocast makes of them."""
@@ -128,7 +152,8 @@ def test_a_plan_by_hand() -> None:
     assert plan["update"] == update and plan["rollout"] == rollout
     assert plan["total"] == (3 + 4 + 2) * 4 * P + max(update, rollout)
     rm, _ = planned("rm", config, *flags)
-    assert rm["total"] == 16 * P + 9 * activations + 4 * 70
+    # 2 prompts of 3 tokens with 9 responses of 2 each: 42 tokens, in rows of 90
+    assert rm["total"] == 16 * P + 52 * 10 * 42 + 16 * 10 * 90 + 4 * 70
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,13 +14,16 @@ rollout and an iteration: sampled tokens), the operations (`model.forward_flops`
 peak (mfu; empty where the GPU's peak is not known), the peak of PyTorch's GPU memory, and the plan.
 
 **Memory on paper** (`memory_plan`), bytes; P parameters, M of them weights and biases of matrices,
-V vocabulary, C width, L layers, t tokens of a micro-batch, b bytes of the compute dtype:
+V vocabulary, C width, L layers, t tokens of a micro-batch, r places in its rows, b bytes of the
+compute dtype:
 
     weights 4P, gradients 4P, Adam 8P      of each trained network
     casts        b (M + V C)               what autocast makes of the weights, where b is 2
     activations  L (8 + 14 b) C t          two residuals in 4 bytes; two normed inputs, q, k, v,
                                            attention's output, the MLP before and after GELU in b
                  (4 L + 8 + 14 b) C t      with checkpointing: a residual a block, and one block
+                 8 + 11 b, and 4 b r / t   in RM, instead of 8 + 14 b: t counts a prompt once for
+                                           its responses; q, k, v and the output are kept for r
     head         (b + 8) V C + (b + 4) C t + 2^26     gradients of the unembedding; the workspace
     cache        2 b L C rows length       keys and values of a rollout
     frozen       4P, or 4P - 2M            reference and reward model
@@ -116,6 +119,9 @@ def memory_plan(stage: str, config: GPTConfig, args: argparse.Namespace) -> dict
         rows = args.micro_batch_size or args.minibatch_size
     t = rows * longest
     block = (8 + 14 * b) * C * t
+    if stage == "rm":
+        t = args.micro_batch_size * (args.max_prompt_tokens + MOST_RESPONSES * args.max_new_tokens)
+        block = (8 + 11 * b) * C * t + 4 * b * C * rows * longest
     plan = {
         "weights": 4 * P, "gradients": 4 * P, "adam": 8 * P,
         "casts": b * (M + V * C) if b == 2 else 0,
@@ -151,7 +157,8 @@ def operations(stage: str, config: GPTConfig, args: argparse.Namespace) -> float
         return 3 * forward_flops(config, [longest] * args.batch_size, tokens)
     if stage == "rm":
         rows = sum(responses_of(i) for i in range(args.batch_size))
-        return 3 * forward_flops(config, [longest] * rows, 0)
+        repeated = (rows - args.batch_size) * args.max_prompt_tokens
+        return 3 * forward_flops(config, [longest] * rows, 0, repeated)
     with torch.device("meta"):
         models: dict = {"policy": GPT(config), "reference": GPT(config)}
         models |= {"reward_model": ScalarModel(config), "value_network": ScalarModel(config)}
@@ -204,8 +211,8 @@ def supervised(stage: str, config: GPTConfig, args: argparse.Namespace) -> tuple
     rng = np.random.default_rng(0)
     longest = args.max_prompt_tokens + args.max_new_tokens
 
-    def sequence() -> list[int]:
-        return rng.integers(config.vocab_size, size=longest).tolist()
+    def sequence(length: int = longest) -> list[int]:
+        return rng.integers(config.vocab_size, size=length).tolist()
 
     if stage == "sft":
         model = new_model(GPT, config, args, args.resid_pdrop).train()
@@ -213,15 +220,17 @@ def supervised(stage: str, config: GPTConfig, args: argparse.Namespace) -> tuple
             for block in model.h:
                 block.compile(dynamic=True)
         batch: list = [(sequence(), 1) for _ in range(args.batch_size)]
-        count, predicted = args.batch_size, args.batch_size * (longest - 1)
+        count, predicted, repeated = args.batch_size, args.batch_size * (longest - 1), 0
     else:
         model = new_model(ScalarModel, config, args).train()
         batch = []
         for i in range(args.batch_size):
-            sequences = [sequence() for _ in range(responses_of(i))]
+            prompt = sequence(args.max_prompt_tokens)
+            sequences = [prompt + sequence(args.max_new_tokens) for _ in range(responses_of(i))]
             pairs = train_rm.untied_pairs(list(range(len(sequences))))
-            batch.append(train_rm.Comparison(sequences, pairs))
+            batch.append(train_rm.Comparison(sequences, pairs, len(prompt)))
         count, predicted = sum(len(group.sequences) for group in batch), 0
+        repeated = (count - len(batch)) * args.max_prompt_tokens
     optimizer = adamw(model, args.lr)
 
     def run() -> dict[str, float]:
@@ -235,7 +244,7 @@ def supervised(stage: str, config: GPTConfig, args: argparse.Namespace) -> tuple
         optimizer.step()
         return {f"{stage}_step": wait(args.device) - started}
 
-    flops = 3 * forward_flops(config, [longest] * count, predicted)
+    flops = 3 * forward_flops(config, [longest] * count, predicted, repeated)
     about = {"tokens": count * longest, "flops": flops, "shape": f"B={count} T={longest}"}
     return run, {f"{stage}_step": about}
 
