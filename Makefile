@@ -40,7 +40,7 @@ claims: .venv/ready
 	$(py) -m tests.claims --out $(OUT)/claims $(CLAIMS)
 
 test: .venv/ready
-	$(py) -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(py) -m pytest -n auto --dist loadfile $(TESTS)
 
 lint: .venv/ready
 	$(py) -m ruff check .

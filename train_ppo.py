@@ -121,7 +121,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ptx_coef", type=float, default=0.0, help="gamma of Eq. 2; 0: PPO (paper: 27.8)")
     add("--ptx_ratio", type=float, default=0.5, help="pretraining sequences an episode (paper: 8)")
     add("--ptx_tokens", type=int, default=128, help="tokens a pretraining sequence (paper: 2048)")
-    add("--ptx_anywhere", type=float, default=0.5,
+    add("--ptx_anywhere", type=float, default=0.25,
         help="share of these cut anywhere; others start at documents (paper: 1)")  # fmt: skip
     add("--missing_eos_score", type=float, default=-4.0, help="score of a response without end")
     add("--gamma", type=float, default=1.0, help="discount (paper: none)")
@@ -138,7 +138,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro_batch_size", type=int, default=8, help="sequences a forward pass; 0: a minibatch")
     add("--rollout_size", type=int, default=0, help="responses sampled at once; 0: all")
     add("--inner_epochs", type=int, default=1, help="passes over an iteration's batch (paper: 1)")
-    add("--lr", type=float, default=5e-4, help="of the policy (paper tried 2.55e-6 to 2.55e-5)")
+    add("--lr", type=float, default=6e-4, help="of the policy (paper tried 2.55e-6 to 2.55e-5)")
     add("--value_lr", type=float, default=5e-4, help="of the value network (paper: 9e-6)")
     add("--warmup_steps", type=int, default=10, help="iterations from a tenth of lr (paper: 10)")
     add("--grad_clip", type=float, default=1.0, help="limit of each gradient's norm; 0: none")
