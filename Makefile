@@ -35,7 +35,7 @@ demo: $(OUT)/report/report.md
 	@cat $(OUT)/report/table.txt
 	@echo "The report is $(OUT)/report/report.md, its figures beside it."
 
-# Up to 150 minutes on two idle cores; started again, it goes on. CLAIMS="--plan" shows the plan.
+# By its plan about 110 minutes of two idle cores; started again, it goes on. CLAIMS="--plan" shows it.
 claims: .venv/ready
 	$(py) -m tests.claims --out $(OUT)/claims $(CLAIMS)
 
@@ -95,6 +95,7 @@ $(D)/%/comparisons_held_out.jsonl: data/label.py data/labelers.py data/grader.py
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
 	  --pool held_out --seed $(SEED)
 
+# It waits for the start of PPO, so that all cores are its own.
 $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid/comparisons.jsonl \
                     $(D)/valid/comparisons_held_out.jsonl | $(call weights,init)
 	$(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) \
