@@ -189,7 +189,8 @@ public: $(R)/public/report.md
 	@echo "The alignment-tax table is $(R)/public/table.txt, the report $(R)/public/report.md."
 
 $(R)/public/report.md: evaluate.py public_eval.py data/public_sets.py data/public_items.py \
-                       data/text_metrics.py data/toxicity.py sample.py report.py \
+                       data/text_metrics.py data/toxicity.py data/raw.py data/files.py \
+                       model.py sample.py report.py \
                        $(R)/ppo/model.safetensors $(R)/ppo_ptx/model.safetensors
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(half) $(py) evaluate.py --public $(DATA) --out $(R)/public --seed $(SEED) --resume \
