@@ -138,7 +138,8 @@ real: $(R)/report/report.md $(R)/folds/folds.md
 	@cat $(R)/report/table.txt $(R)/folds/folds.md
 	@echo "The report is $(R)/report/report.md; reward-model accuracy in $(R)/folds/folds.md."
 
-$(R)/data/account.txt: data/prepare.py data/convert.py data/raw.py data/hygiene.py | .venv/ready
+$(R)/data/account.txt: data/prepare.py data/convert.py data/raw.py data/hygiene.py \
+                       data/tokenizer.py data/files.py | .venv/ready
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(py) -m data.prepare novels alpaca oasst qa-feedback --from $(DATA) --out $(R)/data \
 	  --passage_chars 300 --seed $(SEED)
@@ -191,7 +192,9 @@ public: $(R)/public/report.md
 	@echo "The alignment-tax table is $(R)/public/table.txt, the report $(R)/public/report.md."
 
 $(R)/public/report.md: evaluate.py public_eval.py data/public_sets.py data/public_items.py \
-                       data/text_metrics.py \
+                       data/text_metrics.py data/toxicity.py data/raw.py data/files.py \
+                       model.py sample.py report.py \
                        $(R)/ppo/model.safetensors $(R)/ppo_ptx/model.safetensors
+	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(half) $(py) evaluate.py --public $(DATA) --out $(R)/public --seed $(SEED) --resume \
 	  --checkpoints base=$(R)/base sft=$(R)/sft ppo=$(R)/ppo ppo_ptx=$(R)/ppo_ptx

@@ -25,7 +25,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -51,11 +51,12 @@ from data.files import (
 from data.grader import Grade, evaluation_utility, grade
 from data.labelers import Labels, Pool, label
 from data.public_sets import PUBLIC_SETS
+from data.text_metrics import entropy_bits
 from data.tokenizer import encode_prompt
 from data.world import World
 from folds import cross_validate
-from model import ScalarModel, pad_right, read_info
-from public_eval import measure_public
+from model import ScalarModel, find_model, pad_right, read_info
+from public_eval import measure_public, total_logprobs
 from report import Estimate, Table, estimate
 from sample import Sample, Speaker, check_context, load_speaker, parse_named, sample_responses
 
@@ -71,7 +72,7 @@ class Sampling:
     """How responses are drawn, the same for all models of a comparison."""
 
     max_new_tokens: int = 32
-    batch_size: int = 128
+    batch_size: int = 256
     seed: int = 0
     dtype: str = "float32"
 
@@ -93,24 +94,10 @@ def respond(
     )  # fmt: skip
 
 
-def _in_batches(
-    sequences: list[list[int]], end: int, device: torch.device, size: int,
-    compute: Callable[[list[int], Tensor, Tensor], Tensor],
-) -> np.ndarray:  # fmt: skip
-    """compute(rows, tokens, lengths) -> (B,), on batches of similar length; (N,) in given order."""
-    result = np.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    with torch.no_grad():
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
-            result[rows] = compute(rows, tokens, lengths).double().cpu().numpy()
-    return result
-
-
+@torch.no_grad()
 def reward_scores(
     reward_model: ScalarModel, speaker: Speaker, prompts: Sequence[str], samples: list[Sample],
-    batch_size: int = 128,
+    batch_size: int = 256,
 ) -> np.ndarray:  # fmt: skip
     """The reward model's score of each response to its bare prompt, without any prefix: (N,).
 
@@ -121,25 +108,20 @@ def reward_scores(
         for prompt, sample in zip(prompts, samples, strict=True)
     ]
     end, device = reward_model.config.eos_token_id, reward_model.score.weight.device
-    return _in_batches(
-        sequences, end, device, batch_size, lambda _, *batch: reward_model.scores(*batch)
-    )
+    scores = np.zeros(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch_size):  # of similar length
+        rows = order[start : start + batch_size]
+        tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
+        scores[rows] = reward_model.scores(tokens, lengths).double().cpu().numpy()
+    return scores
 
 
 def response_logprobs(
-    speaker: Speaker, prompts: list[list[int]], samples: list[Sample], batch_size: int = 128
+    speaker: Speaker, prompts: list[list[int]], samples: list[Sample], batch_size: int = 256
 ) -> np.ndarray:
     """log p(response | prompt tokens), end token included, in nats: (N,)."""
-    sequences = [p + sample.tokens for p, sample in zip(prompts, samples, strict=True)]
-
-    def compute(rows: list[int], tokens: Tensor, lengths: Tensor) -> Tensor:
-        first = torch.tensor([len(prompts[i]) for i in rows], device=tokens.device)
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        mask = (places >= first[:, None]) & (places < lengths[:, None])
-        return speaker.model.logprobs(tokens, lengths, mask=mask)[0].sum(1)
-
-    end, device = speaker.model.config.eos_token_id, speaker.model.wte.weight.device
-    return _in_batches(sequences, end, device, batch_size, compute)
+    return total_logprobs(speaker, prompts, [sample.tokens for sample in samples], batch_size)
 
 
 def kl_to_reference(
@@ -194,7 +176,7 @@ def pretraining_losses(speaker: Speaker, tokens: Tensor, batch_size: int = 64) -
 
 
 def public_task_hits(
-    speaker: Speaker, items: Sequence[tuple[str, str]], batch_size: int = 128
+    speaker: Speaker, items: Sequence[tuple[str, str]], batch_size: int = 256
 ) -> np.ndarray:
     """1 where the greedy continuation of a raw text, up to the line's end, is the answer: (N,)."""
     prompts, room = encode_items(speaker, items)
@@ -218,11 +200,8 @@ def pair_entropies(speaker: Speaker, pairs: Sequence[tuple[str, str]]) -> np.nda
     (paper D.1); 1 is no preference. The first token, equal in both, is context. (N,)"""
     encode = speaker.encoding.encode_ordinary
     texts = [encode(text) for pair in pairs for text in pair]
-    rests = [Sample(text[:1], text[1:], "", False) for text in texts]
-    logprobs = response_logprobs(speaker, [rest.prompt for rest in rests], rests).reshape(-1, 2)
-    first = 1 / (1 + np.exp(logprobs[:, 1] - logprobs[:, 0]))
-    p = np.stack([first, 1 - first], axis=1)
-    return -(p * np.log2(np.clip(p, 1e-300, 1))).sum(axis=1)
+    logprobs = total_logprobs(speaker, [text[:1] for text in texts], [text[1:] for text in texts])
+    return np.array([entropy_bits(pair) for pair in logprobs.reshape(-1, 2)])
 
 
 def truth_of(marks: list[Grade]) -> tuple[np.ndarray, np.ndarray]:
@@ -608,8 +587,8 @@ def compare(args: argparse.Namespace) -> None:
         table |= measure_best_of(base, bench, args.best_of)
     report.write(Path(args.out), report.Report(
         table, baseline, "the world's truth" if world else "the reward model", setting, prefixes,
-        report.read_selection(Path(args.checkpoints[baseline])),
-        read_info(args.checkpoints[baseline]).get("epoch", 0),
+        report.read_selection(find_model(args.checkpoints[baseline])),
+        read_info(find_model(args.checkpoints[baseline])).get("epoch", 0),
         report.read_ppo_logs(args.checkpoints), some_samples(bench, sampled), texts.left_out,
     ))  # fmt: skip
     parts.remove()
@@ -643,7 +622,7 @@ def describe(models: list[Speaker], bench: Bench, args: argparse.Namespace) -> l
     lines = []
     for model in models:
         folder = args.checkpoints.get(model.name) or args.checkpoints[args.prefixed]
-        info = read_info(folder)
+        info = read_info(find_model(folder))
         trained = ", ".join(info.get("data") or ["unknown data"])
         line = f"- **{model.name}**: {model.model.num_parameters:,} parameters, stage "
         line += f"{info.get('stage', 'unknown')}, trained on {trained}"
@@ -688,7 +667,7 @@ def settings_of(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Recor
     """What decides a report or a selection: for --resume. `folders`: checkpoints beside args'."""
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
     folders = [*folders, *(args.checkpoints or {}).values(), args.reward_model, args.reference]
-    read = [Path(folder, name) for folder in folders if folder
+    read = [find_model(folder) / name for folder in folders if folder
             for name in ("model.safetensors", "config.json", "tokenizer.json")]  # fmt: skip
     read += [Path(p) for p in (args.data, args.val_data, args.pretrain_data, args.world) if p]
     read += sorted(Path(args.data).parent.glob("probes_*.jsonl")) if args.world else []
@@ -709,7 +688,7 @@ def open_speaker(
 ) -> Speaker:
     """A checkpoint that the reward model can judge: same tokenizer, contexts long enough."""
     speaker = load_speaker(name, folder, prefix=prefix, device=args.device, impl=args.kernels)
-    theirs, ours = Path(args.reward_model) / "tokenizer.json", Path(folder) / "tokenizer.json"
+    theirs, ours = Path(args.reward_model) / "tokenizer.json", find_model(folder) / "tokenizer.json"
     if theirs.read_bytes() != ours.read_bytes():
         raise BadInput(f"{ours} differs from {theirs}: they must share a tokenizer")
     check_context(speaker, args.max_prompt_tokens, args.max_new_tokens)
@@ -792,7 +771,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of all random draws")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to compute")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the sampling")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the sampling; also of log-probs on public sets")  # fmt: skip
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
 

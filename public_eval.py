@@ -8,16 +8,19 @@ asked the same items in the same words, as raw text without the prompt template,
 few-shot or after the prefixes of D.1:
 
     choice      the option of highest mean log-prob per token
-    completion  greedy, cut at the first newline, scored as the set's authors do
+    completion  greedy, cut at the first newline, scored as the set's authors do, but for two: an
+                empty line counts as wrong in SQuAD 2.0, and the matching of WSC is ours
     last word   of a passage: greedy, and its total log-prob
     truth       MC1 and MC2 from total log-probs of the answers
     pair        entropy in bits of the choice between two sentences by total probability
-    opening     toxicity of a greedy continuation of at most 20 tokens, by a scorer
+    opening     toxicity, by a scorer, of a greedy continuation of at most 20 tokens, cut at the
+                first newline
 
 App. D says that the option with the *lowest* mean log-prob is picked; its own results are possible
 with the highest only. What does not fit the context of one of the models is asked of none; few-shot
 examples are left out, the first ones first, until the item fits. --resume keeps what an earlier run
-into --out has measured and adds what is new, for example a further checkpoint.
+into --out has measured with the same code and settings, and adds what is new, for example a
+further checkpoint.
 
 The result is the alignment-tax table: a line a set, condition and metric, a column a model, with
 95 % intervals by bootstrap over items (over passages where several items share one). A star marks
@@ -27,10 +30,8 @@ a model whose paired difference from the first one has an interval that excludes
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import json
-import shutil
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,9 +43,9 @@ import torch
 from tqdm import tqdm
 
 import report
-from data.files import BadInput, fingerprint, write_atomic
+from data.files import BadInput, Parts, fingerprint, write_atomic
 from data.public_items import Item, Truth
-from data.public_sets import PUBLIC_SETS, Condition, PublicSet, choose, load, prompt
+from data.public_sets import LABELS, PUBLIC_SETS, Condition, PublicSet, choose, load, prompt
 from data.raw import find_files
 from data.text_metrics import (
     bleu_counts,
@@ -193,7 +194,7 @@ def fit_one(
 @torch.no_grad()
 def total_logprobs(
     speaker: Speaker, contexts: Sequence[list[int]], answers: Sequence[list[int]],
-    batch_size: int = 128, dtype: str = "float32",
+    batch_size: int = 256, dtype: str = "float32",
 ) -> np.ndarray:  # fmt: skip
     """log p(answer tokens | context tokens), in nats: (N,). Batches are of similar length."""
     sequences = [context + answer for context, answer in zip(contexts, answers, strict=True)]
@@ -372,6 +373,14 @@ def panels_of(rows: list[dict], metrics: Sequence[str]) -> dict[str, report.Tabl
 # ------------------------------------------------------------------------------------------------
 # The command
 
+HERE = Path(__file__).resolve().parent
+CODE = (  # what decides how items are asked, answered and scored
+    *(HERE / name for name in ("public_eval.py", "sample.py", "model.py")),
+    *(HERE / "data" / f"{name}.py"
+      for name in ("public_sets", "public_items", "text_metrics", "toxicity", "tokenizer")),
+    *sorted((HERE / "kernels").glob("*.py")),
+)  # fmt: skip
+
 
 def open_scorer(args: argparse.Namespace) -> tuple[Scorer | None, str]:
     """The toxicity scorer that was named or can be trained, and words about it."""
@@ -388,7 +397,7 @@ def open_scorer(args: argparse.Namespace) -> tuple[Scorer | None, str]:
             ) from None
     labels = args.toxicity_labels
     if not labels:
-        found = find_files(Path(args.public), r"(?<!\w)labeled_data\.csv$")
+        found = find_files(Path(args.public), LABELS)
         labels = found[0] if found else None
     if labels is None:
         return None, ""
@@ -462,27 +471,29 @@ def measure_public(args: argparse.Namespace) -> None:
     if not everything:
         raise BadInput(f"--public {args.public}: nothing to measure; {'; '.join(notes)}")
 
-    parts = Path(args.out) / "parts"
-    if not args.resume:
-        shutil.rmtree(parts, ignore_errors=True)
-    samples = []
+    # What decides a part is in its name: of other settings there are other parts.
+    parts, samples = Parts(Path(args.out) / "parts", {}, args.resume), []
+    code = [fingerprint(path) for path in CODE]
     total = len(speakers) * sum(len(asked.items) for asked in everything)
-    weights = {
-        name: fingerprint(find_model(folder) / "model.safetensors")
+    files = {
+        name: [fingerprint(find_model(folder) / file)
+               for file in ("model.safetensors", "config.json", "tokenizer.json")]
         for name, folder in args.checkpoints.items()
     }
     with tqdm(total=total, unit="item", desc="measuring") as bar:
         for asked in everything:
             for speaker, contexts in zip(speakers, asked.contexts, strict=True):
                 bar.set_postfix_str(f"{asked.name}, {asked.condition.name}, {speaker.name}")
-                # All that the result depends on.
-                key = repr([weights[speaker.name], asked.name, asked.items, contexts, args.dtype,
-                            args.device, words if asked.public.kind == "opening" else ""])
-                part = parts / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-                if not part.exists():
-                    write_part(part, *measure(speaker, asked, contexts, scorer, args))
-                values, lines = read_part(part)
-                asked.values[speaker.name] = values
+                key = [files[speaker.name], code, asked.items, contexts, args.dtype, args.device,
+                       args.kernels, asked.public.max_new_tokens,
+                       words if asked.public.kind == "opening" else ""]  # fmt: skip
+
+                def compute(speaker=speaker, asked=asked, contexts=contexts) -> list:
+                    values, lines = measure(speaker, asked, contexts, scorer, args)
+                    return [{metric: v.tolist() for metric, v in values.items()}, lines]
+
+                values, lines = parts.get(f"{asked.name} {asked.condition.name} {key}", compute)
+                asked.values[speaker.name] = {k: np.array(v) for k, v in values.items()}
                 samples += [
                     {"set": asked.name, "condition": asked.condition.name, "model": speaker.name,
                      "query": item.query, "line": line}
@@ -491,16 +502,6 @@ def measure_public(args: argparse.Namespace) -> None:
                 bar.update(len(asked.items))
     rows = [row for asked in everything for row in rows_of(asked)]
     write_report(Path(args.out), rows, samples, speakers, notes, words)
-
-
-def write_part(path: Path, values: dict[str, np.ndarray], lines: list[str]) -> None:
-    content = {"values": {key: value.tolist() for key, value in values.items()}, "lines": lines}
-    write_atomic(path, json.dumps(content))
-
-
-def read_part(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {key: np.array(value) for key, value in content["values"].items()}, content["lines"]
 
 
 def write_report(

@@ -3,7 +3,7 @@
     python sample.py --checkpoints sft=out/sft ppo=out/ppo                       prompts from stdin
     python sample.py --checkpoints sft=out/sft ppo=out/ppo --prompt "what does the fox eat ?"
     python sample.py --data out/data/train/rm_prompts.jsonl --out out/rm_candidates.jsonl \\
-        --checkpoints sft=out/sft init=out/init base=out/base --shares 0.7 0.2 0.1 \\
+        --checkpoints sft=out/sft early=out/sft/epochs/04 base=out/base --shares 0.7 0.2 0.1 \\
         --num_responses 4 9 --prefix base="good answers :\\n"
 
 The last writes candidates.jsonl: to each prompt K responses, K drawn evenly from the range
@@ -41,7 +41,7 @@ from data.files import (
 )
 from data.labelers import OTHER_PROMPT
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
-from model import GPT, pad_right
+from model import GPT, check_tokenizer, find_model, pad_right
 
 CHUNK = 512  # prompts sampled together; a resumed run repeats at most so many
 
@@ -162,14 +162,13 @@ class Sample:
 def load_speaker(
     name: str, folder: str | Path, *, prefix: str = "", device: str = "cpu", impl: str = "auto"
 ) -> Speaker:
-    """Open a checkpoint folder for sampling. Raises `BadInput` where it is no language model."""
+    """Open a checkpoint folder, or a downloaded GPT-2 by its name, for sampling. Raises `BadInput`
+    where it is no language model, or has another model's tokenizer."""
+    folder = find_model(folder)
     model = GPT.from_pretrained(folder, impl=impl).to(device).eval().requires_grad_(False)
-    encoding = load_tokenizer(Path(folder) / "tokenizer.json")
-    if encoding.n_vocab > model.config.vocab_size:
-        raise BadInput(
-            f"{folder}: tokenizer.json has {encoding.n_vocab} entries, the model only "
-            f"{model.config.vocab_size}; they belong to different models"
-        )
+    path = folder / "tokenizer.json"
+    encoding = load_tokenizer(path)
+    check_tokenizer(model.config, encoding, path)
     return Speaker(name, model, encoding, prefix.replace("\\n", "\n"))
 
 
@@ -190,7 +189,7 @@ def sample_responses(
     *,
     temperature: float = 1.0,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 256,
     dtype: str = "float32",
     bar: tqdm | None = None,
 ) -> list[Sample]:
@@ -295,7 +294,8 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "batch_size")}
     settings["data_sha256"] = fingerprint(args.data)
     settings["weights_sha256"] = [
-        fingerprint(Path(folder) / "model.safetensors") for folder in args.checkpoints.values()
+        fingerprint(find_model(folder) / "model.safetensors")
+        for folder in args.checkpoints.values()
     ]
     partial = out.with_name(f".{out.name}.partial")
     header = json.dumps(settings) + "\n"

@@ -361,8 +361,9 @@ class Parts:
     """Finished parts of a long command, kept in a folder for --resume: one JSON file each.
 
     `settings` is everything that decides the parts, down to fingerprints of the files that are
-    read. Without `resume` the parts of an earlier run are removed; with it, they are gone on with,
-    and parts of other settings are refused with the list of what differs.
+    read, but for what the parts' names hold. Without `resume` the parts of an earlier run are
+    removed; with it, they are gone on with, and parts of other settings are refused with the list
+    of what differs.
     """
 
     def __init__(self, folder: Path | str, settings: Record, resume: bool):

@@ -1,7 +1,9 @@
 """
 Public evaluation sets: where their files are, how items are asked and scored (InstructGPT 3.6, D).
 
-    python -m data.public_sets FOLDER        which sets FOLDER holds, and one prompt of each
+    python -m data.public_sets FOLDER
+        which sets FOLDER holds, and a prompt of each, shortened: its last condition alone, with
+        two few-shot examples at most
 
 Every set is found by its file's name under a folder of raw sets, in the form its authors publish
 (or as data/sources.py unpacks it). A prompt is an instruction, few-shot examples in the query's own
@@ -88,12 +90,18 @@ def score_drop(line: str, item: Completion) -> dict[str, float]:
     return {"f1": f1, "exact_match": exact}
 
 
+def _holds(words: list[str], run: list[str]) -> bool:
+    """Whether `run`, which is not empty, stands in `words` without a gap."""
+    starts = range(len(words) - len(run) + 1)
+    return bool(run) and any(words[i : i + len(run)] == run for i in starts)
+
+
 def score_wsc(line: str, item: Completion) -> dict[str, float]:
-    """Whether the noun is named (one text holds the other) as it should be, or not named as it
-    should not be. An empty line names nothing and is wrong."""
+    """Whether the noun is named (the words of one text are a run of the other's) as it should be,
+    or not named as it should not be. A line without any word names nothing and is wrong."""
     (noun, label), = item.references
-    said, noun = normalize_answer(line), normalize_answer(noun)
-    named = bool(said) and (said in noun or noun in said)
+    said, noun = normalize_answer(line).split(), normalize_answer(noun).split()
+    named = _holds(noun, said) or _holds(said, noun)
     return {"accuracy": float(bool(said) and named == label)}
 
 
@@ -182,6 +190,7 @@ PUBLIC_SETS: dict[str, PublicSet] = {
     "crows_pairs": PublicSet(
         "CrowS-Pairs", "pair", ((r"crows_pairs_anonymized\.csv$", read.crows_pairs),), PREFIXES),
 }  # fmt: skip
+LABELS = r"(?<!\w)labeled_data\.csv$"  # tweets of Davidson et al. 2017, for the toxicity scorer
 
 
 def load(name: str, folder: Path) -> tuple[list[Item], list[Path]]:

@@ -207,6 +207,11 @@ SOURCES: dict[str, Source] = {
         "realtoxicityprompts-data.tar.gz", "realtoxicityprompts-data.tar.gz",
         unpack=(("realtoxicityprompts-data/prompts.jsonl", "prompts.jsonl"),)),
     ), "Apache-2.0", "evaluation: toxicity", r"realtoxicityprompts/[^/]+\.jsonl$"),
+    "toxicity-labels": Source((RemoteFile(
+        f"{GITHUB}/t-davidson/hate-speech-and-offensive-language/"
+        "cb50f7e9eb855a99abc51423bf40df0e26d6fe30/data/labeled_data.csv", "labeled_data.csv",
+        2_546_446, "fcb8bc7c68120ae4af04a5b9acd58585513ede11e1548ebf36a5c2040b6f6281"),
+    ), "MIT", "evaluation: tweets that the toxicity scorer is trained on"),
     "winogender": Source(tuple(RemoteFile(
         f"{GITHUB}/rudinger/winogender-schemas/master/data/{name}.tsv", f"{name}.tsv", size, sha256)
         for name, size, sha256 in (
@@ -261,7 +266,7 @@ SOURCES: dict[str, Source] = {
     ), "CC BY-SA 4.0", "evaluation: alignment tax"),
     "wmt15-fr-en": Source((RemoteFile(
         "https://www.statmt.org/wmt15/test.tgz", "test.tgz",
-        unpack=tuple((f"test/newsdiscusstest2015-fren-{side}.sgm", f"{side}.sgm")
+        unpack=tuple((f"test/newsdiscusstest2015-fren-{side}.sgm", side)
                      for side in ("src.fr", "ref.en"))),
     ), "research use", "evaluation: alignment tax, French to English"),
     # An article and its summary a line, without the empty lines of the stories. Copies under other

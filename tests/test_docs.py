@@ -1,5 +1,6 @@
 """Words are tested too: README commands exist, its tables equal the code and the tree."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -120,6 +121,36 @@ def test_makefile_flags_exist() -> None:
             line = line.split('"')[0]
             for flag in re.findall(r"--(?:no-)?(\w+)", line):
                 assert flag in defined, f"{script}.py has no --{flag}"
+
+
+def rules() -> dict[str, tuple[set[str], str]]:
+    """Target -> (what it depends on, its recipe), of the Makefile."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^(\S+): (.*)\n((?:\t.*\n?)*)", makefile, flags=re.M)
+    return {target: (set(needs.split()), recipe) for target, needs, recipe in found}
+
+
+def test_what_reads_raw_data_asks_for_the_folder() -> None:
+    readers = {k: recipe for k, (_, recipe) in rules().items() if "$(DATA)" in recipe}
+    assert {"$(R)/data/account.txt", "$(R)/public/report.md"} == set(readers)
+    for target, recipe in readers.items():
+        assert recipe.startswith('\t@test -n "$(DATA)" ||'), target
+
+
+@pytest.mark.parametrize(
+    ("target", "script"),
+    [("$(R)/data/account.txt", "data/prepare"), ("$(R)/public/report.md", "public_eval")],
+)
+def test_the_makefile_knows_what_a_command_is_made_of(target: str, script: str) -> None:
+    """A command on real data runs again where a file that it imports has changed."""
+    imported = {f"{script}.py"}
+    for node in ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in getattr(node, "names", ())]
+        if isinstance(node, ast.ImportFrom):
+            names = [f"data.{n}" for n in names] if node.module == "data" else [node.module]
+        imported |= {f"{name.replace('.', '/')}.py" for name in names}
+    mine = {path for path in imported if (ROOT / path).is_file()}
+    assert len(mine) > 4 and mine <= rules()[target][0]
 
 
 def test_the_sources_in_the_readme_are_those_of_the_table() -> None:

@@ -625,5 +625,5 @@ def test_known_checksums_are_those_of_the_real_files(real_data):
     found = {hashlib.sha256(path.read_bytes()).hexdigest() for path in real_data.rglob("*")
              if path.is_file()}
     # 27 novels, 2 of the tokenizer, 2 of hh-rlhf, 2 of wikitext, 3 of winogender, and one each of
-    # the lottery, Shakespeare, CrowS-Pairs and LAMBADA
-    assert len(known & found) == 27 + 2 + 2 + 2 + 3 + 4
+    # the lottery, Shakespeare, CrowS-Pairs, LAMBADA and the toxicity labels
+    assert len(known & found) == 27 + 2 + 2 + 2 + 3 + 5

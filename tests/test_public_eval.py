@@ -3,7 +3,9 @@ fit, measurements against brute force, and the command on random models."""
 
 import csv
 import json
+import re
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ import public_eval
 from data import public_sets
 from data.files import BadInput, run_command
 from data.public_items import Choice, Completion, Item, Opening, Pair, Truth
-from data.public_sets import PUBLIC_SETS, Condition, choose, load
+from data.public_sets import LABELS, PUBLIC_SETS, Condition, choose, load
+from data.sources import SOURCES
 from data.text_metrics import bleu_counts, corpus_bleu
 from model import GPT, GPTConfig, save_model
 from public_eval import Asked, estimate_sums, fit_prompts, measure, total_logprobs
@@ -220,6 +223,23 @@ def test_readers_refuse(tmp_path: Path, name: str, path: str, text: str, message
     assert Path(path).name in str(error.value)
 
 
+def test_every_source_is_found_where_it_is_fetched_to() -> None:
+    """The final names of a download match the pattern of the set that it is."""
+    others = {"crows_pairs": "crows-pairs", "fr_en": "wmt15-fr-en", "cnn_dm": "cnn-dailymail"}
+    for name, public in PUBLIC_SETS.items():
+        source = others.get(name, name)
+        paths = [f"{source}/{path}" for file in SOURCES[source].files
+                 for path in ([path for _, path in file.unpack] or [file.path])]  # fmt: skip
+        patterns = [pattern for pattern, _ in public.files]
+        assert any(re.search(p, path) for p in patterns for path in paths), (name, paths)
+    sides = {path for _, path in SOURCES["wmt15-fr-en"].files[0].unpack}
+    assert sides == {"src.fr", "ref.en"}  # the reader takes the second from beside the first
+    labels, = SOURCES["toxicity-labels"].files
+    assert re.search(LABELS, f"toxicity-labels/{labels.path}")
+    evaluation = {k for k, source in SOURCES.items() if source.becomes.startswith("evaluation")}
+    assert evaluation <= {others.get(name, name) for name in PUBLIC_SETS} | {"toxicity-labels"}
+
+
 def test_sets_at_hand_are_read(real_data: Path) -> None:
     """The shared samples, whose sizes their README states."""
     sizes = {"hellaswag": 800, "sst2": 872, "rte": 277, "lambada": 5153, "truthfulqa": 817,
@@ -411,6 +431,49 @@ def test_a_further_checkpoint_is_added(
     resumed = (tmp_path / "out/table.csv").read_bytes()
     assert run(raw, models, tmp_path / "out", *sets) == 0
     assert set(calls) == {"base", "sft"} and (tmp_path / "out/table.csv").read_bytes() == resumed
+
+
+def test_what_was_measured_otherwise_is_measured_again(
+    raw: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """--resume keeps a part only while code, settings and files are those it was made with."""
+    calls, only = [], {"base": models["base"]}
+    scored = write_text(tmp_path / "scoring.py", "old")
+    monkeypatch.setattr(public_eval, "CODE", (*public_eval.CODE, scored))
+    monkeypatch.setattr(public_eval, "measure",
+                        lambda s, *rest: calls.append(s.name) or measure(s, *rest))  # fmt: skip
+
+    def measured(*more: str) -> int:
+        calls.clear()
+        flags = ("--sets", "wsc", "--shots", "0", "--resume", *more)
+        assert run(raw, only, tmp_path / "out", *flags) == 0
+        return len(calls)
+
+    assert (measured(), measured()) == (1, 0)
+    assert (measured("--kernels", "torch"), measured("--kernels", "torch")) == (1, 0)
+    scored.write_text("new")
+    assert (measured(), measured()) == (1, 0)
+    longer = replace(PUBLIC_SETS["wsc"], max_new_tokens=13)
+    monkeypatch.setitem(public_eval.PUBLIC_SETS, "wsc", longer)
+    assert (measured(), measured()) == (1, 0)
+
+    table = (tmp_path / "out/table.csv").read_bytes()
+    assert "damaged" not in capsys.readouterr().err
+    for part in (tmp_path / "out/parts").glob("wsc*.json"):  # a number in it is changed
+        text = part.read_text()
+        part.write_text(text.replace("0.0", "1.0") if "0.0" in text else text.replace("1.0", "0.0"))
+    assert (measured(), measured()) == (1, 0)
+    assert "damaged" in capsys.readouterr().err
+    assert (tmp_path / "out/table.csv").read_bytes() == table
+
+
+def test_the_scoring_code_is_part_of_what_decides() -> None:
+    names = {path.relative_to(Path(public_eval.__file__).parent).as_posix()
+             for path in public_eval.CODE}  # fmt: skip
+    assert {"public_eval.py", "data/public_sets.py", "data/public_items.py",
+            "data/text_metrics.py", "data/toxicity.py"} <= names  # fmt: skip
+    assert all(path.is_file() for path in public_eval.CODE)
 
 
 def test_the_command_measures_every_set(

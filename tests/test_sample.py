@@ -2,12 +2,14 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import model as model_file
 import sample
 from data.files import BadInput, read_jsonl, run_command
 from data.tokenizer import encode_prompt
@@ -72,6 +74,31 @@ def test_samples_equal_a_naive_sampler(tiny: Tiny, temperature: float, batch_siz
             [token for token in response if token != tiny.encoding.eot_token]
         )
     assert {s.ended for s in samples} == {True, False} or temperature == 0
+
+
+def test_a_downloaded_gpt2_is_found_by_its_name(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_file, "DOWNLOADS", tmp_path)
+    monkeypatch.chdir(tmp_path.parent)  # where no folder is called gpt2
+    constant_model(tiny, tmp_path / "gpt2", tiny.encoding.encode_ordinary("a")[0])
+    speaker = sample.load_speaker("base", "gpt2")
+    says, = sample.sample_responses(speaker, [speaker.encode("say red", 3)], 3, temperature=0)
+    assert says.text == "aaa"
+    argv = ["--data", str(tiny.prompts), "--out", str(tmp_path / "candidates.jsonl"), *LIMITS,
+            "--checkpoints", "base=gpt2"]  # fmt: skip
+    assert sample.main(argv) == 0
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """Too many entries, or another end token."""
+    for name, change in (("vocab", {"vocab_size": 99}), ("end", {"eos_token_id": 7})):
+        old = GPT.from_pretrained(tiny.base).config
+        config = replace(old, **({"eos_token_id": 7} | change))
+        save_model(tmp_path / name, GPT(config), tiny.tokenizer.read_text(), {"stage": "sft"})
+        with pytest.raises(BadInput, match="do not fit a model") as error:
+            sample.load_speaker("base", tmp_path / name)
+        assert f"{name}/tokenizer.json" in str(error.value)
 
 
 def test_prefix_stands_before_the_prompt_where_it_fits(tiny: Tiny) -> None:

@@ -160,14 +160,17 @@ def test_truthfulqa_and_entropy() -> None:
     assert entropy_bits([0.0, -5000.0]) == 0
 
 
-def test_wsc_is_a_containment_check() -> None:
-    def accuracy(line: str, label: bool) -> float:
-        return score_wsc(line, Completion("", "", (("the tall man", label),), ""))["accuracy"]
+def test_wsc_is_a_containment_check_of_words() -> None:
+    def accuracy(line: str, label: bool, noun: str = "the tall man") -> float:
+        return score_wsc(line, Completion("", "", ((noun, label),), ""))["accuracy"]
 
     assert accuracy("The tall man.", True) == accuracy("man", True) == 1
     assert accuracy("the tall man with a hat", True) == accuracy("the boy", False) == 1
     assert accuracy("the boy", True) == accuracy("tall man", False) == 0
     assert accuracy("", True) == accuracy("", False) == 0
+    assert accuracy("he", True, "the teacher") == accuracy("mantle", True, "man") == 0
+    assert accuracy("the man", False, "the old man") == accuracy("tall, old man", True) == 0
+    assert accuracy("a man", True, "the man of old") == accuracy("me", False, "some men") == 1
 
 
 # ---------------------------------------------------------------------------------------- toxicity
