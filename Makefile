@@ -78,13 +78,12 @@ $(call weights,init): train_sft.py $(call weights,base)
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
 	  --pretrain_fraction 0.1 --no-epoch_checkpoints
 
-# Step 2: K = 4..9 responses a prompt, rankings, reward model. The responses are of SFT, of an early
-# epoch of it and of the base model, so they can be sampled while the start of PPO is still training.
+# Step 2: K = 4..9 responses a prompt, rankings, reward model.
 # One training response a prompt is another prompt's; validation is on samples as they are.
 $(D)/train/candidates.jsonl: off_topic := --off_topic 1
-$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
+$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,init) $(call weights,base)
 	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
-	  --checkpoints sft=$(OUT)/sft early=$(OUT)/sft/epochs/04 base=$(OUT)/base \
+	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base \
 	  --shares 0.7 0.2 0.1 $(off_topic)
 
 $(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
@@ -95,9 +94,8 @@ $(D)/%/comparisons_held_out.jsonl: data/label.py data/labelers.py data/grader.py
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
 	  --pool held_out --seed $(SEED)
 
-# It waits for the start of PPO, so that all cores are its own.
 $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid/comparisons.jsonl \
-                    $(D)/valid/comparisons_held_out.jsonl | $(call weights,init)
+                    $(D)/valid/comparisons_held_out.jsonl
 	$(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) \
 	  --data $(D)/train/comparisons.jsonl --val_data $(D)/valid/comparisons.jsonl \
 	  --held_out_data $(D)/valid/comparisons_held_out.jsonl \

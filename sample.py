@@ -3,7 +3,7 @@
     python sample.py --checkpoints sft=out/sft ppo=out/ppo                       prompts from stdin
     python sample.py --checkpoints sft=out/sft ppo=out/ppo --prompt "what does the fox eat ?"
     python sample.py --data out/data/train/rm_prompts.jsonl --out out/rm_candidates.jsonl \\
-        --checkpoints sft=out/sft early=out/sft/epochs/04 base=out/base --shares 0.7 0.2 0.1 \\
+        --checkpoints sft=out/sft init=out/init base=out/base --shares 0.7 0.2 0.1 \\
         --num_responses 4 9 --prefix base="good answers :\\n"
 
 The last writes candidates.jsonl: to each prompt K responses, K drawn evenly from the range
