@@ -242,8 +242,9 @@ def setting_of(args: argparse.Namespace, minutes: float) -> list[str]:
         model = names[0].partition(": ")[2] if names else platform.machine()
     lines = [
         f"`python -m tests.claims {' '.join(sys.argv[1:])}`, page written at commit "
-        f"{current_commit() or '?'}, {os.cpu_count()} cores ({model}), {minutes:.0f} minutes for what was not there before. "
-        "Headline claims need the demo's models; the others have runs of their own on fewer seeds."
+        f"{current_commit() or '?'}, {os.cpu_count()} cores ({model}), {minutes:.0f} minutes for "
+        "what was not there before. Headline claims need the demo's models; the others have runs "
+        "of their own on fewer seeds."
     ]
     if args.fast:
         lines.append("**Sizes of seconds (--fast): the numbers mean nothing.**")

@@ -326,8 +326,10 @@ class Lab:
         prompt = float(np.mean([len(tokens) for tokens in prompts]))
         policy, judge = (read_config(self.folder / name)[0] for name in (run, "rm"))
         with torch.device("meta"):
-            models = {"policy": GPT(policy), "reference": GPT(policy),
-                      "reward_model": ScalarModel(judge), "value_network": ScalarModel(judge)}  # fmt: skip
+            models: dict[str, torch.nn.Module] = {
+                "policy": GPT(policy), "reference": GPT(policy),
+                "reward_model": ScalarModel(judge), "value_network": ScalarModel(judge),
+            }  # fmt: skip
         updates = args.num_minibatches * args.inner_epochs
         sequences = round(args.ptx_ratio * args.batch_size / args.num_minibatches)
         num_ptx = updates * sequences if args.ptx_coef else 0
