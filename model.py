@@ -954,7 +954,8 @@ class Checkpoints:
     def _was_mine(self, folder: Path) -> bool:
         """Whether a folder's run had this run's settings before it went on with others."""
         changes = read_info(folder).get("changes")
-        before = [c.get("settings") for c in changes if isinstance(c, dict)] if changes else []
+        changes = changes if isinstance(changes, list) else []
+        before = [c.get("settings") for c in changes if isinstance(c, dict)]
         return any(isinstance(s, dict) and not self._differing(s) for s in before)
 
     def _recorded(self) -> dict[str, Any]:
