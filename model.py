@@ -109,7 +109,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -187,11 +187,11 @@ class Packing:
         """Of rows with these `lengths`. `prefixes` = (source, shared), (B,) each: the first
         shared[b] tokens of row b are those of row source[b], a row that shares nothing."""
         B, T = shape
-        places = torch.arange(T, device=lengths.device)
-        listed = places < lengths[:, None]
+        columns = torch.arange(T, device=lengths.device)
+        listed = columns < lengths[:, None]
         if prefixes is not None:
             source, shared = prefixes
-            repeated = places < shared[:, None]
+            repeated = columns < shared[:, None]
             listed &= ~repeated
         index = (listed.flatten().cumsum(0) - 1).clamp_min(0).view(B, T)
         if prefixes is not None:
@@ -200,6 +200,8 @@ class Packing:
 
     def to_rows(self, x: Tensor) -> Tensor:
         """(N, C) -> (B, T, C)."""
+        if len(x) == 0:  # all rows are empty: padding needs a token to point at
+            x = torch.cat((x, x.new_zeros(1, x.shape[-1])))
         return x.index_select(0, self.index.flatten()).view(*self.index.shape, -1)
 
     def to_list(self, x: Tensor) -> Tensor:
@@ -286,7 +288,7 @@ class GPT(nn.Module):
 
     With `gradient_checkpointing` set, a forward pass that is to be differentiated keeps only each
     block's input, and the backward pass computes the block again: about a ninth of the memory for
-    activations, a third more time. Gradients are the same, dropout included.
+    activations at 16 bits, a third more time. Gradients are the same, dropout included.
     """
 
     def __init__(self, config: GPTConfig, impl: str = "auto"):
@@ -346,7 +348,8 @@ class GPT(nn.Module):
         `lengths` (B,) int32 spares work past each row's end (hidden states there are finite but
         meaningless). `prefixes` (see `Packing.make`) spares work on what rows have in common: the
         first shared[b] tokens of row b, equal to those of row source[b], go through all but
-        attention once. Raises ValueError if T is over n_positions.
+        attention once. Raises ValueError if T is over n_positions, or if `prefixes` come without
+        `lengths`.
         """
         T = tokens.shape[1]
         if T > self.config.n_positions:
@@ -354,8 +357,11 @@ class GPT(nn.Module):
                 f"sequence of {T} tokens, over n_positions {self.config.n_positions}: "
                 "shorten it or use a model with a longer context"
             )
+        if prefixes is not None and lengths is None:
+            raise ValueError("prefixes without lengths: give the rows' lengths as well")
         # The number of tokens decides shapes, and a GPU would have to be waited for to know it: so
-        # there rows stay padded, and the kernels skip what is past their ends.
+        # there rows stay padded, and the kernels skip what is past their ends. With `prefixes` a
+        # GPU packs as well: what is spared is worth the one wait of a forward pass.
         packing = None
         if prefixes is not None or (lengths is not None and not tokens.is_cuda):
             packing = Packing.make(tokens.shape, lengths, prefixes)
@@ -861,8 +867,8 @@ class Checkpoints:
 
     Every random draw of step i in the three scripts is a function of the seed and of i, and so is
     every batch. So weights, optimizer states, logs and the step are all there is to save, and a
-    resumed run is the uninterrupted run, bit for bit. An earlier result in the same folder stays
-    until the first checkpoint of the new run.
+    resumed run is the uninterrupted run, on a CPU bit for bit. An earlier result in the same folder
+    stays until the first checkpoint of the new run.
 
     config.json of a checkpoint and of the result has "settings", and where a resume changed them
     "changes": a list of {"after_step", "settings"}, the settings up to and with that step.
@@ -884,8 +890,9 @@ class Checkpoints:
         """Give the state of the newest intact checkpoint to `restore`; return its step, else 0.
 
         A damaged checkpoint (checksums) is passed over with a warning. Raises `BadInput` if all
-        that is left is of a run with other settings; unless `changed`, which goes on with the
-        newest, says what differs and records it.
+        that is left is of a run with other settings, or if this run has gone on with other ones
+        after its newest checkpoint with these; unless `changed`, which goes on with the newest,
+        says what differs and records it.
         """
         intact = []
         for folder in sorted(self.folder.glob("[0-9]*"), reverse=True):
@@ -895,19 +902,25 @@ class Checkpoints:
                 print(f"warning: {folder} is damaged; trying the one before", file=sys.stderr)
         # A run killed while it replaced an earlier run's checkpoints may leave both.
         mine = [folder for folder in intact if not self._differences(folder)]
-        if intact and not mine and not changed:
+        newer = intact[: intact.index(mine[0])] if mine else intact
+        went_on = any(self._was_mine(folder) for folder in newer)
+        if intact and not changed and (went_on or not mine):
             raise BadInput(
                 f"{intact[0]}: --resume with other settings: {self._differences(intact[0])}; give "
                 "the old ones, start over without --resume, or give --resume_changed to go on with "
                 "the new ones"
             )
-        for folder in (mine or intact)[:1]:
+        for folder in (intact if changed else mine)[:1]:
             try:
                 state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
                 restore(state)
                 step = int(state["step"])
                 self._record_changes(folder, step)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception as error:  # crafted or of another version; weights_only runs nothing
+                if isinstance(error, RuntimeError) and "can't allocate" in str(error):
+                    raise  # a CPU's memory
                 raise BadInput(
                     f"{folder}/state.pt: not the state of such a run ({type(error).__name__}); "
                     "start over without --resume"
@@ -920,6 +933,7 @@ class Checkpoints:
             for epoch in (self.out / "epochs").glob("[0-9]*"):
                 if not files.folder_is_intact(epoch) or not self._is_mine(epoch):
                     shutil.rmtree(epoch)  # of an earlier run, see above
+            self._drop_steps(step)
             self._keep_epoch(folder)
             return step
         return 0
@@ -937,6 +951,13 @@ class Checkpoints:
         before = [change["settings"] for change in self.changes]
         return not self._differences(folder) or read_info(folder).get("settings") in before
 
+    def _was_mine(self, folder: Path) -> bool:
+        """Whether a folder's run had this run's settings before it went on with others."""
+        changes = read_info(folder).get("changes")
+        changes = changes if isinstance(changes, list) else []
+        before = [c.get("settings") for c in changes if isinstance(c, dict)]
+        return any(isinstance(s, dict) and not self._differing(s) for s in before)
+
     def _recorded(self) -> dict[str, Any]:
         """What config.json says of the settings."""
         return {"settings": self.settings} | ({"changes": self.changes} if self.changes else {})
@@ -946,8 +967,12 @@ class Checkpoints:
         before = read_info(folder).get("settings")
         if not isinstance(before, dict):
             return "none are recorded"
-        differ = [k for k in self.settings if before.get(k) != self.settings[k]]
-        return ", ".join(f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in differ)
+        return ", ".join(
+            f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in self._differing(before)
+        )
+
+    def _differing(self, before: dict[str, Any]) -> list[str]:
+        return [k for k in self.settings if before.get(k) != self.settings[k]]
 
     def save(
         self,
@@ -980,10 +1005,29 @@ class Checkpoints:
             (self.out / "model.safetensors").unlink(missing_ok=True)
             (self.out / "bad_batch.json").unlink(missing_ok=True)
             shutil.rmtree(self.out / "epochs", ignore_errors=True)
+            self._drop_steps(step)
             self._fresh = False
         for log in logs:
             log.keep()
         self._keep_epoch(self.folder / name)
+
+    def keep_step(
+        self, step: int, model: GPT | ScalarModel, tokenizer_json: str, info: dict[str, Any]
+    ) -> None:
+        """Keep the model of a step as `steps/<step>/`, whatever becomes of the checkpoints."""
+        folder = self.out / "steps" / f"{step:05}"
+        save_model(folder, model, tokenizer_json, info | self._recorded())
+
+    def _drop_steps(self, step: int) -> None:
+        """Drop the models under `steps/` that are an earlier run's or of later than `step`."""
+        for folder in (self.out / "steps").glob("[0-9]*"):
+            mine = (folder / "model.safetensors").exists() and (
+                self._is_mine(folder)
+                # Kept by an older version, which recorded no settings and dropped all at a start.
+                or (not self._fresh and "settings" not in read_info(folder))
+            )
+            if not mine or not folder.name.isdigit() or int(folder.name) > step:
+                shutil.rmtree(folder)
 
     def _keep_epoch(self, checkpoint: Path) -> None:
         """Copy a checkpoint's model to `epochs/`; again after a resume: the copy may be missing."""

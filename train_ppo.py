@@ -8,9 +8,10 @@ PPO has ptx_coef 0; with ptx_coef > 0 it is PPO-ptx, the model the paper calls I
 iteration draws prompts, samples a response to each, scores it once, charges the KL term token by
 token, and makes one pass of clipped policy-gradient updates over random minibatches.
 
-Four models: the policy pi; the reference pi_ref, a frozen copy of its start (--init, the C.3
-model); the reward model, frozen; the value network, a copy of the reward model with an optimizer of
-its own. The result is the exponential moving average of the policy's weights.
+Four models: the policy pi; the reference pi_ref, a frozen copy of its start; the reward model,
+frozen; the value network, a copy of the reward model with an optimizer of its own. The C.3 model,
+the "RL start", `init` (of --init and out/init) and the reference are one and the same weights. The
+result is the exponential moving average of the policy's weights.
 
 Every per-token quantity is (B, T) and indexed by the token it is about. For the row
 "p0 p1 | r2 r3 end" (two prompt tokens, a response of three with its end token, then padding):
@@ -41,7 +42,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -72,7 +72,6 @@ from model import (
     find_model,
     forward_flops,
     pad_right,
-    save_model,
     store_matrices,
 )
 
@@ -105,8 +104,9 @@ PRESETS = {
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings for a GPT-2 on one GPU; flags given win")
     add("--data", default="out/data/train/ppo_prompts.jsonl", help="prompts.jsonl of customers")
@@ -267,9 +267,15 @@ def load_pretraining(path: str, encoding, length: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_pretraining(
-    stream: Tensor, starts: Tensor, count: int, args: argparse.Namespace, rng: np.random.Generator
-) -> Tensor:
+    stream: Tensor, starts: Tensor, count: int, number: int, args: argparse.Namespace,
+    rng: np.random.Generator,
+) -> Tensor:  # fmt: skip
     """Pretraining sequences (count, ptx_tokens), a share `ptx_anywhere` of them cut anywhere.
+
+    `number` = 0, 1, ... is the update's place in the run: what an update's share leaves of a whole
+    sequence is carried over to the next,
+
+        round(ptx_anywhere count (number + 1)) - round(ptx_anywhere count number)  cut anywhere.
 
     Each of the others is the one that starts at, or last before, a random token: documents count by
     their length. A prompt stands at a sequence's start, and what the model does there PPO changes
@@ -279,7 +285,9 @@ def draw_pretraining(
     length = args.ptx_tokens
     places = torch.from_numpy(rng.integers(int(starts[-1]) + 1, size=count))
     first = starts[torch.searchsorted(starts, places, right=True) - 1]
-    first = torch.where(torch.arange(count) < round(args.ptx_anywhere * count), places, first)
+    share = args.ptx_anywhere * count
+    anywhere = round(share * (number + 1)) - round(share * number)
+    first = torch.where(torch.arange(count) < anywhere, places, first)
     return stream[first[:, None] + torch.arange(length)]
 
 
@@ -815,6 +823,7 @@ def main(argv: list[str] | None = None) -> int:
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
     left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds", "minibatch_size")
     left_out += ("keep_every", "preset", "peak_tflops")
+    left_out += ("print_samples", "kl_limit", "agreement_limit")  # print or warn
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     read = (args.data, args.pretrain_data, args.val_data, tokenizer_path,
             init / "model.safetensors", Path(args.reward_model, "model.safetensors"),
@@ -839,7 +848,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def on_signal(number: int, _) -> None:
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for either in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(either, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, args.stop_seconds)
 
     def on_alarm(*_) -> None:
@@ -853,8 +863,6 @@ def main(argv: list[str] | None = None) -> int:
 
     resuming = args.resume or args.resume_changed
     step = checkpoints.resume(restore, args.resume_changed) if resuming else 0
-    if step == 0:
-        shutil.rmtree(out / "steps", ignore_errors=True)  # of an earlier run
     log = Log(out / "log.csv", LOG, checkpoints.resumed_from)
     timing = Log(out / "timing.csv", TIMING, checkpoints.resumed_from)
     print(
@@ -900,7 +908,8 @@ def main(argv: list[str] | None = None) -> int:
                 break
             ptx_sequences = None
             if stream is not None:
-                ptx_sequences = draw_pretraining(stream, starts, num_ptx, args, rng)
+                number = (step - 1) * args.inner_epochs * args.num_minibatches + len(updates)
+                ptx_sequences = draw_pretraining(stream, starts, num_ptx, number, args, rng)
                 ptx_sequences = ptx_sequences.to(device)
             updates.append(update(mb, models, optimizers, ptx_sequences, args))
             update_ema(ema, policy, args.ema)
@@ -956,7 +965,7 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
         if args.keep_every and step % args.keep_every == 0:
-            save_model(out / "steps" / f"{step:05}", ema, tokenizer_json, info)
+            checkpoints.keep_step(step, ema, tokenizer_json, info)
         leave = bool(stop)
         if leave:
             signal.setitimer(signal.ITIMER_REAL, 0)  # the step has ended in time

@@ -71,8 +71,9 @@ PRESETS = {
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings for a GPT-2 on one GPU; flags given win")
     add("--data", default="out/data/train/comparisons.jsonl", help="comparisons.jsonl")
@@ -351,15 +352,21 @@ def evaluate(
 
 @torch.no_grad()
 def center_on_demonstrations(model: ScalarModel, encoding, args: argparse.Namespace) -> float:
-    """Shift the head's bias so that demonstrations score 0 on average (3.5); return the shift."""
+    """Shift the head's bias so that demonstrations score 0 on average (3.5); return the shift.
+
+    Those with a prompt over --max_prompt_tokens are left out, responses are cut, as in SFT.
+    """
     sequences = []
     for record in read_jsonl(args.demonstrations, "demonstrations"):
         prompt = encode_prompt(encoding, record["prompt"])
         response = encode_response(encoding, record["response"])
-        if len(prompt) <= args.max_prompt_tokens and len(response) <= args.max_new_tokens:
-            sequences.append(prompt + response)
+        if len(prompt) <= args.max_prompt_tokens:
+            sequences.append(prompt + response[: args.max_new_tokens])
     if not sequences:
-        raise BadInput(f"{args.demonstrations}: none is within the token limits")
+        raise BadInput(
+            f"{args.demonstrations}: no prompt is within --max_prompt_tokens "
+            f"{args.max_prompt_tokens}"
+        )
     sequences.sort(key=len)
     model.eval()
     scores = []
@@ -455,7 +462,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def on_signal(number: int, _) -> None:
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for either in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(either, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, args.stop_seconds)
 
     def on_alarm(*_) -> None:
@@ -528,7 +536,8 @@ def main(argv: list[str] | None = None) -> int:
         if looks or step % 50 == 0:
             shown = [f"{out.name} {step:05d}/{total_steps}", f"lr {lr:.2e}"]
             shown += [f"{k} {row[k]:.3f}" for k in ("loss", "accuracy", "margin")]
-            shown += [f"{k} {row[k]:.3f}" for k in ("val_loss", "val_accuracy") if row[k]]
+            measured = [k for k in ("val_loss", "val_accuracy") if row[k] is not None]
+            shown += [f"{k} {row[k]:.3f}" for k in measured]
             shown += [f"tok_per_s {clocks['tok_per_s']:,.0f}", f"mem_gib {memory:.1f}"]
             shown += [f"mfu {clocks['mfu']:.3f}"] if peak_flops else []
             print(" | ".join(shown), flush=True)

@@ -81,8 +81,9 @@ Example = tuple[list[int], int]  # tokens, and how many of them, at the start, a
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings for a GPT-2 on one GPU; flags given win")
     add("--data", help="demonstrations.jsonl; absent with --pretrain_data: pretraining")
@@ -464,7 +465,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def on_signal(number: int, _) -> None:
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for either in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(either, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, args.stop_seconds)
 
     def on_alarm(*_) -> None:

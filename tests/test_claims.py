@@ -4,6 +4,7 @@ import csv
 import inspect
 import json
 import math
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ import pytest
 import evaluate
 import train_ppo
 import train_rm
+import train_sft
 from data.files import read_jsonl, run_command
 from data.grader import Grade, evaluation_utility
-from data.tokenizer import encode_response
+from data.tokenizer import encode_prompt, encode_response
 from evaluate import Answers
 from model import GPT
 from report import Estimate
@@ -426,6 +428,7 @@ def test_table_figures_and_page(planted, tmp_path: Path, capsys) -> None:
     for seed in (0, 1):
         for name in chosen:
             result = CLAIMS[name].measure(planted(seed == 0))
+            result.commit = "abc1234" if seed else ""
             path = command.result_file(args, name, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result.to_json()))
@@ -439,6 +442,9 @@ def test_table_figures_and_page(planted, tmp_path: Path, capsys) -> None:
                if not r["claim"].endswith("run's end"))  # fmt: skip
     text = (tmp_path / "report.md").read_text()
     assert "| [preference](#preference) | Fig. 1 | 1 of 2 |" in text
+    assert "5 at commit abc1234, 5 by earlier runs, which recorded no commit." in text
+    today = command.current_commit()
+    assert not today or f"page written at commit {today}" in text
     assert text.index("## Verdicts") < text.index("## Preference by") < text.index("## Controls")
     for name in chosen:
         assert f"### {name}" in text and f"(figures/{name}.png)" in text
@@ -480,6 +486,54 @@ def test_shuffled_pairs_train(tiny: Tiny, tmp_path: Path, capsys) -> None:
     args = tiny.args("rm", tmp_path / "rm", "--shuffle_pairs", "--max_steps", "2")
     assert train_rm.main(args) == 0
     assert "steps of 3 pairs" in capsys.readouterr().out
+
+
+def test_operations_by_hand(tiny: Tiny, tmp_path: Path) -> None:
+    """Of every matrix product, from the data: training three times a forward pass, the reward model
+    a prompt once, its responses apart but for attention; PPO with the mean prompt's length."""
+    for kind, source in (("comparisons", tiny.comparisons), ("demonstrations", tiny.demonstrations),
+                         ("ppo_prompts", tiny.prompts), ("pretrain", tiny.pretrain)):  # fmt: skip
+        path = tmp_path / "data" / "train" / f"{kind}{source.suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, path)
+    shutil.copytree(tiny.base, tmp_path / "base")
+    assert train_rm.main(tiny.args("rm", tmp_path / "rm")) == 0
+    assert train_sft.main(tiny.args("sft", tmp_path / "sft", "--max_steps", "2")) == 0
+    assert train_ppo.main(tiny.args("ppo", tmp_path / "ppo", "--max_steps", "2")) == 0
+    lab = Lab(tmp_path, 0)
+    config = GPT.from_pretrained(tiny.base).config
+    L, C, V = config.n_layer, config.n_embd, config.vocab_size
+    token, pair, head = 2 * L * 12 * C**2, 2 * L * 2 * C, 2 * V * C  # forward, of one each
+
+    once = attended = 0
+    for record in read_jsonl(tiny.comparisons, "comparisons"):
+        prompt = len(encode_prompt(tiny.encoding, record["prompt"]))
+        responses = [len(encode_response(tiny.encoding, r, ended=e)[:8]) for r, e in zip(
+            record["responses"], record.get("ended", [True] * 9), strict=False)]  # fmt: skip
+        if len(set(record["ranks"])) > 1:
+            once += prompt + sum(responses)
+            attended += sum((prompt + response) ** 2 for response in responses)
+    two_epochs = 2 * 3 * (token * once + pair * attended)
+    assert lab.trained("rm") == pytest.approx(two_epochs)
+
+    forward = total = 0
+    for record in read_jsonl(tiny.demonstrations, "demonstrations"):
+        prompt = len(encode_prompt(tiny.encoding, record["prompt"]))
+        response = len(encode_response(tiny.encoding, record["response"])[:8])
+        forward += token * (prompt + response) + pair * (prompt + response) ** 2 + head * response
+        total += prompt + response
+    seen = sum(int(row["tokens"]) for row in lab.log("sft"))
+    assert lab.trained("sft") == pytest.approx(3 * forward * seen / total)
+
+    prompts = [len(encode_prompt(tiny.encoding, r["prompt"]))
+               for r in read_jsonl(tiny.prompts, "prompts")]  # fmt: skip
+    prompt, expected = sum(prompts) / len(prompts), 0.0
+    for row in lab.log("ppo"):
+        n = prompt + float(row["response_len"])
+        # Policy: sampling, scoring, training; value network: scoring, training; and two frozen.
+        expected += 8 * ((5 + 4 + 2) * (token * n + pair * n**2) + (5 + 1) * head * (n - prompt))
+        expected += 2 * 2 * 3 * (token * 12 + pair * 12**2 + head * 11)  # 2 sequences an update
+    assert lab.reinforced("ppo") == pytest.approx(expected)
 
 
 def test_kept_models_of_a_ppo_run(tiny: Tiny, tmp_path: Path) -> None:

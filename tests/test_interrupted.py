@@ -17,7 +17,7 @@ import evaluate
 import train_ppo
 from data.files import BadInput, Parts, read_jsonl, read_log, run_command, write_jsonl
 from data.tokenizer import encode_prompt
-from model import Checkpoints, read_info
+from model import GPT, Checkpoints, GPTConfig, read_info
 from tests.crash import ROOT, STAGES, Server, contents
 from tests.determinism import demo_commands, differences
 from tests.determinism import main as determinism
@@ -85,6 +85,114 @@ def test_another_shape_is_refused_even_if_meant(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {out}/checkpoints/00000001/state.pt: not the state of such")
     assert contents(out) == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Which checkpoint is this run's
+
+
+MODEL = GPT(GPTConfig(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1, eos_token_id=4))
+
+
+def checkpoint(out: Path, lr: float, step: int, *, resume: bool = True) -> Checkpoints:
+    """A run with this --lr goes on, or starts over, and writes a checkpoint."""
+    checkpoints = Checkpoints(out, {"lr": lr})
+    if resume:
+        checkpoints.resume(lambda state: None, changed=True)
+    checkpoints.save(step, MODEL, "{}", {}, {})
+    return checkpoints
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("*"))
+
+
+def test_a_run_that_went_on_with_other_settings_is_not_undone(tmp_path: Path, capsys) -> None:
+    """100 with A, 120 with B: A must not go on at 100 and drop 120; nor after B's return to A."""
+    checkpoint(tmp_path, 1.0, 100)
+    checkpoint(tmp_path, 2.0, 120)
+    with pytest.raises(BadInput, match=r"00000120: --resume with other settings: lr was 2.0, is 1"):
+        Checkpoints(tmp_path, {"lr": 1.0}).resume(lambda state: None)
+    assert steps_of(tmp_path / "checkpoints") == [100, 120]
+    assert Checkpoints(tmp_path, {"lr": 2.0}).resume(lambda state: None) == 120
+    capsys.readouterr()
+    assert Checkpoints(tmp_path, {"lr": 1.0}).resume(lambda state: None, changed=True) == 120
+    assert "from step 120 on with other settings: lr was 2.0" in capsys.readouterr().err
+    assert steps_of(tmp_path / "checkpoints") == [100, 120]
+
+    checkpoint(tmp_path, 1.0, 140)
+    with pytest.raises(BadInput, match=r"00000140: --resume with other settings: lr was 1.0, is 2"):
+        Checkpoints(tmp_path, {"lr": 2.0}).resume(lambda state: None)
+    assert steps_of(tmp_path / "checkpoints") == [120, 140]
+
+
+def test_an_earlier_run_that_was_being_replaced_is_dropped(tmp_path: Path, monkeypatch) -> None:
+    """Killed after its first checkpoint, before the earlier run's newer ones were gone."""
+    for step in (100, 120):
+        earlier = checkpoint(tmp_path, 1.0 + step, step)
+    earlier.keep_step(5, MODEL, "{}", {})
+    remove = shutil.rmtree
+
+    def killed(path, *args, **kwargs) -> None:
+        if Path(path).name == "00000100":
+            raise KeyboardInterrupt
+        remove(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint(tmp_path, 2.0, 20, resume=False)
+    assert {20, 100} <= set(steps_of(tmp_path / "checkpoints"))  # 120 is removed in any order
+    assert Checkpoints(tmp_path, {"lr": 2.0}).resume(lambda state: None) == 20
+    assert steps_of(tmp_path / "checkpoints") == [20] and steps_of(tmp_path / "steps") == []
+
+
+def test_kept_steps_stay_until_the_first_checkpoint(tmp_path: Path) -> None:
+    """Then an earlier run's go and this run's stay; at a resume, those after the checkpoint go."""
+    earlier = checkpoint(tmp_path, 1.0, 30)
+    for step in (5, 10, 30):
+        earlier.keep_step(step, MODEL, "{}", {})
+    run = Checkpoints(tmp_path, {"lr": 2.0})
+    run.keep_step(10, MODEL, "{}", {})
+    run.keep_step(20, MODEL, "{}", {})
+    assert steps_of(tmp_path / "steps") == [5, 10, 20, 30]
+    run.save(20, MODEL, "{}", {}, {})
+    run.keep_step(40, MODEL, "{}", {})
+    assert steps_of(tmp_path / "steps") == [10, 20, 40]
+    Checkpoints(tmp_path, {"lr": 2.0}).resume(lambda state: None)
+    assert steps_of(tmp_path / "steps") == [10, 20]
+
+
+def test_a_run_that_stops_before_its_first_checkpoint_drops_no_kept_step(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "steps" / "00099" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"an earlier run's")
+
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_ppo, "sample", interrupted)
+    assert run_command(lambda: train_ppo.main(tiny.args("ppo", tmp_path))) == 130
+    assert kept.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)  # fmt: skip
+def test_too_little_memory_at_a_resume_is_no_damaged_state(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint(tmp_path, 1.0, 100)
+
+    def restore(_) -> None:
+        raise error
+
+    assert run_command(lambda: Checkpoints(tmp_path, {"lr": 1.0}).resume(restore)) == 1
+    assert capsys.readouterr().err == "error: out of memory; lower --batch_size\n"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -224,6 +224,24 @@ def check_scores() -> None:
         assert (scores[row] - expected[-1]).abs() < 1e-5
 
 
+def test_rows_that_are_all_empty() -> None:
+    """On a CPU nothing is left to compute: finite hidden states, log-probs of 0, no gradient."""
+    model, lengths = make_gpt(), torch.zeros(2, dtype=torch.int32)
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    assert model(tokens, lengths).shape == (2, 4, model.config.n_embd)
+    assert model(tokens, lengths).isfinite().all()
+    logprobs, entropy = model.logprobs(tokens, lengths)
+    assert not logprobs.any() and not entropy.any()
+    logprobs.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_prefixes_without_lengths_are_refused() -> None:
+    tokens, _, prefixes = shared_prompts()
+    with pytest.raises(ValueError, match="prefixes without lengths: give the rows' lengths"):
+        make_gpt()(tokens, prefixes=prefixes)
+
+
 def shared_prompts() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Rows 0 to 2 begin with the same 5 tokens, rows 3 and 4 with the same 2; row 5 is alone. Row 1
     has nothing else. Returns tokens, lengths and prefixes."""

@@ -984,7 +984,7 @@ def test_pretraining_is_drawn_by_length() -> None:
     rng = np.random.default_rng(0)
     flags = ["--batch_size", "8", "--ptx_tokens", "4", "--ptx_anywhere"]
     drawn = train_ppo.draw_pretraining(
-        stream, starts, 30_000, train_ppo.get_args([*flags, "0"]), rng
+        stream, starts, 30_000, 0, train_ppo.get_args([*flags, "0"]), rng
     )
     assert drawn.shape == (30_000, 4) and (drawn.diff(dim=1) == 1).all()
     shares = [(drawn[:, 0] == start).float().mean().item() for start in starts]
@@ -993,7 +993,7 @@ def test_pretraining_is_drawn_by_length() -> None:
     assert np.abs(np.array(shares) - by_length).max() < 0.01
 
     drawn = train_ppo.draw_pretraining(
-        stream, starts, 30_000, train_ppo.get_args([*flags, "0.25"]), rng
+        stream, starts, 30_000, 0, train_ppo.get_args([*flags, "0.25"]), rng
     )
     assert drawn.shape == (30_000, 4) and (drawn.diff(dim=1) == 1).all()
     shares = drawn[:, 0].bincount(minlength=75).double().numpy() / 30_000
@@ -1001,6 +1001,48 @@ def test_pretraining_is_drawn_by_length() -> None:
     expected[starts.numpy()] += 0.75 * by_length
     assert np.abs(shares - expected).max() < 0.01
     assert abs(shares[np.setdiff1d(np.arange(75), starts)].sum() - 0.25 * 70 / 75) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [(2, 0.25, [0, 1, 1, 0] * 2), (8, 0.25, [2] * 8), (1, 1.0, [1] * 8), (3, 0.0, [0] * 8)],
+)
+def test_the_share_cut_anywhere_is_carried_over(
+    count: int, share: float, expected: list[int]
+) -> None:
+    """Two sequences an update, a quarter anywhere: one in every second update, not none at all."""
+    stream, starts = torch.arange(100_000), torch.tensor([0, 99_000])  # a middle is seldom a start
+    args = train_ppo.get_args(["--ptx_tokens", "4", "--ptx_anywhere", str(share)])
+    rng, found = np.random.default_rng(0), []
+    for number in range(8):
+        drawn = train_ppo.draw_pretraining(stream, starts, count, number, args, rng)
+        found.append(int((~torch.isin(drawn[:, 0], starts)).sum()))
+    assert found == expected
+
+
+def test_updates_are_numbered_over_the_whole_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also over a resume: 2 iterations of 2 minibatches and 2 inner epochs, then a third."""
+    numbers, original = [], train_ppo.draw_pretraining
+
+    def look(stream, starts, count, number, *rest):
+        numbers.append(number)
+        return original(stream, starts, count, number, *rest)
+
+    monkeypatch.setattr(train_ppo, "draw_pretraining", look)
+    args = tiny.args("ppo", tmp_path, "--inner_epochs", "2")
+    assert train_ppo.main([*args, "--max_steps", "2"]) == 0
+    more = ["--max_steps", "3", "--resume_changed", "--print_samples", "0"]
+    assert train_ppo.main([*args, *more]) == 0
+    assert numbers == list(range(12))
+
+
+def test_what_only_prints_or_warns_may_change_at_a_resume(tiny: Tiny, tmp_path: Path) -> None:
+    args = tiny.args("ppo", tmp_path, "--max_steps", "1")
+    assert train_ppo.main(args) == 0
+    flags = ["--print_samples", "0", "--kl_limit", "3", "--agreement_limit", "0.1"]
+    assert train_ppo.main([*args, *flags, "--resume"]) == 0
 
 
 def test_rows_of_a_minibatch_are_sorted_by_length(

@@ -105,12 +105,13 @@ def test_a_signal_saves_and_says_so(
     assert_same(out, whole[stage][0])
 
 
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_leaves_at_once_without_damage(
-    server: Server, tiny: Tiny, whole: dict, tmp_path: Path
+    second: signal.Signals, server: Server, tiny: Tiny, whole: dict, tmp_path: Path
 ) -> None:
     args = tiny.args("sft", tmp_path / "out")
-    run = server.run("sft", args, {25: signal.SIGINT, 26: signal.SIGINT})
-    assert run.code == -signal.SIGINT
+    run = server.run("sft", args, {25: signal.SIGINT, 26: second})
+    assert run.code == -second
     assert server.run("sft", [*args, "--resume"]).code == 0
     assert_same(tmp_path / "out", whole["sft"][0])
 
@@ -437,6 +438,7 @@ BAD_ARGUMENTS = [
                           ("--micro_batch_size", "-1"), ("--save_every", "-1"))),
     *((stage, ["--device", "tpu"], "argument --device: invalid choice") for stage in STAGES),
     *((stage, ["--lr", "fast"], "argument --lr: invalid float value") for stage in STAGES),
+    *((stage, ["--prese", "gpt2"], "unrecognized arguments: --prese gpt2") for stage in STAGES),
     ("sft", ["--pretrain_fraction", "1"], "--pretrain_fraction 1.0: expected between 0 and 1"),
     ("ppo", ["--num_minibatches", "3"], "--batch_size 8 is not a multiple of --num_minibatches 3"),
     ("ppo", ["--temperature", "0"], "--temperature 0.0: expected over 0"),

@@ -396,14 +396,22 @@ def test_centering_moves_demonstrations_to_zero_and_keeps_margins(tiny: Tiny) ->
     assert abs(shift) > 0.01
     assert (before - after - shift).abs().max() < 1e-5
     assert torch.equal(head, model.score.weight) and torch.equal(trunk, model.trunk.wte.weight)
-    scores = []
+    scores, cut = [], 0
     for record in read_jsonl(tiny.demonstrations, "demonstrations"):
         prompt = encode_prompt(tiny.encoding, record["prompt"])
         response = encode_response(tiny.encoding, record["response"])
-        if len(response) <= 8:
-            scores.append(model(torch.tensor([prompt + response]))[0, -1].item())
-    assert 0 < len(scores) < 14
+        cut += len(response) > 8
+        scores.append(model(torch.tensor([prompt + response[:8]]))[0, -1].item())
+    assert 0 < cut < len(scores) == 14
     assert abs(sum(scores) / len(scores)) < 1e-5
+
+
+def test_an_accuracy_of_exactly_zero_is_shown(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train_rm, "evaluate", lambda *_: {"loss": 2.0, "accuracy": 0.0})
+    assert main(tiny.args("rm", tmp_path, "--max_steps", "1")) == 0
+    assert "| val_loss 2.000 | val_accuracy 0.000 |" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from data.files import BadInput, check_writable, run_command, write_atomic
@@ -76,6 +77,7 @@ def measure(args: argparse.Namespace) -> None:
     """One claim on one seed, into its result file."""
     lab = Lab(Path(args.out) / f"seed_{args.seed}", args.seed, args.fast)
     result = CLAIMS[args.measure].measure(lab)
+    result.commit = current_commit()
     for row in result.rows:
         e = row.value
         print(f"{row.name}: {e.value:.3f} [{e.low:.3f}, {e.high:.3f}] {row.gate} {row.holds}")
@@ -113,7 +115,8 @@ def table(results: Results) -> list[dict]:
 
 def page(results: Results, setting: list[str]) -> str:
     """report.md: what was done, the verdicts in one table, then each claim with its figure."""
-    lines = ["# The claims of the paper's results, in the tiny world", *setting, "## Verdicts"]
+    lines = ["# The claims of the paper's results, in the tiny world", *setting]
+    lines += [measured_at(results), "## Verdicts"]
     words = (
         "A claim holds on a seed if all its gates do. Gates are about 95 % intervals, and stand "
         "in the claim's text, which was written before the runs; so does what would refute it. "
@@ -134,6 +137,15 @@ def page(results: Results, setting: list[str]) -> str:
         for name in mine:
             lines += section(CLAIMS[name], results[name])
     return "\n\n".join(lines) + "\n"
+
+
+def measured_at(results: Results) -> str:
+    """At which commits the page's results were measured: not all need be of the last run."""
+    commits = Counter(r.commit for of_seeds in results.values() for r in of_seeds.values())
+    parts = [f"{count} at commit {commit}" for commit, count in commits.items() if commit]
+    if commits[""]:
+        parts.append(f"{commits['']} by earlier runs, which recorded no commit")
+    return f"Results, claims times seeds: {', '.join(parts)}."
 
 
 def to_the_left(rows: list[list[str]]) -> str:
@@ -215,18 +227,24 @@ def write_all(args: argparse.Namespace, setting: list[str]) -> None:
     print(f"wrote {out}/report.md, {out}/claims.csv")
 
 
-def setting_of(args: argparse.Namespace, minutes: float) -> list[str]:
-    """Command, commit, machine, time: the opening of the page."""
+def current_commit() -> str:
+    """Of the working tree, with "-dirty" where it has changes; empty where git knows none."""
     ask = ["git", "describe", "--always", "--dirty"]
     asked = subprocess.run(ask, cwd=pipeline.ROOT, capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
+
+
+def setting_of(args: argparse.Namespace, minutes: float) -> list[str]:
+    """Command, commit of the page, machine, time: the opening of the page."""
     model = "unknown processor"
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0].partition(": ")[2] if names else platform.machine()
     lines = [
-        f"`python -m tests.claims {' '.join(sys.argv[1:])}`, commit {asked.stdout.strip() or '?'}, "
-        f"{os.cpu_count()} cores ({model}), {minutes:.0f} minutes for what was not there before. "
-        "Headline claims need the demo's models; the others have runs of their own on fewer seeds."
+        f"`python -m tests.claims {' '.join(sys.argv[1:])}`, page written at commit "
+        f"{current_commit() or '?'}, {os.cpu_count()} cores ({model}), {minutes:.0f} minutes for "
+        "what was not there before. Headline claims need the demo's models; the others have runs "
+        "of their own on fewer seeds."
     ]
     if args.fast:
         lines.append("**Sizes of seconds (--fast): the numbers mean nothing.**")

@@ -446,11 +446,11 @@ def simple_mistakes(lab: Lab) -> Result:
 def cost(lab: Lab) -> Result:
     """Alignment costs little beside pretraining.
 
-    Floating-point operations counted from the logs, N being a model's parameters: 6N for a trained
-    token, 2N for a token that is sampled or only read. SFT and the reward model: the log's tokens.
-    PPO: with T tokens of prompts and responses, 2N T of sampling, 2N T each for the policy's and
-    the reference's log-probs, reward and value, 6N T each for the two updates; and 6N for each
-    pretraining token. All is a share of pretraining, 6N times its tokens.
+    Floating-point operations as `model.forward_flops` counts them, three forward passes for what is
+    trained. Pretraining, SFT and the reward model: an epoch of the data, times the log's tokens
+    over the data's; pretraining text mixed into SFT is left out, and the reward model computes a
+    prompt once for its responses. PPO: as `train_ppo.iteration_flops` counts for its mfu, every row
+    being as long as the mean prompt and the log's mean response. All is a share of pretraining.
     Gate: SFT and PPO-ptx each cost less than a tenth of pretraining.
     Refuted by: a larger share. The miniature's pretraining is tiny (three tokens a parameter; GPT-3
     has 1.7) and its feedback is not scaled down as far, so it has reason to fail here.

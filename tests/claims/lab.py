@@ -9,6 +9,7 @@ an answer decides its random numbers and nothing else: grader, labelers and rewa
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,7 +20,9 @@ import numpy as np
 import torch
 
 import evaluate
+import train_ppo
 import train_rm
+import train_sft
 from data.corpus import NO_COMMENT_INSTRUCTION, bias_pairs, public_tasks
 from data.files import (
     Record,
@@ -35,7 +38,7 @@ from data.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
 from data.tokenizer import encode_prompt, encode_response
 from data.world import World
 from evaluate import Answers, Bench, Sampling
-from model import GPT, ScalarModel, read_config, read_info
+from model import GPT, ScalarModel, forward_flops, read_config, read_info
 from report import Estimate, estimate
 from sample import Sample, Speaker, load_speaker, sample_responses
 
@@ -292,31 +295,51 @@ class Lab:
     # ------------------------------------------------------------------ operations
 
     def trained(self, run: str) -> float:
-        """Operations of a supervised run: 6N for each token of its log."""
-        tokens = sum(float(row["tokens"]) for row in self.log(run))
-        return 6 * self.parameters(run) * tokens
+        """Operations of a supervised run, see claims.cost."""
+        config, info = read_config(self.folder / run)
+        args, encoding = Namespace(**info["settings"]), self.speaker("base").encoding
+        data, repeated = self.folder / "data" / "train", 0
+        if info["stage"] == "rm":
+            groups = train_rm.load_comparisons(str(data / "comparisons.jsonl"), encoding, args)
+            rows = [(len(s), 0) for group in groups for s in group.sequences]  # no head of a GPT
+            repeated = sum((len(g.sequences) - 1) * g.prompt_tokens for g in groups)
+        else:
+            if info["stage"] == "base":
+                size = config.n_positions
+                examples = train_sft.load_pretraining(
+                    str(data / "pretrain.txt"), encoding, size, min(args.short_tokens, size),
+                    args.short_fraction,
+                )  # fmt: skip
+            else:
+                path = str(data / "demonstrations.jsonl")
+                examples, _ = train_sft.load_demonstrations(path, encoding, args)
+            rows = [(len(tokens), len(tokens) - skipped) for tokens, skipped in examples]
+        lengths, predicted = zip(*rows, strict=True)
+        epoch = 3 * forward_flops(config, lengths, sum(predicted), repeated)
+        return epoch * sum(float(row["tokens"]) for row in self.log(run)) / sum(lengths)
 
     def reinforced(self, run: str) -> float:
         """Operations of a PPO run, see claims.cost."""
-        flags = read_info(self.folder / run)["settings"]
-        prompts = read_jsonl(self.folder / "data" / "train" / "ppo_prompts.jsonl", "prompts")
-        encoding = self.speaker("base").encoding
-        prompt = np.mean([len(encode_prompt(encoding, r["prompt"])) for r in prompts])
-        rows, epochs = self.log(run), flags["inner_epochs"]
-        T = sum(flags["batch_size"] * (prompt + float(row["response_len"])) for row in rows)
-        policy, value = self.parameters(run), self.parameters("rm")
-        total = (2 + 2 + 2 + 6 * epochs) * policy * T + (2 + 2 + 6 * epochs) * value * T
-        if flags["ptx_coef"]:
-            sequences = round(flags["ptx_ratio"] * flags["batch_size"] / flags["num_minibatches"])
-            updates = len(rows) * flags["num_minibatches"] * epochs
-            total += 6 * policy * updates * sequences * flags["ptx_tokens"]
-        return total
-
-    def parameters(self, run: str) -> int:
-        """Of a model or reward model."""
-        config = read_config(self.folder / run)[0]
+        args = Namespace(**read_info(self.folder / run)["settings"])
+        path = str(self.folder / "data" / "train" / "ppo_prompts.jsonl")
+        prompts, _ = train_ppo.load_prompts(path, self.speaker("base").encoding, args)
+        prompt = float(np.mean([len(tokens) for tokens in prompts]))
+        policy, judge = (read_config(self.folder / name)[0] for name in (run, "rm"))
         with torch.device("meta"):
-            return GPT(config).num_parameters
+            models: dict[str, torch.nn.Module] = {
+                "policy": GPT(policy), "reference": GPT(policy),
+                "reward_model": ScalarModel(judge), "value_network": ScalarModel(judge),
+            }  # fmt: skip
+        updates = args.num_minibatches * args.inner_epochs
+        sequences = round(args.ptx_ratio * args.batch_size / args.num_minibatches)
+        num_ptx = updates * sequences if args.ptx_coef else 0
+        total = 0.0
+        for row in self.log(run):
+            response = float(row["response_len"])
+            lengths = [prompt + response] * args.batch_size
+            new = args.batch_size * response
+            total += train_ppo.iteration_flops(models, lengths, new, num_ptx, args)
+        return total
 
     # ------------------------------------------------------------------ logs
 

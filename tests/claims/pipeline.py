@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CORES = 2
 SIZES = {"64x2": (64, 2), "96x2": (96, 2)}  # width, layers of the smaller policies; 4 heads
 LARGE = {"192x4": (192, 4)}  # a base model more than ten times the smallest policy
-PTX_FACTORS = (0, 0.1, 3, 10)  # times the demo's --ptx_coef, and times its --kl_coef
-KL_FACTORS = (0.1, 10, 100)
+PTX_FACTORS = (0, 0.1, 3, 10)  # times the demo's --ptx_coef
+KL_FACTORS = (0.1, 10, 100)  # times the demo's --kl_coef
 OVEROPT_STEPS, OVEROPT_KEEP = 60, 6
 PAIRS_PROMPTS = 1500  # prompts of both arms of the contrast of 3.5
 ROUND_PROMPTS = 2500  # prompts ranked anew in the second round
@@ -60,7 +60,7 @@ class Stage:
     command: tuple[str, ...]
     output: Path
     after: tuple[str, ...] = ()
-    minutes: float = 1.0  # expected, of one core
+    minutes: float = 1.0  # expected core-minutes
     cores: int = 1
     reads: tuple[Path, ...] = ()  # further inputs whose change makes it run again
 

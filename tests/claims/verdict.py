@@ -76,6 +76,7 @@ class Result:
 
     rows: list[Row]
     panels: list[Panel]
+    commit: str = ""  # at which it was measured; empty: not recorded
 
     @property
     def holds(self) -> bool:
@@ -87,7 +88,8 @@ class Result:
     @classmethod
     def from_json(cls, content: dict) -> Result:
         rows = [Row(**(r | {"value": Estimate(**r["value"])})) for r in content["rows"]]
-        return cls(rows, [Panel(**panel) for panel in content["panels"]])
+        panels = [Panel(**panel) for panel in content["panels"]]
+        return cls(rows, panels, content.get("commit", ""))
 
 
 def triple(e: Estimate) -> tuple[float, float, float]:
