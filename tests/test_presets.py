@@ -134,7 +134,9 @@ def test_checkpointing_and_micro_batches_of_a_preset_change_no_byte(
     for row, clock in zip(again, clocks, strict=True):
         flops = float(clock["mfu"]) * float(clock["step_s"]) * 1e9
         tokens = int(float(row["tokens"]))
-        least = 3 * forward_flops(config, [1] * tokens, 0)
+        # A prompt of the reward model's is computed once for its responses, of which there are few.
+        once = tokens if stage == "sft" else tokens // 9
+        least = 3 * forward_flops(config, [1] * once, 0)
         assert least <= flops <= 3 * forward_flops(config, [44] * (tokens // 20 + 12), tokens)
     if not torch.cuda.is_available():
         assert {clock["mfu"] for clock in no_peak} == {""}
@@ -149,7 +151,7 @@ def test_a_preset_starts_from_downloaded_weights(
             "--max_prompt_tokens", "36", "--max_new_tokens", "8", "--max_steps", "1",
             "--out", str(tmp_path / "sft")]  # fmt: skip
     assert run_command(lambda: train_sft.main(argv)) == 2
-    assert "data.prepare --download gpt2-bpe gpt2" in capsys.readouterr().err
+    assert "data.prepare --download gpt2`" in capsys.readouterr().err
     shutil.copytree(tiny.base, tmp_path / "downloads" / "gpt2")
     assert train_sft.main(argv) == 0
     row = read_log(tmp_path / "sft" / "log.csv", train_sft.LOG)[0]
