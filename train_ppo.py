@@ -889,7 +889,7 @@ def main(argv: list[str] | None = None) -> int:
         sampled = time.perf_counter()
 
         # Score: minibatches are drawn first, and everything is computed on their tensors.
-        # Within a minibatch, rows of like length stand together: less padding is computed.
+        # Within a minibatch, rows of like length stand together: less padding in attention.
         order = torch.from_numpy(rng.permutation(args.batch_size)).to(device)
         minibatches, rows_of = [], []
         for rows in order.split(args.minibatch_size):

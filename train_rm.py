@@ -170,8 +170,7 @@ def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comp
             response = encode_response(encoding, response, ended=end)
             cut += len(response) > args.max_new_tokens
             sequences.append(prompt + response[: args.max_new_tokens])
-        pairs_of_record = untied_pairs(record["ranks"])
-        comparison = Comparison(sequences, pairs_of_record, len(prompt), number)
+        comparison = Comparison(sequences, untied_pairs(record["ranks"]), len(prompt), number)
         ties += math.comb(len(sequences), 2) - len(comparison.pairs)
         pairs += len(comparison.pairs)
         all_tied += not comparison.pairs
