@@ -177,7 +177,7 @@ $(R)/report/report.md: evaluate.py $(R)/ppo_ptx/model.safetensors
 	  --checkpoints base=$(R)/base sft=$(R)/sft ppo_ptx=$(R)/ppo_ptx --num_prompts 64 \
 	  --reward_model $(R)/rm --reference $(R)/init --data $(R)/data/test/prompts_200.jsonl \
 	  --val_data $(R)/data/valid/prompts.jsonl --pretrain_data $(R)/data/test/pretrain.txt \
-	  $(real_lim)
+	  --num_pretrain_tokens 50000 $(real_lim)
 
 # Human comparisons, five folds by prompt: the reward model beside two simple rules.
 $(R)/folds/folds.md: evaluate.py folds.py train_rm.py $(R)/sft/model.safetensors

@@ -154,14 +154,22 @@ def utilities(world: World, records: list[Record], samples: list[Sample]) -> np.
 # Measurements on text and on probes
 
 
-def pretraining_tokens(documents: list[str], speaker: Speaker, length: int) -> Tensor:
-    """Documents joined by the end token and cut into sequences, as in pretraining: (N, length)."""
+def pretraining_tokens(
+    documents: list[str], speaker: Speaker, length: int, limit: int = 0
+) -> Tensor:
+    """Documents joined by the end token and cut into sequences, as in pretraining: (N, length).
+
+    Over `limit` tokens (0: no limit), as many sequences as fit it, evenly spaced over the text."""
     stream: list[int] = []
     for document in documents:
         stream += [*speaker.encoding.encode_ordinary(document), speaker.encoding.eot_token]
     if len(stream) < length:
         raise BadInput(f"pretraining text of {len(stream)} tokens, fewer than {length}: give more")
-    return torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+    sequences = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+    kept = max(1, limit // length) if limit else len(sequences)
+    if kept >= len(sequences):
+        return sequences
+    return sequences[torch.arange(kept) * len(sequences) // kept]
 
 
 @torch.no_grad()
@@ -500,7 +508,9 @@ def load_texts(models: list[Speaker], world: World | None, args: argparse.Namesp
     context = min(model.model.config.n_positions for model in models)
     if args.pretrain_data:
         documents = read_documents(args.pretrain_data)
-        texts.pretraining = pretraining_tokens(documents, models[0], context)
+        texts.pretraining = pretraining_tokens(
+            documents, models[0], context, args.num_pretrain_tokens
+        )
     else:
         texts.left_out.append("The pretraining loss needs --pretrain_data.")
     if not world:
@@ -749,6 +759,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefixed", default="base", help="name of the model shown with a prefix as well")
     add("--val_data", help="prompts.jsonl on which the prefix is chosen")
     add("--pretrain_data", help="pretrain.txt for the held-out pretraining loss")
+    add("--num_pretrain_tokens", type=int, default=200_000,
+        help="tokens of it, evenly spaced; 0: all")  # fmt: skip
     add("--num_items", type=int, default=200, help="items of each public task or set")
     add("--best_of", type=int, default=0, help="best of n samples of the baseline; 0: left out")
     # Public sets; also --num_items.
@@ -789,7 +801,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "select_every", "num_items"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
-    for name in ("num_prompts", "best_of", "seed"):
+    for name in ("num_prompts", "num_pretrain_tokens", "best_of", "seed"):
         if not 0 <= getattr(args, name) <= 2**32:
             parser.error(f"--{name} {getattr(args, name)}: expected 0 to {2**32}")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -173,6 +173,10 @@ def test_pretraining_loss_equals_cross_entropy(tiny: Tiny, base: Speaker) -> Non
         logits = base.model(tokens) @ base.model.unembedding.T
     expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     assert got == pytest.approx(expected.mean(1).numpy(), abs=1e-5)
+    spread = evaluate.pretraining_tokens(documents, base, 2, limit=9)  # 4 of the sequences of 2
+    every = evaluate.pretraining_tokens(documents, base, 2)
+    assert spread.tolist() == every[[n * len(every) // 4 for n in range(4)]].tolist()
+    assert len(evaluate.pretraining_tokens(documents, base, 2, limit=10_000)) == len(every)
     with pytest.raises(BadInput, match="fewer than 4000"):
         evaluate.pretraining_tokens(documents, base, 4000)
 
