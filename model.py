@@ -383,6 +383,7 @@ class GPT(nn.Module):
         *,
         mask: Tensor | None = None,
         temperature: float = 1.0,
+        prefixes: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-prob of each token given those before it, and the entropy of that choice, in nats.
 
@@ -390,10 +391,11 @@ class GPT(nn.Module):
 
         tokens (B, T) int64, mask (B, T) bool -> both (B, T) float32, 0 at t = 0. The head runs on
         masked positions only (without a mask: on those within `lengths`); elsewhere both are 0.
+        `prefixes`: see `forward`.
         """
         if mask is None and lengths is not None:
             mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        hidden = self(tokens, lengths)[:, :-1]  # position t - 1 predicts token t
+        hidden = self(tokens, lengths, prefixes=prefixes)[:, :-1]  # position t - 1 predicts token t
         chosen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         chosen = chosen[:, 1:]
         hidden, weight = hidden[chosen], self.unembedding
@@ -635,9 +637,12 @@ class ScalarModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """One number per position: tokens (B, T) int64 -> (B, T) float32."""
-        return self._head(self.trunk(tokens, lengths))
+    def forward(
+        self, tokens: Tensor, lengths: Tensor | None = None,
+        prefixes: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One number per position: tokens (B, T) int64 -> (B, T) float32; see `GPT.forward`."""
+        return self._head(self.trunk(tokens, lengths, prefixes=prefixes))
 
     def scores(
         self, tokens: Tensor, lengths: Tensor, prefixes: tuple[Tensor, Tensor] | None = None

@@ -134,6 +134,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=2, help="passes over the prompts, where --max_steps is 0")
     add("--max_steps", type=int, default=60, help="iterations; 0: by --epochs (paper: 500)")
     add("--batch_size", type=int, default=128, help="episodes an iteration (paper: 512)")
+    add("--responses_per_prompt", type=int, default=1, help="episodes of a prompt (paper: 1)")
     add("--num_minibatches", type=int, default=8, help="updates an iteration (paper: 8)")
     add("--micro_batch_size", type=int, default=8, help="sequences a forward pass; 0: a minibatch")
     add("--rollout_size", type=int, default=0, help="responses sampled at once; 0: all")
@@ -175,7 +176,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
-    at_least_one += ["num_minibatches", "inner_epochs", "ptx_tokens"]
+    at_least_one += ["num_minibatches", "responses_per_prompt", "inner_epochs", "ptx_tokens"]
     at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
     at_least_zero += ["seed", "stop_seconds", "lr", "value_lr", "grad_clip", "kl_coef", "ptx_coef"]
     at_least_zero += ["cliprange", "cliprange_value", "entropy_coef", "print_samples"]
@@ -222,6 +223,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.temperature <= 0:
         parser.error(f"--temperature {args.temperature}: expected over 0")
     args.minibatch_size = args.batch_size // args.num_minibatches
+    sizes = {"an update's share of --batch_size": args.minibatch_size,
+             "--micro_batch_size": args.micro_batch_size, "--rollout_size": args.rollout_size}
+    for what, size in sizes.items():
+        if size % args.responses_per_prompt:
+            parser.error(
+                f"--responses_per_prompt {args.responses_per_prompt} does not divide {what}, "
+                f"{size}: change either"
+            )
     return args
 
 
@@ -293,9 +302,10 @@ def draw_pretraining(
 
 def prompts_of_step(num_prompts: int, step: int, args: argparse.Namespace) -> list[int]:
     """Indices of iteration `step` = 1, 2, ...: shuffled passes, a function of (seed, step)."""
-    first = (step - 1) * args.batch_size
+    count = args.batch_size // args.responses_per_prompt
+    first = (step - 1) * count
     chosen = []
-    for place in range(first, first + args.batch_size):
+    for place in range(first, first + count):
         epoch, offset = divmod(place, num_prompts)
         if not chosen or offset == 0:
             order = np.random.default_rng([args.seed, epoch]).permutation(num_prompts)
@@ -333,10 +343,25 @@ def response_mask_of(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) ->
     return (places >= prompt_lengths[:, None]) & (places < lengths[:, None])
 
 
-def values_before(value_network: ScalarModel, tokens: Tensor, lengths: Tensor) -> Tensor:
+def shared_prompts(
+    prompt_lengths: Tensor, args: argparse.Namespace
+) -> tuple[Tensor, Tensor] | None:
+    """What the rows of a micro-batch have in common, as `prefixes` of `GPT.forward`: every
+    --responses_per_prompt rows have one prompt, which goes through the model once."""
+    if args.responses_per_prompt == 1:
+        return None
+    rows = torch.arange(len(prompt_lengths), device=prompt_lengths.device)
+    first = rows // args.responses_per_prompt * args.responses_per_prompt
+    return first, torch.where(rows == first, 0, prompt_lengths)
+
+
+def values_before(
+    value_network: ScalarModel, tokens: Tensor, lengths: Tensor,
+    prefixes: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """V of the state before each token: values[:, t] is the scalar output at t - 1; 0 at t = 0."""
     longest = int(lengths.max())  # of these rows: the rest is padding
-    outputs = value_network(tokens[:, :longest], lengths)
+    outputs = value_network(tokens[:, :longest], lengths, prefixes)
     return F.pad(outputs[:, :-1], (1, tokens.shape[1] - longest))
 
 
@@ -383,27 +408,35 @@ def sample(
     policy: GPT, prompts: list[list[int]], seed: int, args: argparse.Namespace,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One response to each prompt: tokens (B, T), prompt_lengths (B,), lengths (B,).
+    """--responses_per_prompt R responses to each prompt, B in all, those to a prompt in a row:
+    tokens (B, T), prompt_lengths (B,), lengths (B,).
 
     With --rollout_size, so many at a time, those with prompts of like length together.
     """
-    device, end = torch.device(args.device), policy.config.eos_token_id
+    device, end, R = torch.device(args.device), policy.config.eos_token_id, args.responses_per_prompt
     generator = torch.Generator(device).manual_seed(seed)
     padded, prompt_lengths = pad_right(prompts, end, device)
-    tokens = F.pad(padded, (0, args.max_new_tokens), value=end)
-    lengths = torch.empty_like(prompt_lengths)
+    tokens = F.pad(padded, (0, args.max_new_tokens), value=end).repeat_interleave(R, dim=0)
+    lengths = torch.empty(len(tokens), dtype=torch.int32, device=device)
     order = torch.arange(len(prompts), device=device)
     if args.rollout_size:
         order = prompt_lengths.argsort(stable=True)
-    for rows in order.split(args.rollout_size or len(prompts)):
-        width = int(prompt_lengths[rows].max())
+    for chosen in order.split(args.rollout_size // R or len(prompts)):
+        rows = rows_of_prompts(chosen, R)
+        width = int(prompt_lengths[chosen].max())
         with autocast(args):
             part, lengths[rows] = policy.generate(
-                padded[rows, :width], prompt_lengths[rows], args.max_new_tokens,
+                padded[chosen, :width], prompt_lengths[chosen], args.max_new_tokens,
                 temperature=temperature, generator=generator,
+                repeats=torch.full_like(chosen, R) if R > 1 else None,
             )  # fmt: skip
         tokens[rows, : part.shape[1]] = part
-    return tokens, prompt_lengths, lengths
+    return tokens, prompt_lengths.repeat_interleave(R), lengths
+
+
+def rows_of_prompts(chosen: Tensor, R: int) -> Tensor:
+    """Prompts c, d, ... -> their rows c R, ..., c R + R - 1, d R, ..."""
+    return (chosen[:, None] * R + torch.arange(R, device=chosen.device)).flatten()
 
 
 @torch.no_grad()
@@ -419,15 +452,19 @@ def score(
     tokens = tokens[:, : int(lengths.max())]
     mask = response_mask_of(tokens, prompt_lengths, lengths)
     slices = micro_batches(len(tokens), args)
-    parts = [(tokens[rows, : int(lengths[rows].max())], lengths[rows]) for rows in slices]
+    shared = [shared_prompts(prompt_lengths[rows], args) for rows in slices]
+    parts = [(tokens[rows, : int(lengths[rows].max())], lengths[rows], prefixes)
+             for rows, prefixes in zip(slices, shared, strict=True)]
     with autocast(args):
-        logprobs, entropy = policy_logprobs(models["policy"], tokens, lengths, mask, args)
-        ref_logprobs, _ = policy_logprobs(models["reference"], tokens, lengths, mask, args)
+        rows = tokens, lengths, prompt_lengths, mask
+        logprobs, entropy = policy_logprobs(models["policy"], *rows, args)
+        ref_logprobs, _ = policy_logprobs(models["reference"], *rows, args)
         scores = torch.cat([models["reward_model"].scores(*part) for part in parts])
         check_scores = None
         if "check_model" in models:
             check_scores = torch.cat([models["check_model"].scores(*part) for part in parts])
-        values = [values_before(models["value_network"], tokens[r], lengths[r]) for r in slices]
+        values = [values_before(models["value_network"], tokens[r], lengths[r], prefixes)
+                  for r, prefixes in zip(slices, shared, strict=True)]
         values = torch.cat(values) * mask
     last = tokens.gather(1, lengths[:, None].long() - 1).squeeze(1)
     ended = last == models["policy"].config.eos_token_id
@@ -441,27 +478,30 @@ def score(
 
 
 def policy_logprobs(
-    model: GPT, tokens: Tensor, lengths: Tensor, mask: Tensor, args: argparse.Namespace
-) -> tuple[Tensor, Tensor]:
+    model: GPT, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, mask: Tensor,
+    args: argparse.Namespace,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probs and entropies of the response tokens, micro-batch by micro-batch: (B, T) each.
 
     The same cut into micro-batches as in the update, or the first ratio would not be exactly 1.
     """
     parts = [
-        response_logprobs(model, tokens[rows], lengths[rows], mask[rows], args)
-        for rows in micro_batches(len(tokens), args)
+        response_logprobs(model, tokens[r], lengths[r], prompt_lengths[r], mask[r], args)
+        for r in micro_batches(len(tokens), args)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def response_logprobs(
-    model: GPT, tokens: Tensor, lengths: Tensor, mask: Tensor, args: argparse.Namespace
-) -> tuple[Tensor, Tensor]:
+    model: GPT, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, mask: Tensor,
+    args: argparse.Namespace,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probs and entropies of the masked tokens of one micro-batch: (B, T) each."""
     longest = int(lengths.max())  # of these rows: the rest is padding
     logprobs, entropy = model.logprobs(
-        tokens[:, :longest], lengths, mask=mask[:, :longest], temperature=args.temperature
-    )
+        tokens[:, :longest], lengths, mask=mask[:, :longest], temperature=args.temperature,
+        prefixes=shared_prompts(prompt_lengths, args),
+    )  # fmt: skip
     padding = (0, tokens.shape[1] - longest)
     return F.pad(logprobs, padding), F.pad(entropy, padding)
 
@@ -539,15 +579,18 @@ def update(
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     for rows in micro_batches(len(mb.tokens), args):
-        tokens, lengths, mask = mb.tokens[rows], mb.lengths[rows], mb.response_mask[rows]
+        tokens, lengths, prompt_lengths = mb.tokens[rows], mb.lengths[rows], mb.prompt_lengths[rows]
         with autocast(args):
-            new_logprobs, entropy = response_logprobs(policy, tokens, lengths, mask, args)
+            new_logprobs, entropy = response_logprobs(
+                policy, tokens, lengths, prompt_lengths, mb.response_mask[rows], args
+            )
         loss, metrics = policy_loss(new_logprobs, mb, rows, args.cliprange)
         total = loss - args.entropy_coef * entropy.sum() if args.entropy_coef else loss
         (total / counted).backward()
 
         with autocast(args):
-            values = values_before(value_network, tokens, lengths)
+            prefixes = shared_prompts(prompt_lengths, args)
+            values = values_before(value_network, tokens, lengths, prefixes)
         vf_loss, vf_clipped = value_loss(values, mb, rows, args.cliprange_value)
         (vf_loss / counted).backward()
 
@@ -605,6 +648,7 @@ def evaluate(
     """
     if not prompts:
         return None
+    args = argparse.Namespace(**vars(args) | {"responses_per_prompt": 1})
     scores, kls, shown = [], [], []
     for start in range(0, len(prompts), args.batch_size):
         part = prompts[start : start + args.batch_size]
@@ -627,17 +671,18 @@ def evaluate(
 
 def iteration_flops(
     models: dict[str, torch.nn.Module], lengths: list[int], new_tokens: int, num_ptx: int,
-    args: argparse.Namespace,
+    args: argparse.Namespace, repeated: int = 0,
 ) -> float:  # fmt: skip
     """Operations of an iteration: each row once through every model in scoring, once more through
     the policy in sampling, and three times (forward and backward) through what is trained, in each
-    inner epoch; and the pretraining sequences. The language models' heads see response tokens."""
+    inner epoch; and the pretraining sequences. The language models' heads see response tokens;
+    `repeated` prompt tokens are another row's, and go through attention only."""
     trained = 3 * args.inner_epochs
     times = {"policy": 2 + trained, "value_network": 1 + trained}
     flops = 0.0
     for name, model in models.items():
         predicted = new_tokens if isinstance(model, GPT) else 0
-        flops += times.get(name, 1) * forward_flops(model.config, lengths, predicted)
+        flops += times.get(name, 1) * forward_flops(model.config, lengths, predicted, repeated)
     ptx = forward_flops(models["policy"].config, [args.ptx_tokens], args.ptx_tokens - 1)
     return flops + 3 * num_ptx * ptx
 
@@ -810,7 +855,8 @@ def main(argv: list[str] | None = None) -> int:
         stream, starts = load_pretraining(args.pretrain_data, encoding, args.ptx_tokens)
     num_ptx = round(args.ptx_ratio * args.minibatch_size)  # sequences an update
 
-    total_steps = args.max_steps or max(1, args.epochs * len(prompts) // args.batch_size)
+    R = args.responses_per_prompt
+    total_steps = args.max_steps or max(1, args.epochs * len(prompts) * R // args.batch_size)
     adam = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
     optimizers: dict[str, torch.optim.Optimizer] = {
         "policy": torch.optim.AdamW(policy.parameters(), lr=args.lr, **adam),
@@ -890,11 +936,13 @@ def main(argv: list[str] | None = None) -> int:
 
         # Score: minibatches are drawn first, and everything is computed on their tensors.
         # Within a minibatch, rows of like length stand together: less padding in attention.
-        order = torch.from_numpy(rng.permutation(args.batch_size)).to(device)
-        minibatches, rows_of = [], []
-        for rows in order.split(args.minibatch_size):
-            rows = rows[lengths[rows].argsort(stable=True)]
-            rows_of.append(rows.tolist())
+        order = torch.from_numpy(rng.permutation(len(batch))).to(device)
+        minibatches, prompts_of = [], []
+        longest = lengths.view(-1, R).amax(dim=1)  # of the responses to a prompt
+        for asked in order.split(args.minibatch_size // R):
+            asked = asked[longest[asked].argsort(stable=True)]
+            prompts_of.append(asked.tolist())
+            rows = rows_of_prompts(asked, R)
             part = tokens[rows], lengths[rows], prompt_lengths[rows]
             minibatches.append(score(*part, models, args))
         whiten(minibatches)
@@ -916,7 +964,7 @@ def main(argv: list[str] | None = None) -> int:
             bad = not_finite(updates[-1])
         if bad:
             phase, place, bad = first_not_finite(minibatches, updates)
-            bad_records = [records[chosen[i]] for i in rows_of[place]]
+            bad_records = [records[chosen[i]] for i in prompts_of[place]]
             return stop_not_finite(out, step, phase, place, bad, bad_records)
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)  # the next rollout needs the memory
@@ -945,7 +993,10 @@ def main(argv: list[str] | None = None) -> int:
             memory = torch.cuda.max_memory_allocated() / 2**30
         new_tokens = int((lengths - prompt_lengths).sum())
         num_ptx_now = num_ptx * len(updates) if stream is not None else 0
-        flops = iteration_flops(models, lengths.tolist(), new_tokens, num_ptx_now, args)
+        repeated = int(prompt_lengths.sum()) * (R - 1) // R
+        flops = iteration_flops(
+            models, lengths.tolist(), new_tokens, num_ptx_now, args, repeated
+        )
         clocks = {
             "step": step, "rollout_s": sampled - started, "score_s": scored - sampled,
             "update_s": finished - scored, "step_s": finished - started,

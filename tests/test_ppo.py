@@ -459,7 +459,43 @@ def check_prompts() -> None:
     assert prompts_of_step(20, 1, other) != prompts_of_step(20, 1, arguments())
 
 
+def check_shared_prompts() -> None:
+    """With several responses a prompt, its tokens go through the models once for all of them, and
+    every number of the rollout, every metric and every gradient is what it is row by row."""
+    together = arguments("--responses_per_prompt", 2, "--micro_batch_size", 4, "--grad_clip", 0)
+    apart = arguments("--micro_batch_size", 4, "--grad_clip", 0)
+    torch.manual_seed(1)
+    models = make_models()
+    tokens, prompt_lengths, lengths = train_ppo.sample(models["policy"], PROMPTS[:4], 3, together)
+    assert prompt_lengths.tolist() == [len(p) for p in PROMPTS[:4] for _ in range(2)]
+    for row, length in enumerate(prompt_lengths.tolist()):
+        assert tokens[row, :length].tolist() == PROMPTS[row // 2]
+    assert any(not torch.equal(tokens[row], tokens[row + 1]) for row in range(0, 8, 2))
+    minibatches = [train_ppo.score(tokens, lengths, prompt_lengths, models, args)
+                   for args in (together, apart)]
+    for name in Minibatch.__annotations__:
+        one, other = (getattr(mb, name) for mb in minibatches)
+        assert one is other is None or (one.float() - other.float()).abs().max() < 1e-5, name
+    results = []
+    for mb, args in zip(minibatches, (together, apart), strict=True):
+        fresh = copy.deepcopy(models)
+        metrics = train_ppo.update(mb, fresh, optimizers_of(fresh, 0.0), None, args)
+        grads = [p.grad for n in ("policy", "value_network") for p in fresh[n].parameters()]
+        results.append((metrics, grads))
+    assert results[0][0]["ratio_max"] == 1.0
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        assert (a - b).abs().max() < 1e-5 * a.abs().max().clamp(min=1e-2)
+
+
+def check_prompts_of_several_responses() -> None:
+    args = arguments("--responses_per_prompt", 2)
+    steps = [prompts_of_step(12, step, args) for step in (1, 2, 3)]
+    assert [len(step) for step in steps] == [4, 4, 4]
+    assert sorted(steps[0] + steps[1] + steps[2]) == list(range(12))
+
+
 CHECKS = [
+    check_shared_prompts, check_prompts_of_several_responses,
     check_response_mask, check_first_ratio, check_kl_before_first_update,
     check_logprobs_of_the_rollout, check_values, check_scores, check_rewards, check_gae,
     check_gae_limits, check_whitening, check_rollout_metrics,
@@ -515,24 +551,26 @@ def old_logprobs_in_float64(original: Callable) -> Callable:
 
 
 def without_temperature(original: Callable) -> Callable:
-    def logprobs(model, tokens, lengths, mask, args):
+    def logprobs(model, *rest):
+        *rows, args = rest
         args = argparse.Namespace(**vars(args) | {"temperature": 1.0})
-        return original(model, tokens, lengths, mask, args)
+        return original(model, *rows, args)
     return logprobs
 
 
 def reference_without_temperature(original: Callable) -> Callable:
     calls = []
-    def logprobs(model, tokens, lengths, mask, args):
+    def logprobs(model, *rest):
+        *rows, args = rest
         calls.append(model)
         if len(calls) % 2 == 0:  # policy, then reference
             args = argparse.Namespace(**vars(args) | {"temperature": 1.0})
-        return original(model, tokens, lengths, mask, args)
+        return original(model, *rows, args)
     return logprobs
 
 
 def values_after(original: Callable) -> Callable:
-    return lambda network, tokens, lengths: network(tokens, lengths)
+    return lambda network, tokens, lengths, prefixes=None: network(tokens, lengths, prefixes)
 
 
 def score_past_the_end(original: Callable) -> Callable:
@@ -761,7 +799,23 @@ def mean_of_micro_batch_means(original: Callable) -> Callable:
     return loss
 
 
+def prefixes_one_token_too_long(original: Callable) -> Callable:
+    def shared(prompt_lengths, args):
+        prefixes = original(prompt_lengths, args)
+        return prefixes and (prefixes[0], prefixes[1] + (prefixes[1] > 0))
+    return shared
+
+
+def prefixes_of_the_first_row(original: Callable) -> Callable:
+    def shared(prompt_lengths, args):
+        prefixes = original(prompt_lengths, args)
+        return prefixes and (torch.zeros_like(prefixes[0]), prefixes[1])
+    return shared
+
+
 BUGS = [
+    ("shared_prompts", prefixes_one_token_too_long, check_shared_prompts),
+    ("shared_prompts", prefixes_of_the_first_row, check_shared_prompts),
     ("response_mask_of", mask_with_one_more, check_response_mask),
     ("response_mask_of", mask_without_end, check_response_mask),
     ("response_mask_of", mask_with_last_prompt_token, check_response_mask),
@@ -832,7 +886,7 @@ def test_scores_that_ignore_the_missing_end_are_caught(monkeypatch: pytest.Monke
 class CountsThrees(nn.Module):
     """A reward with a known optimum: one for each token 3 of the response."""
 
-    def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def scores(self, tokens: Tensor, lengths: Tensor, prefixes: None = None) -> Tensor:
         inside = torch.arange(tokens.shape[1]) < lengths[:, None]
         return ((tokens == 3) & inside).sum(1).float()
 
