@@ -80,7 +80,7 @@ $(call weights,init): train_sft.py $(call weights,base)
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
 # One training response a prompt is another prompt's; validation is on samples as they are.
-$(D)/train/candidates.jsonl: off_topic := --off_topic 1
+$(D)/train/candidates.jsonl: off_topic := --off_topic 1 --processes 2
 $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,init) $(call weights,base)
 	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
 	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base \

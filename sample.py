@@ -17,8 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -68,6 +73,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--off_topic", type=int, default=0,
         help="of a prompt's responses, so many are exchanged for another prompt's")  # fmt: skip
     add("--num_prompts", type=int, default=0, help="use only the first so many prompts; 0: all")
+    add("--processes", type=int, default=1,
+        help="sample so many parts of --data side by side; small models use two cores better so")
     add("--resume", action="store_true", help="go on with an interrupted run of the same command")
     # Sampling.
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
@@ -103,7 +110,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--shares: expected numbers from 0, not all 0")
     if not 0 <= args.temperature < math.inf:
         parser.error(f"--temperature {args.temperature}: expected 0 or more")
-    for name in ("max_prompt_tokens", "max_new_tokens", "batch_size"):
+    for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "processes"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
     for name in ("num_prompts", "off_topic", "seed"):
@@ -172,6 +179,16 @@ def load_speaker(
     return Speaker(name, model, encoding, prefix.replace("\\n", "\n"))
 
 
+def load_speakers(args: argparse.Namespace) -> list[Speaker]:
+    """The models of --checkpoints, in order."""
+    return [
+        load_speaker(
+            name, folder, prefix=args.prefix.get(name, ""), device=args.device, impl=args.kernels
+        )
+        for name, folder in args.checkpoints.items()
+    ]
+
+
 def check_context(speaker: Speaker, max_prompt_tokens: int, max_new_tokens: int) -> None:
     """Raise `BadInput` unless the longest prompt and response fit into the model's context."""
     context = speaker.model.config.n_positions
@@ -238,8 +255,9 @@ def plan(index: int, num_models: int, args: argparse.Namespace) -> np.ndarray:
 
 
 def sample_chunk(
-    chunk: list[tuple[int, Record]], speakers: list[Speaker], args: argparse.Namespace, bar: tqdm
-) -> list[Record]:
+    chunk: list[tuple[int, Record]], speakers: list[Speaker], args: argparse.Namespace,
+    bar: tqdm | None = None,
+) -> list[Record]:  # fmt: skip
     """Candidates for (index, prompt record) pairs, drawn from (seed, first index, model)."""
     plans = {index: plan(index, len(speakers), args) for index, _ in chunk}
     responses: dict[int, list[Sample | None]] = {i: [None] * len(p) for i, p in plans.items()}
@@ -267,6 +285,40 @@ def sample_chunk(
     ]
 
 
+def sample_chunks(
+    chunks: list[list[tuple[int, Record]]], speakers: list[Speaker], args: argparse.Namespace,
+    bar: tqdm,
+) -> Iterator[list[Record]]:  # fmt: skip
+    """`sample_chunk` of each, in order; the same whatever --processes is."""
+    if args.processes == 1 or len(chunks) < 2:
+        yield from (sample_chunk(chunk, speakers, args, bar) for chunk in chunks)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would inherit threads that are not there
+    with ProcessPoolExecutor(args.processes, context, _start_worker, (args,)) as pool:
+        for records in pool.map(_sample_in_worker, chunks):
+            bar.update(sum(len(record["responses"]) for record in records))
+            yield records
+
+
+_worker: tuple[list[Speaker], argparse.Namespace]  # in a process of `sample_chunks`
+
+
+def _start_worker(args: argparse.Namespace) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
+    _worker = load_speakers(args), args
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    multiprocessing.parent_process().join()  # a parent that is killed tells nobody
+    os._exit(1)
+
+
+def _sample_in_worker(chunk: list[tuple[int, Record]]) -> list[Record]:
+    return sample_chunk(chunk, *_worker)
+
+
 def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     """Sample K responses to each prompt of --data and write them to --out.
 
@@ -291,7 +343,8 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
         )
 
     # What decides the responses: a part that another command left is not gone on with.
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "batch_size")}
+    left_out = ("out", "resume", "batch_size", "processes")
+    settings = {k: v for k, v in vars(args).items() if k not in left_out}
     settings["data_sha256"] = fingerprint(args.data)
     settings["weights_sha256"] = [
         fingerprint(find_model(folder) / "model.safetensors")
@@ -308,8 +361,9 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
         tqdm(total=total, initial=finished, unit="response", desc=out.name) as bar,
         partial.open("a", encoding="utf-8") as stream,
     ):
-        for start in range(len(done), len(prompts), CHUNK):
-            chunk = sample_chunk(prompts[start : start + CHUNK], speakers, args, bar)
+        starts = range(len(done), len(prompts), CHUNK)
+        chunks = [prompts[start : start + CHUNK] for start in starts]
+        for chunk in sample_chunks(chunks, speakers, args, bar):
             stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in chunk)
             stream.flush()
             done += chunk
@@ -425,12 +479,7 @@ def talk(speakers: list[Speaker], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
-    speakers = [
-        load_speaker(
-            name, folder, prefix=args.prefix.get(name, ""), device=args.device, impl=args.kernels
-        )
-        for name, folder in args.checkpoints.items()
-    ]
+    speakers = load_speakers(args)
     for speaker in speakers:
         check_context(speaker, args.max_prompt_tokens, args.max_new_tokens)
     if args.data:

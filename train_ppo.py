@@ -413,7 +413,8 @@ def sample(
 
     With --rollout_size, so many at a time, those with prompts of like length together.
     """
-    device, end, R = torch.device(args.device), policy.config.eos_token_id, args.responses_per_prompt
+    device, end = torch.device(args.device), policy.config.eos_token_id
+    R = args.responses_per_prompt
     generator = torch.Generator(device).manual_seed(seed)
     padded, prompt_lengths = pad_right(prompts, end, device)
     tokens = F.pad(padded, (0, args.max_new_tokens), value=end).repeat_interleave(R, dim=0)

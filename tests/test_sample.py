@@ -1,7 +1,12 @@
 """sample.py: what it draws, from which model, in which order, and how it resumes."""
 
+import contextlib
 import io
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,6 +219,49 @@ def test_an_interrupted_run_resumes_exactly(
     assert write_candidates(tiny, out, "--resume") == whole
     assert len(calls) == 2  # of four chunks
     assert not partial.exists()
+
+
+def test_processes_change_no_byte(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "CHUNK", 6)
+    write_candidates(tiny, tmp_path / "one.jsonl", "--off_topic", "1")
+    write_candidates(tiny, tmp_path / "two.jsonl", "--off_topic", "1", "--processes", "2")
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_processes_end_with_a_parent_that_is_killed(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    lines = (json.dumps(read_jsonl(tiny.prompts, "prompts")[0]) + "\n") * 4000
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    argv = ["--data", str(tmp_path / "prompts.jsonl"), "--out", str(out), *LIMITS, "--checkpoints",
+            f"base={tiny.base}", "--processes", "2", "--num_responses", "400"]  # fmt: skip
+    parent = subprocess.Popen(
+        [sys.executable, "sample.py", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def children() -> set[int]:
+        found = set()
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                pid, rest = status.read_text().split(" ", 1)
+                if int(rest.rsplit(") ", 1)[1].split()[1]) == parent.pid:
+                    found.add(int(pid))
+        return found
+
+    def wait_until(happens: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not happens():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    wait_until(lambda: len(children()) >= 2)
+    time.sleep(2)  # they are at work, or still importing
+    left = children()
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
 
 
 def test_chunks_draw_different_numbers(
