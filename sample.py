@@ -293,7 +293,7 @@ def sample_chunks(
     if args.processes == 1 or len(chunks) < 2:
         yield from (sample_chunk(chunk, speakers, args, bar) for chunk in chunks)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would inherit threads that are not there
+    context = multiprocessing.get_context("spawn")  # not fork: torch has threads
     with ProcessPoolExecutor(args.processes, context, _start_worker, (args,)) as pool:
         for records in pool.map(_sample_in_worker, chunks):
             bar.update(sum(len(record["responses"]) for record in records))
