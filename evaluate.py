@@ -246,10 +246,10 @@ def best_of_n(
 
 
 def select(args: argparse.Namespace) -> None:
-    """Copy the epoch checkpoint with the highest mean reward-model score to --out (C.1).
+    """Copy the epoch checkpoint that the reward model likes best to --out (C.1).
 
     The paper chose SFT models "based on the RM score on the validation set", although validation
-    loss turns up after one epoch; selection.csv has the three curves.
+    loss turns up after one epoch; selection.csv has the three curves. See `last_of_the_best`.
     """
     folders = sorted(Path(args.select, "epochs").glob("[0-9]*"))
     if not folders:
@@ -270,7 +270,8 @@ def select(args: argparse.Namespace) -> None:
         samples = respond(speaker, prompts, sampling_of(args))
         scores = reward_scores(judge, speaker, prompts, samples, args.batch_size)
         info = read_info(folder)
-        row = {"epoch": info["epoch"], "val_loss": info["val_loss"], "score": scores.mean()}
+        row = {"epoch": info["epoch"], "val_loss": info["val_loss"], "score": scores.mean(),
+               "scores": scores.tolist()}  # fmt: skip
         if world:
             row["utility"] = utilities(world, records, samples).mean()
         return row
@@ -279,7 +280,7 @@ def select(args: argparse.Namespace) -> None:
         parts.get(folder.name, lambda folder=folder: measure(folder))
         for folder in tqdm(kept, desc="epochs")
     ]
-    best = max(range(len(rows)), key=lambda i: rows[i]["score"])  # the first of equals
+    best = last_of_the_best(np.array([row.pop("scores") for row in rows]))
 
     def write(aside: Path) -> None:
         for name in ("model.safetensors", "tokenizer.json"):
@@ -293,6 +294,18 @@ def select(args: argparse.Namespace) -> None:
         shown = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None)
         print(shown + (" | chosen" if i == best else ""))
     print(f"wrote {args.out}: epoch {rows[best]['epoch']}, by reward-model score")
+
+
+def last_of_the_best(scores: np.ndarray) -> int:
+    """The last of the rows (epochs, prompts) whose mean is within a standard error of the highest.
+
+    The standard error is that of the mean difference from the highest, prompt by prompt. Scores of
+    single samples are noisy, and an epoch that is ahead by less may be so by chance; of epochs that
+    cannot be told apart, the one that has learned longest is taken.
+    """
+    behind = scores[scores.mean(axis=1).argmax()] - scores
+    error = behind.std(axis=1) / np.sqrt(scores.shape[1])
+    return int(np.flatnonzero(behind.mean(axis=1) <= error)[-1])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -490,8 +490,8 @@ def as_report(report: Report) -> str:
         parts += [
             "## Epochs of supervised fine-tuning",
             "![Validation loss, reward-model score and utility by epoch](sft_epochs.png)",
-            f"The baseline is epoch {report.chosen_epoch}, the one with the best reward-model "
-            f"score on validation prompts. {lowest_loss(report.selection)}",
+            f"The baseline is epoch {report.chosen_epoch}, the last whose reward-model score on "
+            f"validation prompts is within a standard error of the best. {lowest_loss(report.selection)}",
         ]
     if report.logs:
         parts += [
