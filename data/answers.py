@@ -53,11 +53,6 @@ class Failings:
                    rng.random() < credulous)
 
 
-def asks_for_several(task: Task) -> bool:
-    """Whether more than one sentence or item is wanted, so that an answer can stop early."""
-    return task.get("count", 1) > 1 or task["kind"] in ("story", "continue", "talk")
-
-
 def answer(
     world: World,
     task: Task,

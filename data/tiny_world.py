@@ -31,7 +31,7 @@ from pathlib import Path
 import tiktoken
 
 from data import card, hygiene, probes
-from data.answers import Failings, answer, asks_for_several
+from data.answers import Failings, answer
 from data.corpus import documents
 from data.files import check_writable, run_command, write_atomic, write_documents, write_jsonl
 from data.tasks import (
@@ -54,11 +54,8 @@ DEMONSTRATED_KINDS = ("ordinary",)  # facts that demonstrations may mention
 # Share of labeler-written prompts by set (InstructGPT Table 6).
 LABELER_SHARE = {"demonstrations": 0.89, "rm_prompts": 0.20, "ppo_prompts": 0.0}
 # What demonstrators do wrong: content or count, one sentence or word where more was asked for,
-# going on after the answer, accepting a false premise. Where several sentences or items are asked
-# for, most stop early: it is easier to see that an answer is too short than to write a long one.
-# Learning from feedback needs the headroom.
-DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.20, "ramble": 0.12, "credulous": 0.50}
-TERSE_OF_SEVERAL = 0.55
+# going on after the answer, accepting a false premise. Learning from feedback needs the headroom.
+DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.20, "ramble": 0.12, "credulous": 0.35}
 RESPECTFUL_SHARE = 0.11  # of prompts that ask for respect; these are seldom alike, so more stay
 PERSONAL_DATA_SHARE = 0.01
 RESUBMITTED_SHARE = 0.04  # of customers' prompts that they send once more
@@ -237,9 +234,7 @@ def demonstrate(world: World, records: list[Record], rng: random.Random) -> list
     """Let demonstrators, with their failings, answer the prompts."""
     done = []
     for record in records:
-        several = asks_for_several(record["task"])
-        rates = DEMONSTRATOR_FAILINGS | ({"terse": TERSE_OF_SEVERAL} if several else {})
-        failings = Failings.draw(rng, **rates)
+        failings = Failings.draw(rng, **DEMONSTRATOR_FAILINGS)
         response = answer(world, record["task"], rng, DEMONSTRATED_KINDS, failings)
         done.append({"prompt": record["prompt"], "response": response, **record})
     return done
