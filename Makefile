@@ -76,7 +76,7 @@ $(call weights,sft): train_sft.py $(call weights,base)
 $(call weights,init): train_sft.py $(call weights,base)
 	$(half) $(py) train_sft.py --init $(OUT)/base --out $(OUT)/init --seed $(SEED) $(sft_data) \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
-	  --pretrain_fraction 0.1 --no-epoch_checkpoints
+	  --pretrain_fraction 0.1 --epochs 12 --no-epoch_checkpoints
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
 # One training response a prompt is another prompt's; validation is on samples as they are.
@@ -106,9 +106,9 @@ $(call weights,sft_selected): evaluate.py sample.py $(call weights,rm)
 	$(half) $(py) evaluate.py --select $(OUT)/sft --reward_model $(OUT)/rm --out $(OUT)/sft_selected \
 	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --select_every 3 --seed $(SEED) --world $(D)/world.json
 
-# Step 3: PPO and PPO-ptx.
+# Step 3: PPO and PPO-ptx. Of four responses to a prompt, three cost only their own tokens.
 ppo = $(half) $(py) train_ppo.py --init $(OUT)/init --reward_model $(OUT)/rm --seed $(SEED) \
-        --data $(D)/train/ppo_prompts.jsonl --val_data $(D)/valid/ppo_prompts.jsonl
+        --responses_per_prompt 4 --data $(D)/train/ppo_prompts.jsonl --val_data $(D)/valid/ppo_prompts.jsonl
 $(call weights,ppo): train_ppo.py model.py $(call weights,rm) $(call weights,init)
 	$(ppo) --out $(OUT)/ppo --lr 3e-4 --max_steps 40
 

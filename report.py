@@ -491,7 +491,8 @@ def as_report(report: Report) -> str:
             "## Epochs of supervised fine-tuning",
             "![Validation loss, reward-model score and utility by epoch](sft_epochs.png)",
             f"The baseline is epoch {report.chosen_epoch}, the last whose reward-model score on "
-            f"validation prompts is within a standard error of the best. {lowest_loss(report.selection)}",
+            "validation prompts is within a standard error of the best. "
+            f"{lowest_loss(report.selection)}",
         ]
     if report.logs:
         parts += [
