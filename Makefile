@@ -126,7 +126,7 @@ $(OUT)/report/report.md: evaluate.py report.py sample.py $(call weights,base) $(
 
 # ------------------------------------------------------------------------------------------------
 # Real human data: the same scripts with GPT-2's tokenizer, on local copies of the raw data sets.
-# The sizes below are for two CPU cores (not timed as a whole); with a GPU start from --init gpt2.
+# The sizes below are for two CPU cores, 20 minutes; with a GPU start from --init gpt2.
 
 DATA     ?=
 R        := $(OUT)/real

@@ -135,7 +135,7 @@ def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def forward_flops(
-    config: GPTConfig, lengths: Sequence[int], predicted: int, repeated: int = 0
+    config: GPTConfig, lengths: Sequence[float], predicted: float, repeated: float = 0
 ) -> float:
     """Operations of a forward pass over rows of these lengths, by the usual count: a product of
     (n, a) and (a, b) has 2 n a b, attention is counted without its causal half left out.

@@ -672,7 +672,7 @@ def evaluate(
 
 def iteration_flops(
     models: dict[str, torch.nn.Module], lengths: list[int], new_tokens: int, num_ptx: int,
-    args: argparse.Namespace, repeated: int = 0,
+    args: argparse.Namespace, repeated: float = 0,
 ) -> float:  # fmt: skip
     """Operations of an iteration: each row once through every model in scoring, once more through
     the policy in sampling, and three times (forward and backward) through what is trained, in each

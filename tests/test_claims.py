@@ -535,6 +535,14 @@ def test_operations_by_hand(tiny: Tiny, tmp_path: Path) -> None:
         expected += 2 * 2 * 3 * (token * 12 + pair * 12**2 + head * 11)  # 2 sequences an update
     assert lab.reinforced("ppo") == pytest.approx(expected)
 
+    # Of four responses to a prompt, three have its tokens in attention only.
+    path = lab.folder / "ppo" / "config.json"
+    info = json.loads(path.read_text())
+    info["settings"]["responses_per_prompt"] = 4
+    path.write_text(json.dumps(info))
+    expected -= len(lab.log("ppo")) * 8 * 11 * token * prompt * 3 / 4
+    assert lab.reinforced("ppo") == pytest.approx(expected)
+
 
 def test_kept_models_of_a_ppo_run(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "ppo"
