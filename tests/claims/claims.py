@@ -450,7 +450,8 @@ def cost(lab: Lab) -> Result:
     trained. Pretraining, SFT and the reward model: an epoch of the data, times the log's tokens
     over the data's; pretraining text mixed into SFT is left out, and a prompt is computed once for
     its responses, by the reward model and in PPO. PPO: as `train_ppo.iteration_flops` counts for
-    its mfu, every row being as long as the mean prompt and the log's mean response. All is a share of pretraining.
+    its mfu, every row being as long as the mean prompt and the log's mean response. All is a share
+    of pretraining.
     Gate: SFT and PPO-ptx each cost less than a tenth of pretraining.
     Refuted by: a larger share. The miniature's pretraining is tiny (three tokens a parameter; GPT-3
     has 1.7) and its feedback is not scaled down as far, so it has reason to fail here.
