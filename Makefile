@@ -79,12 +79,14 @@ $(call weights,init): train_sft.py $(call weights,base)
 	  --pretrain_fraction 0.1 --epochs 12 --no-epoch_checkpoints
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
-# One training response a prompt is another prompt's; validation is on samples as they are.
-$(D)/train/candidates.jsonl: off_topic := --off_topic 1 --processes 2
+# One training response a prompt is another prompt's; validation is on samples as they are. Those
+# for training are drawn by two processes that share all cores.
+$(D)/train/candidates.jsonl: sampling := --off_topic 1 --processes 2
+$(D)/train/candidates.jsonl: half :=
 $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,init) $(call weights,base)
 	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
 	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base \
-	  --shares 0.7 0.2 0.1 $(off_topic)
+	  --shares 0.7 0.2 0.1 $(sampling)
 
 $(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
@@ -101,12 +103,13 @@ $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid
 	  --held_out_data $(D)/valid/comparisons_held_out.jsonl \
 	  --demonstrations $(D)/train/demonstrations.jsonl
 
-# The SFT baseline: the epoch that the reward model likes best on validation prompts (C.1).
+# The SFT baseline: of the epochs that the reward model likes best on validation prompts (C.1), the
+# last that is within a standard error.
 $(call weights,sft_selected): evaluate.py sample.py $(call weights,rm)
 	$(half) $(py) evaluate.py --select $(OUT)/sft --reward_model $(OUT)/rm --out $(OUT)/sft_selected \
 	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --select_every 3 --seed $(SEED) --world $(D)/world.json
 
-# Step 3: PPO and PPO-ptx. Of four responses to a prompt, three cost only their own tokens.
+# Step 3: PPO and PPO-ptx. Four responses to a prompt: its own tokens go through each model once.
 ppo = $(half) $(py) train_ppo.py --init $(OUT)/init --reward_model $(OUT)/rm --seed $(SEED) \
         --responses_per_prompt 4 --data $(D)/train/ppo_prompts.jsonl --val_data $(D)/valid/ppo_prompts.jsonl
 $(call weights,ppo): train_ppo.py model.py $(call weights,rm) $(call weights,init)

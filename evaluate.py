@@ -154,20 +154,21 @@ def utilities(world: World, records: list[Record], samples: list[Sample]) -> np.
 # Measurements on text and on probes
 
 
-def pretraining_tokens(
-    documents: list[str], speaker: Speaker, length: int, limit: int = 0
-) -> Tensor:
-    """Documents joined by the end token and cut into sequences, as in pretraining: (N, length).
-
-    Over `limit` tokens (0: no limit), as many sequences as fit it, evenly spaced over the text."""
+def pretraining_tokens(documents: list[str], speaker: Speaker, length: int) -> Tensor:
+    """Documents joined by the end token and cut into sequences, as in pretraining: (N, length)."""
     stream: list[int] = []
     for document in documents:
         stream += [*speaker.encoding.encode_ordinary(document), speaker.encoding.eot_token]
     if len(stream) < length:
         raise BadInput(f"pretraining text of {len(stream)} tokens, fewer than {length}: give more")
-    sequences = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
-    kept = max(1, limit // length) if limit else len(sequences)
-    if kept >= len(sequences):
+    return torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+
+
+def evenly_spaced(sequences: Tensor, limit: int) -> Tensor:
+    """As many of the sequences as have at most `limit` tokens together, at least one, evenly spaced
+    over all; limit 0: all."""
+    kept = max(1, limit // sequences.shape[1])
+    if not limit or kept >= len(sequences):
         return sequences
     return sequences[torch.arange(kept) * len(sequences) // kept]
 
@@ -301,8 +302,12 @@ def last_of_the_best(scores: np.ndarray) -> int:
 
     The standard error is that of the mean difference from the highest, prompt by prompt. Scores of
     single samples are noisy, and an epoch that is ahead by less may be so by chance; of epochs that
-    cannot be told apart, the one that has learned longest is taken.
+    cannot be told apart, the one that has learned longest is taken. Raises `BadInput` where a score
+    is not finite.
     """
+    if not np.isfinite(scores).all():
+        bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]
+        raise BadInput(f"the reward model's scores of epoch {bad + 1} looked at are not all finite")
     behind = scores[scores.mean(axis=1).argmax()] - scores
     error = behind.std(axis=1) / np.sqrt(scores.shape[1])
     return int(np.flatnonzero(behind.mean(axis=1) <= error)[-1])
@@ -521,9 +526,13 @@ def load_texts(models: list[Speaker], world: World | None, args: argparse.Namesp
     context = min(model.model.config.n_positions for model in models)
     if args.pretrain_data:
         documents = read_documents(args.pretrain_data)
-        texts.pretraining = pretraining_tokens(
-            documents, models[0], context, args.num_pretrain_tokens
-        )
+        every = pretraining_tokens(documents, models[0], context)
+        texts.pretraining = evenly_spaced(every, args.num_pretrain_tokens)
+        if len(texts.pretraining) < len(every):
+            texts.left_out.append(
+                f"The pretraining loss is that of {texts.pretraining.numel():,} of the text's "
+                f"{every.numel():,} tokens, evenly spaced (--num_pretrain_tokens)."
+            )
     else:
         texts.left_out.append("The pretraining loss needs --pretrain_data.")
     if not world:
@@ -755,7 +764,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     # One of four commands: --select, --checkpoints, --folds, --public with --checkpoints.
-    add("--select", metavar="RUN", help="run folder of train_sft.py: choose its best epoch")
+    add("--select", metavar="RUN",
+        help="run folder of train_sft.py: the last epoch within a standard error of the best")
     add("--checkpoints", nargs="+", metavar="NAME=FOLDER", help="models of a report, in order")
     add("--folds", type=int, default=0, help="validate reward models in so many folds")
     add("--public", metavar="FOLDER", help="raw public sets to measure --checkpoints on")

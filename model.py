@@ -664,7 +664,7 @@ class ScalarModel(nn.Module):
         """A copy of a language model's trunk under a fresh head.
 
         `extra_layers` further blocks stand on top of the trunk's. What they add to its hidden
-        states is 0 at first: their output projections are, and the other matrices have a standard
+        states is 0 at first: their output projections are 0, and the other matrices have a standard
         deviation of 1 / sqrt(2 C).
         """
         layers = gpt.config.n_layer

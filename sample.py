@@ -48,7 +48,7 @@ from data.labelers import OTHER_PROMPT
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
 from model import GPT, check_tokenizer, find_model, pad_right
 
-CHUNK = 512  # prompts sampled together; a resumed run repeats at most so many
+CHUNK = 512  # prompts sampled together; a resumed run repeats at most so many a process
 
 
 # ------------------------------------------------------------------------------------------------
@@ -74,7 +74,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of a prompt's responses, so many are exchanged for another prompt's")  # fmt: skip
     add("--num_prompts", type=int, default=0, help="use only the first so many prompts; 0: all")
     add("--processes", type=int, default=1,
-        help="sample so many parts of --data side by side; small models use two cores better so")
+        help=f"sample --data in parts of {CHUNK} prompts side by side, each process with its share "
+        "of the cores and with models of its own; small models use two cores better so")
     add("--resume", action="store_true", help="go on with an interrupted run of the same command")
     # Sampling.
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
@@ -289,22 +290,29 @@ def sample_chunks(
     chunks: list[list[tuple[int, Record]]], speakers: list[Speaker], args: argparse.Namespace,
     bar: tqdm,
 ) -> Iterator[list[Record]]:  # fmt: skip
-    """`sample_chunk` of each, in order; the same whatever --processes is."""
+    """`sample_chunk` of each, in order. What is drawn does not depend on --processes."""
     if args.processes == 1 or len(chunks) < 2:
         yield from (sample_chunk(chunk, speakers, args, bar) for chunk in chunks)
         return
     context = multiprocessing.get_context("spawn")  # not fork: torch has threads
-    with ProcessPoolExecutor(args.processes, context, _start_worker, (args,)) as pool:
-        for records in pool.map(_sample_in_worker, chunks):
-            bar.update(sum(len(record["responses"]) for record in records))
-            yield records
+    given = args, max(1, torch.get_num_threads() // args.processes)
+    with ProcessPoolExecutor(args.processes, context, _start_worker, given) as pool:
+        try:
+            for records in pool.map(_sample_in_worker, chunks):
+                bar.update(sum(len(record["responses"]) for record in records))
+                yield records
+        except BaseException:  # Ctrl-C, an error in one of them: nobody waits for the others
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 _worker: tuple[list[Speaker], argparse.Namespace]  # in a process of `sample_chunks`
 
 
-def _start_worker(args: argparse.Namespace) -> None:
+def _start_worker(args: argparse.Namespace, threads: int) -> None:
     global _worker
+    torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
     _worker = load_speakers(args), args
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -5,8 +5,9 @@ The objective (Eq. 2) is, over responses y to customer prompts x and pretraining
     E[ r(x, y) - kl_coef log(pi(y | x) / pi_ref(y | x)) ]  +  ptx_coef E[ log pi(z) ]
 
 PPO has ptx_coef 0; with ptx_coef > 0 it is PPO-ptx, the model the paper calls InstructGPT. An
-iteration draws prompts, samples a response to each, scores it once, charges the KL term token by
-token, and makes one pass of clipped policy-gradient updates over random minibatches.
+iteration draws prompts, samples a response to each (or several, --responses_per_prompt), scores it
+once, charges the KL term token by token, and makes one pass of clipped policy-gradient updates over
+random minibatches.
 
 Four models: the policy pi; the reference pi_ref, a frozen copy of its start; the reward model,
 frozen; the value network, a copy of the reward model with an optimizer of its own. The C.3 model,
@@ -134,7 +135,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=2, help="passes over the prompts, where --max_steps is 0")
     add("--max_steps", type=int, default=50, help="iterations; 0: by --epochs (paper: 500)")
     add("--batch_size", type=int, default=128, help="episodes an iteration (paper: 512)")
-    add("--responses_per_prompt", type=int, default=1, help="episodes of a prompt (paper: 1)")
+    add("--responses_per_prompt", type=int, default=1,
+        help="episodes of a prompt, in one minibatch (paper: 1)")  # fmt: skip
     add("--num_minibatches", type=int, default=8, help="updates an iteration (paper: 8)")
     add("--micro_batch_size", type=int, default=8, help="sequences a forward pass; 0: a minibatch")
     add("--rollout_size", type=int, default=0, help="responses sampled at once; 0: all")
@@ -223,7 +225,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.temperature <= 0:
         parser.error(f"--temperature {args.temperature}: expected over 0")
     args.minibatch_size = args.batch_size // args.num_minibatches
-    sizes = {"an update's share of --batch_size": args.minibatch_size,
+    sizes = {"--batch_size / --num_minibatches": args.minibatch_size,
              "--micro_batch_size": args.micro_batch_size, "--rollout_size": args.rollout_size}
     for what, size in sizes.items():
         if size % args.responses_per_prompt:
@@ -346,8 +348,9 @@ def response_mask_of(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) ->
 def shared_prompts(
     prompt_lengths: Tensor, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor] | None:
-    """What the rows of a micro-batch have in common, as `prefixes` of `GPT.forward`: every
-    --responses_per_prompt rows have one prompt, which goes through the model once."""
+    """What the rows of a micro-batch have in common, as `prefixes` of `GPT.forward`: (source row,
+    number of tokens shared with it), (B,) each. Every --responses_per_prompt rows have one prompt:
+    the first of them shares nothing, the others their prompt with the first."""
     if args.responses_per_prompt == 1:
         return None
     rows = torch.arange(len(prompt_lengths), device=prompt_lengths.device)
@@ -422,22 +425,40 @@ def sample(
     order = torch.arange(len(prompts), device=device)
     if args.rollout_size:
         order = prompt_lengths.argsort(stable=True)
-    for chosen in order.split(args.rollout_size // R or len(prompts)):
-        rows = rows_of_prompts(chosen, R)
-        width = int(prompt_lengths[chosen].max())
+    for places in order.split(args.rollout_size // R or len(prompts)):
+        rows = rows_of_prompts(places, R)
+        width = int(prompt_lengths[places].max())
         with autocast(args):
             part, lengths[rows] = policy.generate(
-                padded[chosen, :width], prompt_lengths[chosen], args.max_new_tokens,
+                padded[places, :width], prompt_lengths[places], args.max_new_tokens,
                 temperature=temperature, generator=generator,
-                repeats=torch.full_like(chosen, R) if R > 1 else None,
+                repeats=torch.full_like(places, R) if R > 1 else None,
             )  # fmt: skip
         tokens[rows, : part.shape[1]] = part
     return tokens, prompt_lengths.repeat_interleave(R), lengths
 
 
-def rows_of_prompts(chosen: Tensor, R: int) -> Tensor:
-    """Prompts c, d, ... -> their rows c R, ..., c R + R - 1, d R, ..."""
-    return (chosen[:, None] * R + torch.arange(R, device=chosen.device)).flatten()
+def rows_of_prompts(places: Tensor, R: int) -> Tensor:
+    """Of the prompts at places c, d, ... of a batch, the rows c R, ..., c R + R - 1, d R, ..."""
+    return (places[:, None] * R + torch.arange(R, device=places.device)).flatten()
+
+
+def draw_minibatches(
+    lengths: Tensor, rng: np.random.Generator, args: argparse.Namespace
+) -> list[tuple[Tensor, Tensor]]:
+    """An iteration's minibatches: of each, the places of its prompts in the batch, and their rows.
+
+    Which prompts are in one is random; there those with responses of like length (the longest of a
+    prompt's counts) stand together, so that little padding is attended to.
+    """
+    R = args.responses_per_prompt
+    longest = lengths.view(-1, R).amax(dim=1)
+    order = torch.from_numpy(rng.permutation(len(longest))).to(lengths.device)
+    drawn = []
+    for places in order.split(args.minibatch_size // R):
+        places = places[longest[places].argsort(stable=True)]
+        drawn.append((places, rows_of_prompts(places, R)))
+    return drawn
 
 
 @torch.no_grad()
@@ -452,20 +473,20 @@ def score(
     """
     tokens = tokens[:, : int(lengths.max())]
     mask = response_mask_of(tokens, prompt_lengths, lengths)
-    slices = micro_batches(len(tokens), args)
-    shared = [shared_prompts(prompt_lengths[rows], args) for rows in slices]
+    micros = micro_batches(len(tokens), args)
+    shared = [shared_prompts(prompt_lengths[rows], args) for rows in micros]
     parts = [(tokens[rows, : int(lengths[rows].max())], lengths[rows], prefixes)
-             for rows, prefixes in zip(slices, shared, strict=True)]
+             for rows, prefixes in zip(micros, shared, strict=True)]
     with autocast(args):
-        rows = tokens, lengths, prompt_lengths, mask
-        logprobs, entropy = policy_logprobs(models["policy"], *rows, args)
-        ref_logprobs, _ = policy_logprobs(models["reference"], *rows, args)
+        given = tokens, lengths, prompt_lengths, mask
+        logprobs, entropy = policy_logprobs(models["policy"], *given, args)
+        ref_logprobs, _ = policy_logprobs(models["reference"], *given, args)
         scores = torch.cat([models["reward_model"].scores(*part) for part in parts])
         check_scores = None
         if "check_model" in models:
             check_scores = torch.cat([models["check_model"].scores(*part) for part in parts])
-        values = [values_before(models["value_network"], tokens[r], lengths[r], prefixes)
-                  for r, prefixes in zip(slices, shared, strict=True)]
+        values = [values_before(models["value_network"], tokens[rows], lengths[rows], prefixes)
+                  for rows, prefixes in zip(micros, shared, strict=True)]
         values = torch.cat(values) * mask
     last = tokens.gather(1, lengths[:, None].long() - 1).squeeze(1)
     ended = last == models["policy"].config.eos_token_id
@@ -487,8 +508,10 @@ def policy_logprobs(
     The same cut into micro-batches as in the update, or the first ratio would not be exactly 1.
     """
     parts = [
-        response_logprobs(model, tokens[r], lengths[r], prompt_lengths[r], mask[r], args)
-        for r in micro_batches(len(tokens), args)
+        response_logprobs(
+            model, tokens[rows], lengths[rows], prompt_lengths[rows], mask[rows], args
+        )
+        for rows in micro_batches(len(tokens), args)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
@@ -936,14 +959,9 @@ def main(argv: list[str] | None = None) -> int:
         sampled = time.perf_counter()
 
         # Score: minibatches are drawn first, and everything is computed on their tensors.
-        # Within a minibatch, rows of like length stand together: less padding in attention.
-        order = torch.from_numpy(rng.permutation(len(batch))).to(device)
         minibatches, prompts_of = [], []
-        longest = lengths.view(-1, R).amax(dim=1)  # of the responses to a prompt
-        for asked in order.split(args.minibatch_size // R):
-            asked = asked[longest[asked].argsort(stable=True)]
-            prompts_of.append(asked.tolist())
-            rows = rows_of_prompts(asked, R)
+        for places, rows in draw_minibatches(lengths, rng, args):
+            prompts_of.append(places.tolist())
             part = tokens[rows], lengths[rows], prompt_lengths[rows]
             minibatches.append(score(*part, models, args))
         whiten(minibatches)

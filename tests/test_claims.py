@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import evaluate
+import sample
 import train_ppo
 import train_rm
 import train_sft
@@ -321,6 +322,24 @@ def test_flags_of_a_command_are_exchanged() -> None:
         "python", "x.py", "--resume", "--out", "b", "--shares", "1")  # fmt: skip
     assert edit(line, resume=None, shuffle_pairs=True)[-1] == "--shuffle_pairs"
     assert edit(line) == line
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_scripts_accept_every_command(fast: bool) -> None:
+    """Flags that do not go together show here, not after an hour of `make claims`."""
+    graph = Graph(Path("out/claims"), fast=fast)
+    seed = Seed(graph, 0)
+    seed.demo()
+    seed.sweeps()
+    scripts = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo,
+               "sample.py": sample, "evaluate.py": evaluate}  # fmt: skip
+    seen = set()
+    for stage in graph.stages.values():
+        for script, module in scripts.items():
+            if script in stage.command:
+                module.get_args(list(stage.command[stage.command.index(script) + 1 :]))
+                seen.add(script)
+    assert seen >= {"train_sft.py", "train_rm.py", "train_ppo.py", "sample.py"}
 
 
 def test_runs_differ_from_the_makefile_in_what_they_vary_alone() -> None:

@@ -173,10 +173,12 @@ def test_pretraining_loss_equals_cross_entropy(tiny: Tiny, base: Speaker) -> Non
         logits = base.model(tokens) @ base.model.unembedding.T
     expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     assert got == pytest.approx(expected.mean(1).numpy(), abs=1e-5)
-    spread = evaluate.pretraining_tokens(documents, base, 2, limit=9)  # 4 of the sequences of 2
     every = evaluate.pretraining_tokens(documents, base, 2)
+    spread = evaluate.evenly_spaced(every, 9)  # 4 of the sequences of 2
     assert spread.tolist() == every[[n * len(every) // 4 for n in range(4)]].tolist()
-    assert len(evaluate.pretraining_tokens(documents, base, 2, limit=10_000)) == len(every)
+    assert len(evaluate.evenly_spaced(every, 1)) == 1
+    for limit in (0, every.numel(), 10_000):
+        assert torch.equal(evaluate.evenly_spaced(every, limit), every)
     with pytest.raises(BadInput, match="fewer than 4000"):
         evaluate.pretraining_tokens(documents, base, 4000)
 
@@ -335,6 +337,8 @@ def test_select_takes_the_last_of_epochs_that_cannot_be_told_apart(
     assert evaluate.last_of_the_best(rows[[1, 0, 2]]) == 1
     assert evaluate.last_of_the_best(rows[[0, 2]]) == 0
     assert evaluate.last_of_the_best(np.zeros((3, 2))) == 2
+    with pytest.raises(BadInput, match="epoch 2 looked at"):
+        evaluate.last_of_the_best(np.array([[1.0], [np.nan], [2.0]]))
     monkeypatch.setattr(evaluate, "reward_scores", lambda *args: np.ones(3))
     assert read_info(select(tiny, run_folder))["epoch"] == 4
 

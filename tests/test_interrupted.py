@@ -252,9 +252,10 @@ def test_a_warning_is_not_repeated_after_a_resume(
 # Which minibatch was not finite
 
 
+@pytest.mark.parametrize("responses", [1, 2])
 @pytest.mark.parametrize("poisoned", ["scores", "values", "value_loss"])
 def test_a_bad_minibatch_is_named_with_its_records(
-    poisoned: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    poisoned: str, responses: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     """The second of four: of its scores, of its values, and in its update."""
@@ -278,7 +279,8 @@ def test_a_bad_minibatch_is_named_with_its_records(
     original_score, original_update = train_ppo.score, train_ppo.update
     monkeypatch.setattr(train_ppo, "score", score)
     monkeypatch.setattr(train_ppo, "update", update)
-    args = tiny.args("ppo", tmp_path / "out", "--num_minibatches", "4")
+    args = tiny.args("ppo", tmp_path / "out", "--num_minibatches", "4",
+                     "--responses_per_prompt", str(responses))  # fmt: skip
     assert run_command(lambda: train_ppo.main(args)) == 1
     bad = json.loads((tmp_path / "out/bad_batch.json").read_text())
     phase = "update" if poisoned == "value_loss" else "rollout"
@@ -288,7 +290,8 @@ def test_a_bad_minibatch_is_named_with_its_records(
     assert len(updates) == (2 if phase == "update" else 0)  # nothing is trained on bad numbers
     prompts = [encode_prompt(tiny.encoding, record["prompt"])
                for record in read_jsonl(tiny.prompts, "prompts")]  # fmt: skip
-    assert bad["records"] == sorted(1 + prompts.index(prompt) for prompt in rows[1])
+    assert rows[1] == [prompt for prompt in rows[1][::responses] for _ in range(responses)]
+    assert bad["records"] == sorted(1 + prompts.index(prompt) for prompt in rows[1][::responses])
     error = capsys.readouterr().err
     assert f"({phase}, minibatch 2)" in error and error.count("\n") == 1
 

@@ -256,6 +256,19 @@ def test_where_checkpoints_go_and_how_often_may_change(
         assert (moved / name).read_bytes() == (whole["ppo"][0] / name).read_bytes()
 
 
+def test_several_responses_a_prompt_resume_exactly(
+    server: Server, tiny: Tiny, tmp_path: Path
+) -> None:
+    """With prompts in parts and validation, which has one response a prompt."""
+    more = ["--responses_per_prompt", "2", "--rollout_size", "4", "--save_every", "1",
+            "--val_data", str(tiny.prompts)]  # fmt: skip
+    assert server.run("ppo", tiny.args("ppo", tmp_path / "whole", *more)).code == 0
+    args = tiny.args("ppo", tmp_path / "out", *more)
+    assert server.run("ppo", args, {40: signal.SIGTERM}).code == 143
+    assert server.run("ppo", [*args, "--resume"]).code == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_earlier_result_stays_until_the_first_checkpoint(
     stage: str, server: Server, tiny: Tiny, whole: dict, tmp_path: Path

@@ -163,7 +163,9 @@ def operations(stage: str, config: GPTConfig, args: argparse.Namespace) -> float
         models: dict = {"policy": GPT(config), "reference": GPT(config)}
         models |= {"reward_model": ScalarModel(config), "value_network": ScalarModel(config)}
     new = args.batch_size * args.max_new_tokens
-    return train_ppo.iteration_flops(models, [longest] * args.batch_size, new, 0, args)
+    repeated = args.max_prompt_tokens * args.batch_size * (1 - 1 / args.responses_per_prompt)
+    rows = [longest] * args.batch_size
+    return train_ppo.iteration_flops(models, rows, new, 0, args, repeated)
 
 
 def responses_of(prompt: int) -> int:
@@ -266,7 +268,7 @@ def reinforcement(config: GPTConfig, args: argparse.Namespace) -> tuple[Callable
     optimizers = {"policy": adamw(models["policy"], args.lr),
                   "value_network": adamw(models["value_network"], args.value_lr)}  # fmt: skip
     sizes = rng.integers(-(-args.max_prompt_tokens // 2), args.max_prompt_tokens + 1,
-                         size=args.batch_size)  # fmt: skip
+                         size=args.batch_size // args.responses_per_prompt)  # fmt: skip
     prompts = [rng.integers(config.vocab_size - 1, size=size).tolist() for size in sizes]
     about: dict[str, dict] = {}
 
@@ -274,10 +276,8 @@ def reinforcement(config: GPTConfig, args: argparse.Namespace) -> tuple[Callable
         started = wait(args.device)
         tokens, prompt_lengths, lengths = train_ppo.sample(models["policy"], prompts, 0, args)
         sampled = wait(args.device)
-        order = torch.from_numpy(rng.permutation(args.batch_size)).to(lengths.device)
         minibatches = []
-        for rows in order.split(args.minibatch_size):
-            rows = rows[lengths[rows].argsort(stable=True)]
+        for _, rows in train_ppo.draw_minibatches(lengths, rng, args):
             part = tokens[rows], lengths[rows], prompt_lengths[rows]
             minibatches.append(train_ppo.score(*part, models, args))
         train_ppo.whiten(minibatches)
@@ -291,11 +291,12 @@ def reinforcement(config: GPTConfig, args: argparse.Namespace) -> tuple[Callable
         new = int((lengths - prompt_lengths).sum())
         rows = lengths.tolist()
         shape = f"B={len(rows)} T={sum(rows) / len(rows):.0f} new={new / len(rows):.0f}"
-        once, heads = forward_flops(config, rows, 0), forward_flops(config, [], new)
+        repeated = float(prompt_lengths.sum()) * (1 - 1 / args.responses_per_prompt)
+        once, heads = forward_flops(config, rows, 0, repeated), forward_flops(config, [], new)
         for what, flops in (
             ("rollout", once + heads), ("scoring", 4 * once + 2 * heads),
             ("update", 6 * once + 3 * heads),
-            ("ppo_iteration", train_ppo.iteration_flops(models, rows, new, 0, args)),
+            ("ppo_iteration", train_ppo.iteration_flops(models, rows, new, 0, args, repeated)),
         ):  # fmt: skip
             about[what] = {"tokens": new, "flops": flops, "shape": shape}
         return {"rollout": sampled - started, "scoring": scored - sampled,

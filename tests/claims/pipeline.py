@@ -46,7 +46,8 @@ FAST: dict[str, dict[str, object]] = {
     },
     "train_sft.py": {"max_steps": 8, "batch_size": 8},
     "train_rm.py": {"max_steps": 3, "batch_size": 6},
-    "train_ppo.py": {"max_steps": 3, "batch_size": 16, "eval_every": 2, "keep_every": 1},
+    "train_ppo.py": {"max_steps": 3, "batch_size": 16, "num_minibatches": 4, "eval_every": 2,
+                     "keep_every": 1},
     "evaluate.py": {"num_prompts": 6, "select_every": 9},
     "sample.py": {"num_prompts": 40, "num_responses": [4]},
 }  # fmt: skip
