@@ -612,10 +612,10 @@ def _unmask(values: Tensor, chosen: Tensor) -> Tensor:
 class ScalarModel(nn.Module):
     """A GPT whose unembedding is replaced by a linear head to one number (InstructGPT 3.5, C).
 
-    As the reward model, the number at a response's last token is the response's score. As the value
-    network, the number at position t - 1 is the value of the state before token t. The reward
-    model's shift, by which demonstrations score 0 on average, lives in the head's bias, so a value
-    network that starts from a reward model inherits it.
+    As the reward model, the number at a response's last token, before the end token, is the score
+    of the response. As the value network, the number at position t - 1 is the value of the state
+    before token t. The reward model's shift, by which demonstrations score 0 on average, lives in
+    the head's bias, so a value network that starts from a reward model inherits it.
     """
 
     def __init__(self, config: GPTConfig, impl: str = "auto"):
@@ -647,11 +647,19 @@ class ScalarModel(nn.Module):
     def scores(
         self, tokens: Tensor, lengths: Tensor, prefixes: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """One number per row, read at its last token: (B, T), (B,) -> (B,) float32. With
-        `prefixes`, see `GPT.forward`, what rows have in common is computed once."""
+        """One number per row: (B, T), (B,) -> (B,) float32. With `prefixes`, see `GPT.forward`, what
+        rows have in common is computed once.
+
+        It is read at the row's last token or, where that is the end token, at the one before it. In
+        pretraining the end token stands between documents: there the trunk has learned to leave
+        behind what came before, which is what is to be judged. (A row that is the end token alone
+        is read there.)
+        """
         hidden = self.trunk(tokens, lengths, prefixes=prefixes)
         rows = torch.arange(len(tokens), device=tokens.device)
-        return self._head(hidden[rows, lengths.long() - 1])
+        last = lengths.long() - 1
+        ended = tokens[rows, last] == self.config.eos_token_id
+        return self._head(hidden[rows, (last - ended.long()).clamp_min(0)])
 
     def _head(self, hidden: Tensor) -> Tensor:
         with without_autocast(hidden):  # 16 bits would round a score of 4 to steps of 0.03

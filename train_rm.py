@@ -1,7 +1,7 @@
 """Step 2: the reward model, trained on rankings of K = 4..9 responses (InstructGPT 3.5, C.2).
 
 The model is the SFT model with the unembedding replaced by a linear head; a response's score r is
-read at its last token. A labeler's ranking of K responses gives up to C(K, 2) pairs, winner w and
+read at its last token, before the end token. A labeler's ranking of K responses gives up to C(K, 2) pairs, winner w and
 loser l, and the loss of one prompt is the mean over its pairs (Eq. 1):
 
     loss = - 1 / #pairs  sum_{(w, l)} log sigmoid(r_w - r_l),   averaged over the batch's prompts

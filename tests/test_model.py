@@ -211,17 +211,21 @@ def check_logprob_gradients() -> None:
 
 
 def check_scores() -> None:
-    """A score is the scalar at the row's last token; each position's scalar is causal."""
+    """A score is the scalar at the row's last token, before an end token; each position's scalar is
+    causal."""
     scalar = ScalarModel.from_gpt(make_gpt()).eval()
-    tokens, lengths = make_prompts((9, 4, 12, 1))
-    tokens[torch.arange(4), lengths.long() - 1] = END  # then padding, which holds END as well
+    tokens, lengths = make_prompts((9, 4, 12, 1, 6))
+    tokens[torch.arange(4), lengths[:4].long() - 1] = END  # then padding, which holds END as well
+    tokens[4, 5] = END - 1  # cut before its end
+    tokens[2, 3] = END  # as in a text before this one
     outputs, scores = scalar(tokens, lengths), scalar.scores(tokens, lengths)
-    assert outputs.shape == (4, 12) and outputs.dtype == scores.dtype == torch.float32
+    assert outputs.shape == (5, 12) and outputs.dtype == scores.dtype == torch.float32
     for row, length in enumerate(lengths.tolist()):
         hidden = scalar.trunk(tokens[row : row + 1, :length])[0]
         expected = hidden @ scalar.score.weight[0] + scalar.score.bias
         assert (outputs[row, :length] - expected).abs().max() < 1e-5
-        assert (scores[row] - expected[-1]).abs() < 1e-5
+        read = (7, 2, 10, 0, 5)[row]  # row 3 is the end token alone
+        assert (scores[row] - expected[read]).abs() < 1e-5
 
 
 def test_rows_that_are_all_empty() -> None:

@@ -157,7 +157,7 @@ def check_values() -> None:
 
 
 def check_scores() -> None:
-    """The reward model's number at the last token; the fixed score where the end is missing."""
+    """The reward model's number before the end token; the fixed score where the end is missing."""
     args, models = arguments("--missing_eos_score", -7.5), make_models()
     minibatches = rollout(models, args)
     ended = torch.cat([mb.ended for mb in minibatches])
@@ -168,7 +168,7 @@ def check_scores() -> None:
             assert mb.ended[row] == (tokens[-1] == END)
             assert (END in tokens[:-1].tolist()) is False
             if tokens[-1] == END:  # also where it is the last token that was allowed
-                expected = models["reward_model"](tokens[None])[0, -1]
+                expected = models["reward_model"](tokens[None])[0, -2]
                 assert abs(mb.scores[row] - expected) < 1e-5
             else:
                 assert length == mb.prompt_lengths[row] + 6 and mb.scores[row] == -7.5

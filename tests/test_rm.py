@@ -152,7 +152,9 @@ def check_micro_batches() -> None:
         model.zero_grad()
         metrics = backward(model, groups, arguments("--micro_batch_size", str(size)))
         results.append((metrics, [p.grad.clone() for p in model.parameters()]))
-    scores = [torch.cat([model(torch.tensor([s]))[0, -1:] for s in g.sequences]) for g in groups]
+    end = model.config.eos_token_id
+    scores = [torch.cat([model(torch.tensor([s]))[0, -1 - (s[-1] == end)][None]
+                         for s in g.sequences]) for g in groups]  # fmt: skip
     expected = naive_loss([s.double() for s in scores], RANKINGS) / len(groups)
     for metrics, grads in results:
         assert abs(metrics["loss"] - expected) < 1e-5
@@ -401,7 +403,9 @@ def test_centering_moves_demonstrations_to_zero_and_keeps_margins(tiny: Tiny) ->
         prompt = encode_prompt(tiny.encoding, record["prompt"])
         response = encode_response(tiny.encoding, record["response"])
         cut += len(response) > 8
-        scores.append(model(torch.tensor([prompt + response[:8]]))[0, -1].item())
+        tokens = prompt + response[:8]
+        tokens = tokens[:-1] if tokens[-1] == tiny.encoding.eot_token else tokens
+        scores.append(model(torch.tensor([tokens]))[0, -1].item())
     assert 0 < cut < len(scores) == 14
     assert abs(sum(scores) / len(scores)) < 1e-5
 
@@ -431,7 +435,7 @@ def test_an_easy_preference_is_learned(tiny: Tiny, tmp_path: Path) -> None:
                                      [3 - r for r in reds]))
         return result
 
-    write_jsonl(tmp_path / "train.jsonl", records(0, 96), "comparisons")
+    write_jsonl(tmp_path / "train.jsonl", records(0, 192), "comparisons")
     write_jsonl(tmp_path / "valid.jsonl", records(200, 230), "comparisons")
     out = tmp_path / "rm"
     args = ["--init", tiny.base, "--data", tmp_path / "train.jsonl", "--val_data",
@@ -440,7 +444,8 @@ def test_an_easy_preference_is_learned(tiny: Tiny, tmp_path: Path) -> None:
             *LIMITS]  # fmt: skip
     assert main([str(arg) for arg in args]) == 0
     rows = read_log(out / "log.csv", train_rm.LOG)
-    assert [row["step"] for row in rows if row["val_loss"]] == ["12", rows[-1]["step"]]
+    assert [row["step"] for row in rows if row["val_loss"]] == [
+        "12", "24", rows[-1]["step"]]  # fmt: skip
     assert {row["epoch"] for row in rows} == {"1"}
     report = json.loads((out / "metrics.json").read_text())["val"]
     assert report["accuracy"] > 0.95
