@@ -76,7 +76,7 @@ $(call weights,sft): train_sft.py $(call weights,base)
 $(call weights,init): train_sft.py $(call weights,base)
 	$(half) $(py) train_sft.py --init $(OUT)/base --out $(OUT)/init --seed $(SEED) $(sft_data) \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
-	  --pretrain_fraction 0.1 --epochs 12 --no-epoch_checkpoints
+	  --pretrain_fraction 0.1 --epochs 11 --no-epoch_checkpoints
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
 # One training response a prompt is another prompt's; validation is on samples as they are. Those

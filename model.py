@@ -647,8 +647,8 @@ class ScalarModel(nn.Module):
     def scores(
         self, tokens: Tensor, lengths: Tensor, prefixes: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """One number per row: (B, T), (B,) -> (B,) float32. With `prefixes`, see `GPT.forward`, what
-        rows have in common is computed once.
+        """One number per row: (B, T), (B,) -> (B,) float32. With `prefixes`, see `GPT.forward`,
+        what rows have in common is computed once.
 
         It is read at the row's last token or, where that is the end token, at the one before it. In
         pretraining the end token stands between documents: there the trunk has learned to leave
@@ -666,24 +666,11 @@ class ScalarModel(nn.Module):
             return self.score(hidden.float()).squeeze(-1)
 
     @classmethod
-    def from_gpt(
-        cls, gpt: GPT, *, impl: str = "auto", resid_pdrop: float = 0.0, extra_layers: int = 0
-    ) -> ScalarModel:
-        """A copy of a language model's trunk under a fresh head.
-
-        `extra_layers` further blocks stand on top of the trunk's. What they add to its hidden
-        states is 0 at first: their output projections are 0, and the other matrices have a standard
-        deviation of 1 / sqrt(2 C).
-        """
-        layers = gpt.config.n_layer
-        changed = {"resid_pdrop": resid_pdrop, "n_layer": layers + extra_layers}
-        model = cls(GPTConfig(**asdict(gpt.config) | changed), impl)
-        model.trunk.load_state_dict(gpt.state_dict(), strict=not extra_layers)
-        for block in model.trunk.h[layers:]:
-            for first, last in ((block.attn.c_attn, block.attn.c_proj),
-                                (block.mlp.c_fc, block.mlp.c_proj)):  # fmt: skip
-                nn.init.normal_(first.weight, std=1 / math.sqrt(2 * gpt.config.n_embd))
-                nn.init.zeros_(last.weight)
+    def from_gpt(cls, gpt: GPT, *, impl: str = "auto", resid_pdrop: float = 0.0) -> ScalarModel:
+        """A copy of a language model's trunk under a fresh head."""
+        config = GPTConfig(**asdict(gpt.config) | {"resid_pdrop": resid_pdrop})
+        model = cls(config, impl)
+        model.trunk.load_state_dict(gpt.state_dict())
         return model
 
     @classmethod

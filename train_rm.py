@@ -1,8 +1,8 @@
 """Step 2: the reward model, trained on rankings of K = 4..9 responses (InstructGPT 3.5, C.2).
 
 The model is the SFT model with the unembedding replaced by a linear head; a response's score r is
-read at its last token, before the end token. A labeler's ranking of K responses gives up to C(K, 2) pairs, winner w and
-loser l, and the loss of one prompt is the mean over its pairs (Eq. 1):
+read at its last token, before the end token. A labeler's ranking of K responses gives up to C(K, 2)
+pairs, winner w and loser l, and the loss of one prompt is the mean over its pairs (Eq. 1):
 
     loss = - 1 / #pairs  sum_{(w, l)} log sigmoid(r_w - r_l),   averaged over the batch's prompts
 
@@ -82,8 +82,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--demonstrations", help="demonstrations.jsonl that are to score 0 on average")
     add("--init", default="out/sft", help="checkpoint folder of the SFT model")
     add("--out", default="out/rm", help="folder of the run")
-    add("--extra_layers", type=int, default=0,
-        help="blocks on top of --init's: a reward model larger than the policy (paper: 6B for all)")
     # Optimisation.
     add("--epochs", type=int, default=1, help="passes over --data (paper: 1; more overfits)")
     add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
@@ -120,7 +118,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     at_least_one = ["epochs", "batch_size", "max_prompt_tokens", "max_new_tokens"]
     at_least_zero = ["max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"]
-    at_least_zero += ["seed", "stop_seconds", "lr", "weight_decay", "grad_clip", "extra_layers"]
+    at_least_zero += ["seed", "stop_seconds", "lr", "weight_decay", "grad_clip"]
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name} {value}: expected a finite number")
@@ -414,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer_path = init / "tokenizer.json"
     encoding = load_tokenizer(tokenizer_path)
     sft = GPT.from_pretrained(args.init, impl=args.kernels)
-    model = ScalarModel.from_gpt(sft, impl=args.kernels, extra_layers=args.extra_layers)
+    model = ScalarModel.from_gpt(sft, impl=args.kernels)
     check_tokenizer(model.config, encoding, tokenizer_path)
     model.to(device).train()
     model.trunk.gradient_checkpointing = args.grad_checkpointing

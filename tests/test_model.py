@@ -832,19 +832,6 @@ def test_a_scalar_model_is_a_copy_with_a_fresh_head() -> None:
     assert abs(stds.mean() * math.sqrt(65) - 1) < 0.1
 
 
-def test_extra_layers_add_nothing_at_first_and_learn() -> None:
-    gpt = make_gpt(std=0.1)
-    shallow = ScalarModel.from_gpt(gpt).eval()
-    deep = ScalarModel.from_gpt(gpt, extra_layers=2).eval()
-    assert deep.config.n_layer == gpt.config.n_layer + 2
-    deep.score.load_state_dict(shallow.score.state_dict())
-    tokens = torch.randint(gpt.config.vocab_size, (3, 9))
-    assert torch.equal(deep(tokens), shallow(tokens))
-    deep(tokens).sum().backward()
-    for block in deep.trunk.h[gpt.config.n_layer :]:
-        assert block.attn.c_proj.weight.grad.norm() > 0 and block.mlp.c_proj.weight.grad.norm() > 0
-
-
 def test_our_checkpoint_opens_in_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = make_gpt()
