@@ -80,9 +80,10 @@ $(call weights,init): train_sft.py $(call weights,base)
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
 # One training response a prompt is another prompt's; validation is on samples as they are. Those
-# for training are drawn by two processes that share all cores.
-$(D)/train/candidates.jsonl: sampling := --off_topic 1 --processes 2
-$(D)/train/candidates.jsonl: half :=
+# for training are drawn by two processes that share all cores. (What is not private holds for
+# prerequisites as well.)
+$(D)/train/candidates.jsonl: private sampling := --off_topic 1 --processes 2
+$(D)/train/candidates.jsonl: private half :=
 $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,init) $(call weights,base)
 	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
 	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base \
