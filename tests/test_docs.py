@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,24 @@ def test_makefile_flags_exist() -> None:
             line = line.split('"')[0]
             for flag in re.findall(r"--(?:no-)?(\w+)", line):
                 assert flag in defined, f"{script}.py has no --{flag}"
+
+
+def test_stages_side_by_side_have_half_of_the_cores_each() -> None:
+    """And those that run alone all: two stages with all cores mostly wait for each other."""
+    dry = subprocess.run(
+        ["make", "--dry-run", "--always-make", "--no-print-directory", "OUT=x", "demo"], cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    halves = {}
+    for line in dry.stdout.replace("\\\n", " ").splitlines():
+        if out := re.search(r"\.py .*--out x/(\S+)", line):
+            halves[out[1]] = line.startswith("OMP_NUM_THREADS=")
+    assert halves == {
+        "base": False, "sft": True, "init": True, "data/train/candidates.jsonl": False,
+        "data/valid/candidates.jsonl": True, "rm": False, "sft_selected": True, "ppo": True,
+        "ppo_ptx": True, "report": False,
+    }  # fmt: skip
 
 
 def rules() -> dict[str, tuple[set[str], str]]:
