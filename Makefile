@@ -76,7 +76,7 @@ $(call weights,sft): train_sft.py $(call weights,base)
 $(call weights,init): train_sft.py $(call weights,base)
 	$(half) $(py) train_sft.py --init $(OUT)/base --out $(OUT)/init --seed $(SEED) $(sft_data) \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
-	  --pretrain_fraction 0.1 --epochs 11 --no-epoch_checkpoints
+	  --pretrain_fraction 0.1 --no-epoch_checkpoints
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
 # One training response a prompt is another prompt's; validation is on samples as they are. Those
@@ -84,10 +84,9 @@ $(call weights,init): train_sft.py $(call weights,base)
 # prerequisites as well.)
 $(D)/train/candidates.jsonl: private sampling := --off_topic 1 --processes 2
 $(D)/train/candidates.jsonl: private half :=
-$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,init) $(call weights,base)
+$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
 	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
-	  --checkpoints sft=$(OUT)/sft init=$(OUT)/init base=$(OUT)/base \
-	  --shares 0.7 0.2 0.1 $(sampling)
+	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(sampling)
 
 $(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \

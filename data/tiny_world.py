@@ -79,7 +79,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="out/data", metavar="DIR", help="folder to write")
     add("--seed", type=int, default=0, help="of the world, its users and its text")
     add("--vocab_size", type=int, default=1024, help="tokenizer entries")
-    add("--pretrain_tokens", type=int, default=1_900_000, help="train/pretrain.txt, tokens")
+    add("--pretrain_tokens", type=int, default=2_000_000, help="train/pretrain.txt, tokens")
     add("--heldout_tokens", type=int, default=12_000, help="the same, valid and test each")
     add("--train_demonstrations", type=int, default=1440)
     add("--valid_demonstrations", type=int, default=160)
