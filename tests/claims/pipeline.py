@@ -289,7 +289,8 @@ class Seed:
             sft = [f"sft={self.path('sft_selected')}"] if split == "train" else []
             self.run(made, "data/train/candidates.jsonl", ["demo"], 1.0, num_prompts=num,
                      data=self.path("data", f"{source}.jsonl"), checkpoints=[policy, *sft],
-                     shares=[0.7, 0.3][: 1 + len(sft)], off_topic=len(sft))  # fmt: skip
+                     shares=[0.7, 0.3][: 1 + len(sft)], off_topic=len(sft),
+                     processes=None)  # fmt: skip
             self.run(f"round_2/{split}.jsonl", label, [made], 0.3, data=self.path(made))
         both = "data/train/comparisons.jsonl round_2/train.jsonl"
         data = self.variant("round_2/comparisons.jsonl", "merge", "round_2/train.jsonl", both)
