@@ -118,7 +118,8 @@ def test_reward_is_read_after_the_bare_prompt(
     scores = evaluate.reward_scores(judge, prompted, PROMPTS, samples, batch_size=2)
     for prompt, sample, score in zip(PROMPTS, samples, scores, strict=True):
         tokens = torch.tensor([encode_prompt(tiny.encoding, prompt) + sample.tokens])
-        assert score == pytest.approx(judge(tokens)[0, -1].item(), abs=1e-5)
+        read = -1 - (tokens[0, -1] == tiny.encoding.eot_token).long()  # before an end token
+        assert score == pytest.approx(judge(tokens)[0, read].item(), abs=1e-5)
     assert len(set(scores.round(4))) == 3
 
 
