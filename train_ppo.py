@@ -695,14 +695,15 @@ def evaluate(
 
 def iteration_flops(
     models: dict[str, torch.nn.Module], lengths: list[int], new_tokens: int, num_ptx: int,
-    args: argparse.Namespace, repeated: float = 0,
+    args: argparse.Namespace,
 ) -> float:  # fmt: skip
     """Operations of an iteration: each row once through every model in scoring, once more through
     the policy in sampling, and three times (forward and backward) through what is trained, in each
-    inner epoch; and the pretraining sequences. The language models' heads see response tokens;
-    `repeated` prompt tokens are another row's, and go through attention only."""
+    inner epoch; and the pretraining sequences. The language models' heads see response tokens; of
+    the prompts' tokens all but one in --responses_per_prompt go through attention only."""
     trained = 3 * args.inner_epochs
     times = {"policy": 2 + trained, "value_network": 1 + trained}
+    repeated = (sum(lengths) - new_tokens) * (1 - 1 / args.responses_per_prompt)
     flops = 0.0
     for name, model in models.items():
         predicted = new_tokens if isinstance(model, GPT) else 0
@@ -879,8 +880,8 @@ def main(argv: list[str] | None = None) -> int:
         stream, starts = load_pretraining(args.pretrain_data, encoding, args.ptx_tokens)
     num_ptx = round(args.ptx_ratio * args.minibatch_size)  # sequences an update
 
-    R = args.responses_per_prompt
-    total_steps = args.max_steps or max(1, args.epochs * len(prompts) * R // args.batch_size)
+    episodes = args.epochs * len(prompts) * args.responses_per_prompt
+    total_steps = args.max_steps or max(1, episodes // args.batch_size)
     adam = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
     optimizers: dict[str, torch.optim.Optimizer] = {
         "policy": torch.optim.AdamW(policy.parameters(), lr=args.lr, **adam),
@@ -1012,10 +1013,7 @@ def main(argv: list[str] | None = None) -> int:
             memory = torch.cuda.max_memory_allocated() / 2**30
         new_tokens = int((lengths - prompt_lengths).sum())
         num_ptx_now = num_ptx * len(updates) if stream is not None else 0
-        repeated = int(prompt_lengths.sum()) * (R - 1) // R
-        flops = iteration_flops(
-            models, lengths.tolist(), new_tokens, num_ptx_now, args, repeated
-        )
+        flops = iteration_flops(models, lengths.tolist(), new_tokens, num_ptx_now, args)
         clocks = {
             "step": step, "rollout_s": sampled - started, "score_s": scored - sampled,
             "update_s": finished - scored, "step_s": finished - started,

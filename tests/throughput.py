@@ -163,9 +163,7 @@ def operations(stage: str, config: GPTConfig, args: argparse.Namespace) -> float
         models: dict = {"policy": GPT(config), "reference": GPT(config)}
         models |= {"reward_model": ScalarModel(config), "value_network": ScalarModel(config)}
     new = args.batch_size * args.max_new_tokens
-    repeated = args.max_prompt_tokens * args.batch_size * (1 - 1 / args.responses_per_prompt)
-    rows = [longest] * args.batch_size
-    return train_ppo.iteration_flops(models, rows, new, 0, args, repeated)
+    return train_ppo.iteration_flops(models, [longest] * args.batch_size, new, 0, args)
 
 
 def responses_of(prompt: int) -> int:
@@ -296,7 +294,7 @@ def reinforcement(config: GPTConfig, args: argparse.Namespace) -> tuple[Callable
         for what, flops in (
             ("rollout", once + heads), ("scoring", 4 * once + 2 * heads),
             ("update", 6 * once + 3 * heads),
-            ("ppo_iteration", train_ppo.iteration_flops(models, rows, new, 0, args, repeated)),
+            ("ppo_iteration", train_ppo.iteration_flops(models, rows, new, 0, args)),
         ):  # fmt: skip
             about[what] = {"tokens": new, "flops": flops, "shape": shape}
         return {"rollout": sampled - started, "scoring": scored - sampled,

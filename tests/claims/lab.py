@@ -338,8 +338,7 @@ class Lab:
             response = float(row["response_len"])
             lengths = [prompt + response] * args.batch_size
             new = args.batch_size * response
-            repeated = prompt * args.batch_size * (1 - 1 / args.responses_per_prompt)
-            total += train_ppo.iteration_flops(models, lengths, new, num_ptx, args, repeated)
+            total += train_ppo.iteration_flops(models, lengths, new, num_ptx, args)
         return total
 
     # ------------------------------------------------------------------ logs
