@@ -88,9 +88,11 @@ $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
 	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
 	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(sampling)
 
+# Three people rank each training prompt: it is one batch element all the same.
+$(D)/train/comparisons.jsonl: private people := --labelers 3
 $(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
-	  --pool training --seed $(SEED)
+	  --pool training --seed $(SEED) $(people)
 
 $(D)/%/comparisons_held_out.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
@@ -118,14 +120,18 @@ $(call weights,ppo): train_ppo.py model.py $(call weights,rm) $(call weights,ini
 $(call weights,ppo_ptx): train_ppo.py model.py $(call weights,rm) $(call weights,init)
 	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1 --pretrain_data $(D)/train/pretrain.txt
 
-# What each step did.
-$(OUT)/report/report.md: evaluate.py report.py sample.py $(call weights,base) $(call weights,ppo_ptx) \
-                         $(call weights,ppo) $(call weights,sft_selected)
-	$(py) evaluate.py --out $(OUT)/report --seed $(SEED) --baseline sft \
-	  --checkpoints base=$(OUT)/base sft=$(OUT)/sft_selected ppo=$(OUT)/ppo ppo_ptx=$(OUT)/ppo_ptx \
-	  --reward_model $(OUT)/rm --reference $(OUT)/init --world $(D)/world.json \
-	  --data $(D)/test/prompts.jsonl --val_data $(D)/valid/rm_prompts.jsonl \
-	  --pretrain_data $(D)/test/pretrain.txt
+# What each step did. PPO-ptx takes longest; the models before it are measured meanwhile.
+report = $(py) evaluate.py --out $(OUT)/report --seed $(SEED) --baseline sft \
+           --reward_model $(OUT)/rm --reference $(OUT)/init --world $(D)/world.json \
+           --data $(D)/test/prompts.jsonl --val_data $(D)/valid/rm_prompts.jsonl \
+           --pretrain_data $(D)/test/pretrain.txt \
+           --checkpoints base=$(OUT)/base sft=$(OUT)/sft_selected ppo=$(OUT)/ppo
+$(OUT)/report/.ahead: evaluate.py report.py sample.py $(call weights,ppo) $(call weights,sft_selected)
+	$(half) $(report) --ahead
+	@touch $@
+
+$(OUT)/report/report.md: $(call weights,ppo_ptx) $(OUT)/report/.ahead
+	$(report) ppo_ptx=$(OUT)/ppo_ptx --resume
 
 # ------------------------------------------------------------------------------------------------
 # Real human data: the same scripts with GPT-2's tokenizer, on local copies of the raw data sets.

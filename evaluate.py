@@ -5,7 +5,8 @@
     python evaluate.py --checkpoints base=out/base sft=out/sft_selected ppo=out/ppo \\
         --baseline sft --reward_model out/rm --reference out/init --world out/data/world.json \\
         --data PROMPTS --val_data PROMPTS --pretrain_data FILE --out out/report
-        every measurement on every model: report.md, table.csv, table.txt, figures (paper 3.6, 4)
+        every measurement on every model: report.md, table.csv, table.txt, figures (paper 3.6, 4);
+        with --ahead only measures, and --resume with further models goes on from there
     python evaluate.py --folds 5 --comparisons FILE --init out/sft --out out/folds
         reward-model accuracy on human comparisons, each prompt held out once (paper 4.1, E.2)
     python evaluate.py --public FOLDER --checkpoints base=out/base sft=out/sft --out out/public
@@ -352,6 +353,7 @@ class Bench:
     sampling: Sampling
     world: World | None = None
     parts: Parts | None = None  # where finished responses are kept
+    versions: dict[str, str] = field(default_factory=dict)  # fingerprints by model, for the parts
 
     @property
     def prompts(self) -> list[str]:
@@ -375,7 +377,8 @@ class Bench:
             )
             return [[asdict(sample) for sample in samples], scores.tolist()]
 
-        part = f"responses {name or speaker.name} {temperature}"
+        version = self.versions.get(speaker.name)
+        part = f"responses {name or speaker.name} {temperature} {version}"
         finished = bar.n if bar else 0
         done = self.parts.get(part, respond_and_score) if self.parts else respond_and_score()
         if bar:
@@ -511,19 +514,24 @@ def prompted_base(
     prompts (3.5, footnote 6), and all prefixes with their scores."""
     base = next(model for model in models if model.name == args.prefixed)
     chosen_on = load_prompts(args.val_data, base, args, args.num_prompts)
-    prefixes = [(prefix, value) for prefix, value in bench.parts.get("prefixes", lambda: (
-        choose_prefix(
-            base, WORLD_PREFIXES if bench.world else PREFIXES, [r["prompt"] for r in chosen_on],
-            bench.judge, bench.sampling,
-        )
-    ))]  # fmt: skip
-    return replace(base, name=f"{base.name} + prefix", prefix=prefixes[0][0]), prefixes
+    version = bench.versions[base.name]
+
+    def choose() -> list[tuple[str, float]]:
+        prompts = [record["prompt"] for record in chosen_on]
+        candidates = WORLD_PREFIXES if bench.world else PREFIXES
+        return choose_prefix(base, candidates, prompts, bench.judge, bench.sampling)
+
+    prefixes = [(prefix, score) for prefix, score in bench.parts.get(f"prefixes {version}", choose)]
+    prompted = replace(base, name=f"{base.name} + prefix", prefix=prefixes[0][0])
+    bench.versions[prompted.name] = version
+    return prompted, prefixes
 
 
-def load_texts(models: list[Speaker], world: World | None, args: argparse.Namespace) -> Texts:
+def load_texts(
+    models: list[Speaker], context: int, world: World | None, args: argparse.Namespace
+) -> Texts:
     """What is measured beside responses to prompts, as far as it is given and fits."""
     texts = Texts()
-    context = min(model.model.config.n_positions for model in models)
     if args.pretrain_data:
         documents = read_documents(args.pretrain_data)
         every = pretraining_tokens(documents, models[0], context)
@@ -555,15 +563,18 @@ def load_texts(models: list[Speaker], world: World | None, args: argparse.Namesp
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Measure all checkpoints and write the report."""
+    """Measure all checkpoints and write the report; with --ahead keep the measurements for it."""
     judge = load_reward_model(args)
     models = [open_speaker(name, f, args, judge) for name, f in args.checkpoints.items()]
     reference = open_speaker("reference", args.reference, args, judge) if args.reference else None
     records = load_prompts(args.data, models[0], args)
     world = World.load(args.world) if args.world else None
-    parts = Parts(Path(args.out) / "parts", settings_of(args), args.resume)
-    bench = Bench(records, judge, sampling_of(args), world, parts)
-    texts = load_texts(models, world, args)
+    context = min(model.model.config.n_positions for model in models)
+    settings = settings_of(args) | {"context": context}
+    parts = Parts(Path(args.out) / "parts", settings, args.resume)
+    versions = {name: version_of(folder) for name, folder in args.checkpoints.items()}
+    bench = Bench(records, judge, sampling_of(args), world, parts, versions)
+    texts = load_texts(models, context, world, args)
     if not reference:
         texts.left_out.append("The KL needs --reference.")
     prefixes: list[tuple[str, float]] = []
@@ -613,10 +624,14 @@ def compare(args: argparse.Namespace) -> None:
         return {metric: asdict(e) for metric, e in row.items()}
 
     for model in tqdm(models, desc="measurements", unit="model"):
-        row = parts.get(f"measurements {model.name}", lambda model=model: measure(model))
+        part = f"measurements {model.name} {versions[model.name]}"
+        row = parts.get(part, lambda model=model: measure(model))
         table[model.name] |= {metric: Estimate(**e) for metric, e in row.items()}
     if args.best_of > 1:
         table |= measure_best_of(base, bench, args.best_of)
+    if args.ahead:
+        print(f"measured {', '.join(table)}; kept in {args.out}/parts for --resume")
+        return
     report.write(Path(args.out), report.Report(
         table, baseline, "the world's truth" if world else "the reward model", setting, prefixes,
         report.read_selection(find_model(args.checkpoints[baseline])),
@@ -695,15 +710,24 @@ def some_samples(bench: Bench, answers: dict[str, Answers], num: int = 6) -> lis
 
 # ------------------------------------------------------------------------------------------------
 # Opening what the commands need
+
+
 def settings_of(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Record:
-    """What decides a report or a selection: for --resume. `folders`: checkpoints beside args'."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
-    folders = [*folders, *(args.checkpoints or {}).values(), args.reward_model, args.reference]
-    read = [find_model(folder) / name for folder in folders if folder
-            for name in ("model.safetensors", "config.json", "tokenizer.json")]  # fmt: skip
-    read += [Path(p) for p in (args.data, args.val_data, args.pretrain_data, args.world) if p]
+    """What decides the parts of a report or a selection, for --resume. `folders`: checkpoints that
+    all parts depend on, beside the judge and the reference. Parts of single models name them."""
+    left_out = ("out", "resume", "ahead", "checkpoints")
+    settings = {k: v for k, v in vars(args).items() if k not in left_out}
+    settings["versions"] = {str(folder): version_of(folder) for folder in
+                            (*folders, args.reward_model, args.reference) if folder}  # fmt: skip
+    read = [Path(p) for p in (args.data, args.val_data, args.pretrain_data, args.world) if p]
     read += sorted(Path(args.data).parent.glob("probes_*.jsonl")) if args.world else []
     return settings | {"sha256": {str(path): fingerprint(path) for path in read}}
+
+
+def version_of(folder: str | Path) -> str:
+    """Fingerprints of a checkpoint folder's files."""
+    names = ("model.safetensors", "config.json", "tokenizer.json")
+    return " ".join(fingerprint(find_model(folder) / name) for name in names)
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -785,6 +809,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_pretrain_tokens", type=int, default=200_000,
         help="tokens of it, evenly spaced; 0: all")  # fmt: skip
     add("--num_items", type=int, default=200, help="items of each public task or set")
+    add("--ahead", action="store_true",
+        help="write no report: keep what is measured, for --resume with further --checkpoints")
     add("--best_of", type=int, default=0, help="best of n samples of the baseline; 0: left out")
     # Public sets; also --num_items.
     add("--sets", nargs="+", choices=tuple(PUBLIC_SETS), metavar="NAME",

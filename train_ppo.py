@@ -133,7 +133,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, help="of sampling and log-probs (paper: 1)")
     # Optimisation.
     add("--epochs", type=int, default=2, help="passes over the prompts, where --max_steps is 0")
-    add("--max_steps", type=int, default=46, help="iterations; 0: by --epochs (paper: 500)")
+    add("--max_steps", type=int, default=60, help="iterations; 0: by --epochs (paper: 500)")
     add("--batch_size", type=int, default=128, help="episodes an iteration (paper: 512)")
     add("--responses_per_prompt", type=int, default=1,
         help="episodes of a prompt, in one minibatch (paper: 1)")  # fmt: skip

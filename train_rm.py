@@ -9,8 +9,9 @@ pairs, winner w and loser l, and the loss of one prompt is the mean over its pai
 All pairs of a prompt are one batch element with one forward pass per response: K passes, not
 C(K, 2), and each response enters one update only (shuffled pairs overfit within one epoch, 3.5).
 Tied pairs are dropped, and the mean is over the pairs that are left (the paper leaves open whether
-the divisor counts ties). `--shuffle_pairs` is the contrast: each pair a batch element of its own,
-so a response comes back in up to K - 1 updates. One epoch, cosine to 10 % of the peak, no dropout.
+the divisor counts ties). Where several labelers ranked the same responses, records one after the
+other, the pairs of all of them are that batch element. `--shuffle_pairs` is the contrast: each pair a batch element of its own,
+so a response comes back in up to K - 1 updates of a labeler's. One epoch, cosine to 10 % of the peak, no dropout.
 At the end the head's bias is shifted so that demonstrations score 0 on average. The learning rate
 and batch size are the miniature's; the paper's are in the help.
 
@@ -157,7 +158,12 @@ class Comparison:
 
 
 def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comparison]:
-    """Rankings as tokens and pairs without ties. Says what was dropped or cut."""
+    """Rankings as tokens and pairs without ties. Says what was dropped or cut.
+
+    Records one after the other with equal prompt and responses are several labelers' views of the
+    same, and become one element with the pairs of all; where they disagree, a pair stands there
+    both ways round.
+    """
     comparisons, too_long, all_tied, cut, ties, pairs = [], 0, 0, 0, 0, 0
     for number, record in enumerate(read_jsonl(path, "comparisons"), start=1):
         prompt = encode_prompt(encoding, record["prompt"])
@@ -165,17 +171,20 @@ def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comp
             too_long += 1
             continue
         ended = record.get("ended", [True] * len(record["responses"]))
-        sequences = []
-        for response, end in zip(record["responses"], ended, strict=True):
-            response = encode_response(encoding, response, ended=end)
-            cut += len(response) > args.max_new_tokens
-            sequences.append(prompt + response[: args.max_new_tokens])
-        comparison = Comparison(sequences, untied_pairs(record["ranks"]), len(prompt), number)
-        ties += math.comb(len(sequences), 2) - len(comparison.pairs)
-        pairs += len(comparison.pairs)
-        all_tied += not comparison.pairs
-        if comparison.pairs:
-            comparisons.append(comparison)
+        responses = [encode_response(encoding, response, ended=end)
+                     for response, end in zip(record["responses"], ended, strict=True)]
+        sequences = [prompt + response[: args.max_new_tokens] for response in responses]
+        ranked = untied_pairs(record["ranks"])
+        ties += math.comb(len(sequences), 2) - len(ranked)
+        pairs += len(ranked)
+        last = comparisons[-1] if comparisons else Comparison([], [])
+        if (last.sequences, last.prompt_tokens) == (sequences, len(prompt)):
+            last.pairs.extend(ranked)
+            continue
+        cut += sum(len(response) > args.max_new_tokens for response in responses)
+        all_tied += not ranked
+        if ranked:
+            comparisons.append(Comparison(sequences, ranked, len(prompt), number))
     print(
         f"{path}: {len(comparisons)} prompts, {pairs} pairs and {ties} ties; dropped {too_long} "
         f"with a prompt over {args.max_prompt_tokens} tokens and {all_tied} with ties only, cut "

@@ -27,7 +27,7 @@ from data.files import (
     write_jsonl,
 )
 from data.grader import grade
-from data.labelers import OTHER_PROMPT, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
+from data.labelers import OTHER_PROMPT, POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
 from data.world import World
 
 Record = dict
@@ -40,17 +40,23 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, metavar="FILE", help="comparisons.jsonl to write")
     add("--world", metavar="FILE", help="world.json of the tiny world")
     add("--pool", choices=tuple(POOL_WEIGHTS), default="training", help="simulated labelers")
+    add("--labelers", type=int, default=1, help="people who rank each prompt, a record each")
     add("--seed", type=int, default=0, help="of labelers' noise, or of the order shown")
     add("--interactive", action=argparse.BooleanOptionalAction, default=False, help="you rank")
     add("--labeler", default="person", help="your name in the comparisons")
     args = parser.parse_args(argv)
+    if not 1 <= args.labelers <= POOL_SIZE:
+        parser.error(f"--labelers {args.labelers}: expected 1 to {POOL_SIZE}")
     if not args.interactive and args.world is None:
         parser.error("--world is missing: simulated labelers need world.json; or --interactive")
     return args
 
 
-def simulate(records: list[Record], world: World, pool_name: str, seed: int) -> list[Record]:
-    """Comparisons by simulated labelers; prints agreement, tie rate and ceiling."""
+def simulate(
+    records: list[Record], world: World, pool_name: str, seed: int, labelers: int = 1
+) -> list[Record]:
+    """Comparisons by simulated labelers, so many of each prompt, one after the other; prints
+    agreement, tie rate and ceiling."""
     for number, record in enumerate(records, start=1):
         if "task" not in record:
             raise BadInput(f'record {number} of the candidates: key "task" is missing; simulated '
@@ -63,13 +69,17 @@ def simulate(records: list[Record], world: World, pool_name: str, seed: int) -> 
     responses = [record["responses"] for record in records]
     sampled = [[name != OTHER_PROMPT for name in record.get("models") or [""] * len(row)]
                for record, row in zip(records, responses, strict=True)]
-    labels = label(grades, responses, Pool.make(pool_name), seed, sampled)
+    pool = Pool.make(pool_name)
+    labels = label(grades, responses, pool, seed, sampled)
+    fitted = labels.noise, labels.agreement
+    turns = [labels, *(label(grades, responses, pool, seed, turn=turn, fitted=fitted)
+                       for turn in range(1, labelers))]  # fmt: skip
     pairs = sum(len(row) * (len(row) - 1) // 2 for row in grades)
     print(f"{len(records)} prompts, {pairs} pairs, pool {pool_name}, noise {labels.noise:.3f}: "
           f"agreement {labels.agreement:.3f} (target {TARGET_AGREEMENT}), ties "
           f"{labels.tie_rate:.3f} of pairs, noise-free ceiling {labels.ceiling:.3f}")
-    return [record | {"ranks": ranks, "labeler": name} for record, ranks, name
-            in zip(records, labels.ranks, labels.labelers, strict=True)]
+    return [record | {"ranks": turn.ranks[i], "labeler": turn.labelers[i]}
+            for i, record in enumerate(records) for turn in turns]
 
 
 # ---------------------------------------------------------------------------------- ranking by hand
@@ -150,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.interactive:
         rank_by_hand(records, out, args.labeler, args.seed)
         return
-    comparisons = simulate(records, World.load(args.world), args.pool, args.seed)
+    world = World.load(args.world)
+    comparisons = simulate(records, world, args.pool, args.seed, args.labelers)
     write_jsonl(out, comparisons, "comparisons")
 
 

@@ -14,7 +14,8 @@ where `utility` is the weighted mean of helpful, truthful * informative, harmles
 
 Each labeler of a pool has the pool's weights times log-normal factors with a spread of 0.25. The
 noise is the only free number: it is fitted so that two labelers of the pool agree on 73 % of the
-pairs that neither ties, as InstructGPT's did (72.6 +- 1.5 %, 3.4).
+pairs that neither ties, as InstructGPT's did (72.6 +- 1.5 %, 3.4). A prompt is ranked by one of
+them, or by several, each with noise of their own.
 """
 
 from dataclasses import dataclass
@@ -117,13 +118,16 @@ class _Marked:
         return cls(parts, sizes, np.array(twin), _Pairs.of(sizes))
 
     def draw(
-        self, pool: Pool, rng: np.random.Generator
+        self, pool: Pool, rng: np.random.Generator, turn: int = 0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A labeler for each prompt -> ids (prompts,), utilities and unit noise (responses,).
 
-        Equal texts get equal noise: nobody prefers one of two identical answers.
+        Equal texts get equal noise: nobody prefers one of two identical answers. In turn 1, 2, ...
+        from the same generator, other people rank than in turn 0.
         """
-        ids = rng.integers(POOL_SIZE, size=len(self.sizes))
+        ids = (rng.integers(POOL_SIZE, size=len(self.sizes)) + turn) % POOL_SIZE
+        for _ in range(turn):  # the noise of those who ranked before
+            rng.standard_normal(len(self.parts))
         utilities = (self.parts * pool.weights[np.repeat(ids, self.sizes)]).sum(axis=1)
         return ids, utilities, rng.standard_normal(len(self.parts))[self.twin]
 
@@ -186,9 +190,13 @@ def dense_ranks(scores: np.ndarray) -> list[int]:
 
 def label(
     grades: list[list[Grade]], responses: list[list[str]], pool: Pool, seed: int,
-    sampled: list[list[bool]] | None = None,
-) -> Labels:
+    sampled: list[list[bool]] | None = None, *, turn: int = 0,
+    fitted: tuple[float, float] | None = None,
+) -> Labels:  # fmt: skip
     """Let one labeler of the pool rank the responses of each prompt.
+
+    In `turn` 1, 2, ... it is another one for each prompt than before. `fitted` is the noise and the
+    agreement of an earlier turn, which is then not fitted again.
 
     grades[i] are the grades of prompt i's responses. Of the texts only their equality matters.
     `sampled` says which responses were sampled for their prompt: the noise is fitted on pairs of
@@ -200,8 +208,8 @@ def label(
         own = np.array([s for row in sampled for s in row], bool)
         counted = own[marked.pairs.first] & own[marked.pairs.second]
         counted = counted if counted.any() else None
-    noise, agreed = fit_noise(marked, pool, seed, counted)
-    ids, utilities, unit = marked.draw(pool, np.random.default_rng([seed, 2]))
+    noise, agreed = fitted or fit_noise(marked, pool, seed, counted)
+    ids, utilities, unit = marked.draw(pool, np.random.default_rng([seed, 2]), turn)
     scores = _rounded(utilities + noise * unit)
     order = marked.pairs.order(scores)
     # Rounded to 1e-9, so that equal marks compare equal whatever the order of summation.

@@ -298,6 +298,17 @@ def test_shuffled_text_keeps_words_and_lines() -> None:
     assert [len(line.split()) for line in made.split("\n")] == [2, 0, 6]
 
 
+def test_of_several_rankings_the_first_is_kept(tmp_path: Path) -> None:
+    from data.files import write_jsonl
+
+    path, out = tmp_path / "all.jsonl", tmp_path / "first.jsonl"
+    records = [comparison(i) | {"labeler": f"training_{k:02}"} for i in range(4) for k in range(3)]
+    write_jsonl(path, records, "comparisons")
+    variants.main(["first", "--data", str(path), "--out", str(out), "--count", "3"])
+    kept = [(r["prompt"], r["labeler"]) for r in read_jsonl(out, "comparisons")]
+    assert kept == [("p0", "training_00"), ("p1", "training_00"), ("p2", "training_00")]
+
+
 def test_each_fold_leaves_out_one_group(tmp_path: Path) -> None:
     from data.files import write_jsonl
 

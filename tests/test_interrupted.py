@@ -1,6 +1,7 @@
 """Runs that are stopped or changed on the way, beside those of test_resume.py: other settings that
 are meant, steps that take long, warnings, bad minibatches, reports, labeling by hand."""
 
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import train_ppo
@@ -359,6 +361,44 @@ def test_a_resumed_report_does_not_sample_again(
     monkeypatch.setattr(evaluate, "respond", no_more)
     assert run_command(lambda: evaluate.main([*args, "--resume"])) == 0
     assert measured == ["base", "base + prefix", "base + prefix", "again"]
+
+
+def test_measuring_ahead_leaves_the_rest_of_the_report(
+    tiny: Tiny, whole: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models measured before the last one was there, as in `make demo`: the same bytes at the end,
+    nothing sampled twice, and no report before; a model that has changed is measured again."""
+    asked = []
+
+    def respond(speaker, *rest, **more):
+        asked.append(speaker.name)
+        return original(speaker, *rest, **more)
+
+    original = evaluate.respond
+    monkeypatch.setattr(evaluate, "respond", respond)
+    out = tmp_path / "out"
+    args = tiny.args("report", out)
+    at = args.index("--checkpoints") + 1
+    models = list(itertools.takewhile(lambda word: "=" in word, args[at:]))
+    before, last = models[:-1], models[-1].split("=")[0]
+    ahead = args[: at + len(before)] + args[at + len(models) :] + ["--ahead"]
+    assert evaluate.main(ahead) == 0
+    assert [path.name for path in out.iterdir()] == ["parts"]
+    assert last not in asked and "base" in asked
+    # Another model under a name that was measured: its parts are not taken.
+    asked.clear()
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny.base, changed)
+    weights = load_file(changed / "model.safetensors")
+    save_file(weights | {"ln_f.weight": 1.1 * weights["ln_f.weight"]},
+              changed / "model.safetensors")  # fmt: skip
+    other = [f"base={changed}" if word.startswith("base=") else word for word in ahead]
+    assert evaluate.main([*other, "--resume"]) == 0
+    assert "base" in asked and "base + prefix" in asked
+    asked.clear()
+    assert evaluate.main([*args, "--resume"]) == 0
+    assert set(asked) == {last}
+    assert differences(out, whole["report"][0]) == []
 
 
 def test_parts_of_another_report_are_refused(

@@ -221,6 +221,40 @@ def test_command_adds_ranks_and_labeler(files: Path, capsys: pytest.CaptureFixtu
     assert (files / "out.jsonl").read_bytes() == before
 
 
+def test_several_labelers_rank_each_prompt(
+    files: Path, candidates: list[dict], grades: list[list[Grade]]
+) -> None:
+    """The first as if alone; no two of them are one person, and they agree as often as any two."""
+    write_jsonl(files / "candidates.jsonl", candidates, "candidates")
+    command.main(arguments(files))
+    alone = read_jsonl(files / "out.jsonl", "comparisons")
+    command.main(arguments(files, "--labelers", "3"))
+    made = read_jsonl(files / "out.jsonl", "comparisons")
+    assert made[::3] == alone and len(made) == 3 * len(candidates)
+    turns = [made[k::3] for k in range(3)]
+    right, both = 0, 0
+    for views in zip(*turns, strict=True):
+        assert len({view["labeler"] for view in views}) == 3
+        assert len({(view["prompt"], *view["responses"]) for view in views}) == 1
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            first, second = views[a]["ranks"], views[b]["ranks"]
+            for i in range(len(first)):
+                for j in range(i):
+                    signs = (first[i] - first[j]) * (second[i] - second[j])
+                    right, both = right + (signs > 0), both + (signs != 0)
+    assert right / both == pytest.approx(0.73, abs=0.02)
+
+
+@pytest.mark.parametrize("number", ["0", "21", "-1"])
+def test_a_number_of_labelers_that_the_pool_has(
+    number: str, files: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        command.main(arguments(files, "--labelers", number))
+    assert error.value.code == 2
+    assert f"--labelers {number}: expected 1 to 20" in capsys.readouterr().err
+
+
 def test_candidates_of_real_prompts_need_a_person(
     files: Path, capsys: pytest.CaptureFixture, candidates: list[dict]
 ) -> None:

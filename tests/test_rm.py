@@ -335,6 +335,33 @@ def test_comparisons_are_tokens_and_pairs_with_counts(
         train_rm.load_comparisons(path, enc, args)
 
 
+def test_rankings_of_the_same_responses_are_one_batch_element(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The pair loss is then the mean over all labelers' pairs; other responses stay apart."""
+    path, args = str(tmp_path / "c.jsonl"), arguments()
+    records = [
+        comparison("say red", ["red", "blue"], [1, 2]),
+        comparison("say red", ["red", "blue"], [2, 1]),
+        comparison("say red", ["red", "blue"], [1, 1]),
+        comparison("say red", ["red", "blue"], [1, 2]),
+        comparison("say red", ["red", "green"], [2, 1]),
+        comparison("say blue", ["red", "green"], [1, 2]),
+        comparison("say red", ["red", "blue"], [1, 2]),
+        comparison("say all", ["red", "blue"], [1, 1]),
+        comparison("say all", ["red", "blue"], [2, 1]),
+    ]
+    write_jsonl(path, records, "comparisons")
+    made = train_rm.load_comparisons(path, tiny.encoding, args)
+    assert [c.pairs for c in made] == [
+        [(0, 1), (1, 0), (0, 1)], [(1, 0)], [(0, 1)], [(0, 1)], [(1, 0)]]  # fmt: skip
+    assert [c.record for c in made] == [1, 5, 6, 7, 9]
+    assert "5 prompts, 7 pairs and 2 ties; dropped 0 " in capsys.readouterr().out
+    # r = (0.3, -0.1): two labelers prefer the first, one the second.
+    loss, *_ = train_rm.rm_loss(torch.tensor([0.3, -0.1]), made[:1])
+    assert loss.item() == pytest.approx((2 * 0.513015 + 0.913015) / 3, abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------
 # Evaluation
 

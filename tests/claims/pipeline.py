@@ -282,7 +282,7 @@ class Seed:
 
     def second_round(self) -> None:
         """Comparisons of PPO-ptx's responses, a reward model on old and new ones, PPO-ptx again."""
-        policy, label = f"new={self.path('ppo_ptx')}", "data/train/comparisons.jsonl"
+        policy, label = f"new={self.path('ppo_ptx')}", "data/{}/comparisons.jsonl"
         for split, source, num in (("train", "train/ppo_prompts", ROUND_PROMPTS),
                                    ("valid", "valid/rm_prompts", 0)):  # fmt: skip
             made = f"round_2/{split}_candidates.jsonl"
@@ -291,7 +291,8 @@ class Seed:
                      data=self.path("data", f"{source}.jsonl"), checkpoints=[policy, *sft],
                      shares=[0.7, 0.3][: 1 + len(sft)], off_topic=len(sft),
                      processes=None)  # fmt: skip
-            self.run(f"round_2/{split}.jsonl", label, [made], 0.3, data=self.path(made))
+            self.run(f"round_2/{split}.jsonl", label.format(split), [made], 0.3,
+                     data=self.path(made))
         both = "data/train/comparisons.jsonl round_2/train.jsonl"
         data = self.variant("round_2/comparisons.jsonl", "merge", "round_2/train.jsonl", both)
         self.rm("round_2/rm", data, 6.5)

@@ -55,6 +55,14 @@ def group_of(record: Record) -> int:
     return int(number[1]) % NUM_GROUPS
 
 
+def first_rankings(comparisons: list[Record]) -> list[Record]:
+    """One labeler's ranking of each prompt: the first of those that stand one after the other."""
+    def same(a: Record, b: Record) -> bool:
+        return (a["prompt"], a["responses"]) == (b["prompt"], b["responses"])
+
+    return [r for i, r in enumerate(comparisons) if not i or not same(r, comparisons[i - 1])]
+
+
 def make(args: argparse.Namespace) -> None:
     """Read --data, change it, write --out."""
     if args.what == "shuffle_text":
@@ -67,7 +75,7 @@ def make(args: argparse.Namespace) -> None:
     elif args.what == "without_group":
         records = [record for record in records if group_of(record) != args.group]
     elif args.what == "first":
-        records = records[: args.count]
+        records = first_rankings(records)[: args.count]
     write_jsonl(args.out, records, "comparisons")
 
 
@@ -79,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", nargs="+", required=True, help="comparisons.jsonl, or pretrain.txt")
     add("--out", required=True, help="file to write")
     add("--group", type=int, default=0, help="of labelers, 0 to 4, who are left out")
-    add("--count", type=int, default=0, help="how many records are kept")
+    add("--count", type=int, default=0, help="of how many prompts one ranking is kept")
     add("--seed", type=int, default=0, help="of the shuffling")
     args = parser.parse_args(argv)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
