@@ -88,7 +88,8 @@ $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
 	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
 	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(sampling)
 
-# Three people rank each training prompt: it is one batch element all the same.
+# Three people rank each training prompt: it is one batch element all the same, and noise is learned
+# by heart later, so that a second epoch still pays.
 $(D)/train/comparisons.jsonl: private people := --labelers 3
 $(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
@@ -100,7 +101,7 @@ $(D)/%/comparisons_held_out.jsonl: data/label.py data/labelers.py data/grader.py
 
 $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid/comparisons.jsonl \
                     $(D)/valid/comparisons_held_out.jsonl
-	$(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) \
+	$(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) --epochs 2 \
 	  --data $(D)/train/comparisons.jsonl --val_data $(D)/valid/comparisons.jsonl \
 	  --held_out_data $(D)/valid/comparisons_held_out.jsonl \
 	  --demonstrations $(D)/train/demonstrations.jsonl

@@ -10,10 +10,12 @@ All pairs of a prompt are one batch element with one forward pass per response: 
 C(K, 2), and each response enters one update only (shuffled pairs overfit within one epoch, 3.5).
 Tied pairs are dropped, and the mean is over the pairs that are left (the paper leaves open whether
 the divisor counts ties). Where several labelers ranked the same responses, records one after the
-other, the pairs of all of them are that batch element. `--shuffle_pairs` is the contrast: each pair a batch element of its own,
-so a response comes back in up to K - 1 updates of a labeler's. One epoch, cosine to 10 % of the peak, no dropout.
-At the end the head's bias is shifted so that demonstrations score 0 on average. The learning rate
-and batch size are the miniature's; the paper's are in the help.
+other, the pairs of all of them are that batch element. `--shuffle_pairs` is the contrast: each pair
+a batch element of its own, so a response comes back in up to K - 1 updates for each labeler. The
+paper's one epoch is the default, with a cosine to 10 % of the peak and no dropout; `make demo` takes
+two, as three labelers a prompt leave less noise to learn by heart. At the end the head's bias is
+shifted so that demonstrations score 0 on average. The learning rate and batch size are the
+miniature's; the paper's are in the help.
 
 Names: B rows (all responses of a batch of prompts), T tokens, K responses a prompt. `tokens` (B, T)
 is right-padded, `scores` (B,).

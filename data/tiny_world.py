@@ -83,7 +83,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--heldout_tokens", type=int, default=12_000, help="the same, valid and test each")
     add("--train_demonstrations", type=int, default=1440)
     add("--valid_demonstrations", type=int, default=160)
-    add("--train_rm_prompts", type=int, default=5000, help="prompts to rank; paper 33,207")
+    add("--train_rm_prompts", type=int, default=4000, help="prompts to rank; paper 33,207")
     add("--valid_rm_prompts", type=int, default=600)
     add("--train_ppo_prompts", type=int, default=4000, help="paper 31,144")
     add("--valid_ppo_prompts", type=int, default=300)

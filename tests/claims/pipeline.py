@@ -263,9 +263,9 @@ class Seed:
             data = self.variant(f"folds/{group}.jsonl", "without_group", group=group)
             self.rm(f"folds/rm_{group}", data, 4.0)
         data = self.variant("pairs/first.jsonl", "first", count=PAIRS_PROMPTS)
-        self.rm("pairs/grouped", data, 1.0)
+        self.rm("pairs/grouped", data, 1.0, epochs=1)
         # About as many pairs a step as the demo's 16 prompts have, hence about as many steps.
-        self.rm("pairs/shuffled", data, 5.0, shuffle_pairs=True, batch_size=240)
+        self.rm("pairs/shuffled", data, 5.0, epochs=1, shuffle_pairs=True, batch_size=240)
 
     def variant(self, name: str, what: str, after: str = "demo", data: str = "", **more) -> str:
         """A data set of variants.py; the training comparisons unless `data` says otherwise."""
