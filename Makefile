@@ -88,8 +88,7 @@ $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
 	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
 	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(sampling)
 
-# Three people rank each training prompt: it is one batch element all the same, and noise is learned
-# by heart later, so that a second epoch still pays.
+# Three people rank each training prompt, which is one batch element all the same.
 $(D)/train/comparisons.jsonl: private people := --labelers 3
 $(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \

@@ -1,7 +1,8 @@
 """Measure checkpoints: choose the SFT epoch, compare models in a report, check reward models.
 
     python evaluate.py --select out/sft --reward_model out/rm --data PROMPTS --out out/sft_selected
-        the epoch of an SFT run whose samples the reward model scores highest (InstructGPT C.1)
+        of the epochs of an SFT run whose samples the reward model scores highest, within a standard
+        error, the last (InstructGPT C.1)
     python evaluate.py --checkpoints base=out/base sft=out/sft_selected ppo=out/ppo \\
         --baseline sft --reward_model out/rm --reference out/init --world out/data/world.json \\
         --data PROMPTS --val_data PROMPTS --pretrain_data FILE --out out/report
@@ -248,7 +249,7 @@ def best_of_n(
 
 
 def select(args: argparse.Namespace) -> None:
-    """Copy the epoch checkpoint that the reward model likes best to --out (C.1).
+    """Copy the epoch checkpoint that the reward model chooses to --out (C.1).
 
     The paper chose SFT models "based on the RM score on the validation set", although validation
     loss turns up after one epoch; selection.csv has the three curves. See `last_of_the_best`.
@@ -429,19 +430,23 @@ def measure_responses(
 
 
 def labelers_win_scores(
-    answers: dict[str, Answers], baseline: str, pool: str, seed: int
+    answers: dict[str, Answers], baseline: str, pool: str, seed: int, rankings: int = 1
 ) -> tuple[dict[str, np.ndarray], Labels]:
     """Win scores against the baseline by simulated labelers, who rank all models' responses to a
-    prompt together, as in the paper: model -> (N,)."""
+    prompt together, as in the paper: model -> (N,), the mean over so many rankings of each prompt
+    by different labelers; and the labels of the first."""
     models = list(answers)
-    grades = zip(*(answer.marks for answer in answers.values()), strict=True)
-    texts = zip(*([s.text for s in answer.samples] for answer in answers.values()), strict=True)
-    labels = label(
-        [list(row) for row in grades], [list(row) for row in texts], Pool.make(pool), seed
-    )
-    ranks = -np.array(labels.ranks, dtype=float)  # (N, models), higher is better
-    base = ranks[:, models.index(baseline)]
-    return {m: win_scores(ranks[:, i], base, tie=0.5) for i, m in enumerate(models)}, labels
+    grades = [list(row) for row in zip(*(a.marks for a in answers.values()), strict=True)]
+    samples = zip(*(a.samples for a in answers.values()), strict=True)
+    texts = [[sample.text for sample in row] for row in samples]
+    first = label(grades, texts, Pool.make(pool), seed)
+    fitted, wins = (first.noise, first.agreement), []
+    for turn in range(rankings):
+        labels = label(grades, texts, Pool.make(pool), seed, turn=turn, fitted=fitted)
+        ranks = -np.array(labels.ranks, dtype=float)  # (N, models), higher is better
+        base = ranks[:, [models.index(baseline)]]
+        wins.append(win_scores(ranks, base, tie=0.5))
+    return dict(zip(models, np.mean(wins, axis=0).T, strict=True)), first
 
 
 def measure_text(
@@ -624,7 +629,7 @@ def compare(args: argparse.Namespace) -> None:
         return {metric: asdict(e) for metric, e in row.items()}
 
     for model in tqdm(models, desc="measurements", unit="model"):
-        part = f"measurements {model.name} {versions[model.name]}"
+        part = f"measurements {model.name} {bench.versions[model.name]}"
         row = parts.get(part, lambda model=model: measure(model))
         table[model.name] |= {metric: Estimate(**e) for metric, e in row.items()}
     if args.best_of > 1:

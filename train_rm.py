@@ -7,15 +7,15 @@ pairs, winner w and loser l, and the loss of one prompt is the mean over its pai
     loss = - 1 / #pairs  sum_{(w, l)} log sigmoid(r_w - r_l),   averaged over the batch's prompts
 
 All pairs of a prompt are one batch element with one forward pass per response: K passes, not
-C(K, 2), and each response enters one update only (shuffled pairs overfit within one epoch, 3.5).
+C(K, 2), and each response enters one update an epoch (shuffled pairs overfit within one, 3.5).
 Tied pairs are dropped, and the mean is over the pairs that are left (the paper leaves open whether
 the divisor counts ties). Where several labelers ranked the same responses, records one after the
 other, the pairs of all of them are that batch element. `--shuffle_pairs` is the contrast: each pair
 a batch element of its own, so a response comes back in up to K - 1 updates for each labeler. The
-paper's one epoch is the default, with a cosine to 10 % of the peak and no dropout; `make demo` takes
-two, as three labelers a prompt leave less noise to learn by heart. At the end the head's bias is
-shifted so that demonstrations score 0 on average. The learning rate and batch size are the
-miniature's; the paper's are in the help.
+paper's one epoch is the default, with a cosine to 10 % of the peak and no dropout; `make demo` has
+three labelers rank each prompt and takes two. At the end the head's bias is shifted so that
+demonstrations score 0 on average. The learning rate and batch size are the miniature's; the paper's
+are in the help.
 
 Names: B rows (all responses of a batch of prompts), T tokens, K responses a prompt. `tokens` (B, T)
 is right-padded, `scores` (B,).
@@ -188,9 +188,9 @@ def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comp
         if ranked:
             comparisons.append(Comparison(sequences, ranked, len(prompt), number))
     print(
-        f"{path}: {len(comparisons)} prompts, {pairs} pairs and {ties} ties; dropped {too_long} "
-        f"with a prompt over {args.max_prompt_tokens} tokens and {all_tied} with ties only, cut "
-        f"{cut} responses over {args.max_new_tokens}"
+        f"{path}: {len(comparisons)} prompts, {pairs} pairs and {ties} ties; rankings dropped: "
+        f"{too_long} with a prompt over {args.max_prompt_tokens} tokens, {all_tied} with ties "
+        f"only; cut {cut} responses over {args.max_new_tokens}"
     )
     if not comparisons:
         raise BadInput(f"{path}: no prompt with a pair that is not tied is left")

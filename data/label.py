@@ -3,10 +3,12 @@
     python -m data.label --data CANDIDATES --world out/data/world.json --out COMPARISONS
     python -m data.label --data CANDIDATES --out COMPARISONS --interactive --labeler NAME
 
-The first form lets the simulated labelers of the tiny world rank (data/labelers.py) and prints how
-well they agree. The second lets you do it, on any candidates: type the numbers of the responses
-from best to worst, with = between equals, such as "2 1=3 4". Every ranking is saved at once;
-started again with the same files, it goes on where you stopped.
+The first form lets simulated labelers of the tiny world rank (data/labelers.py). It prints the
+agreement that their noise was fitted to, and of the first ranking of each prompt the ties and what
+a noise-free labeler would score. With --labelers N, each prompt has N records, one after the other,
+by different labelers. The second lets you do it, on any candidates: type the numbers of the
+responses from best to worst, with = between equals, such as "2 1=3 4". Every ranking is saved at
+once; started again with the same files, it goes on where you stopped.
 """
 
 import argparse
@@ -40,13 +42,17 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, metavar="FILE", help="comparisons.jsonl to write")
     add("--world", metavar="FILE", help="world.json of the tiny world")
     add("--pool", choices=tuple(POOL_WEIGHTS), default="training", help="simulated labelers")
-    add("--labelers", type=int, default=1, help="people who rank each prompt, a record each")
+    add("--labelers", type=int, default=1,
+        help="simulated labelers who rank each prompt, a record each")  # fmt: skip
     add("--seed", type=int, default=0, help="of labelers' noise, or of the order shown")
     add("--interactive", action=argparse.BooleanOptionalAction, default=False, help="you rank")
     add("--labeler", default="person", help="your name in the comparisons")
     args = parser.parse_args(argv)
     if not 1 <= args.labelers <= POOL_SIZE:
         parser.error(f"--labelers {args.labelers}: expected 1 to {POOL_SIZE}")
+    if args.interactive and args.labelers > 1:
+        parser.error(f"--labelers {args.labelers}: with --interactive you are the only one; start "
+                     "again with another --labeler and --out")
     if not args.interactive and args.world is None:
         parser.error("--world is missing: simulated labelers need world.json; or --interactive")
     return args

@@ -54,6 +54,10 @@ class Pool:
         weights = np.asarray(POOL_WEIGHTS[name]) * spread
         return cls(name, weights / weights.sum(axis=1, keepdims=True))
 
+    def rng(self, *seed: int) -> np.random.Generator:
+        """Random numbers of this pool alone: its people's moods are not those of another pool's."""
+        return np.random.default_rng([*seed, list(POOL_WEIGHTS).index(self.name)])
+
     @property
     def mean_weights(self) -> np.ndarray:
         """The pool's weights without personal differences, (4,), summing to 1."""
@@ -147,7 +151,7 @@ def fit_noise(
     rounding. With few pairs, or responses that are all alike, the target may be out of reach; the
     nearest noise is returned with the agreement that it gives.
     """
-    rng = np.random.default_rng([seed, 1])
+    rng = pool.rng(seed, 1)
     draws = []
     for _ in range(max(1, -(-40_000 // len(marked.pairs.first)))):  # few prompts: more opinions
         draws.append([marked.draw(pool, rng)[1:] for _ in range(2)])
@@ -209,7 +213,7 @@ def label(
         counted = own[marked.pairs.first] & own[marked.pairs.second]
         counted = counted if counted.any() else None
     noise, agreed = fitted or fit_noise(marked, pool, seed, counted)
-    ids, utilities, unit = marked.draw(pool, np.random.default_rng([seed, 2]), turn)
+    ids, utilities, unit = marked.draw(pool, pool.rng(seed, 2), turn)
     scores = _rounded(utilities + noise * unit)
     order = marked.pairs.order(scores)
     # Rounded to 1e-9, so that equal marks compare equal whatever the order of summation.

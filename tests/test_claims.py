@@ -166,6 +166,9 @@ class PlantedLab(Lab):
         level = level if self.good else 0.5
         return {k: level + shift + rng.normal(0, 0.05, 60) for k, shift in heads.items()}
 
+    def professions(self) -> list[str]:
+        return [f"job {i % 12}" for i in range(60)]
+
     def margins(self, judge: str, comparisons: str) -> list:
         rng = self.rng(judge, comparisons)
         mean = {"control/rm": 0.0, "round_2/rm": 1.0, "pairs/shuffled": 0.3}.get(judge, 0.5)
@@ -200,7 +203,7 @@ class PlantedLab(Lab):
         return 0.2 if name == "kl_coef" else 1.0
 
     def trained(self, run: str) -> float:
-        return {"base": 1e12, "sft": 1e10}.get(run, 2e11)
+        return {"base": 1e12, "sft": 1e10, "init": 2e10}.get(run, 2e11)
 
     def reinforced(self, run: str) -> float:
         return 5e10 if self.good else 2e12
@@ -553,7 +556,10 @@ def test_operations_by_hand(tiny: Tiny, tmp_path: Path) -> None:
         forward += token * (prompt + response) + pair * (prompt + response) ** 2 + head * response
         total += prompt + response
     seen = sum(int(row["tokens"]) for row in lab.log("sft"))
-    assert lab.trained("sft") == pytest.approx(3 * forward * seen / total)
+    # Of 4 demonstrations a step and a fifth of pretraining text: one sequence beside.
+    n = config.n_positions
+    text = token * n + pair * n**2 + head * (n - 1)
+    assert lab.trained("sft") == pytest.approx(3 * (forward * seen / total + 2 * text))
 
     prompts = [len(encode_prompt(tiny.encoding, r["prompt"]))
                for r in read_jsonl(tiny.prompts, "prompts")]  # fmt: skip

@@ -56,7 +56,8 @@ def build(args: argparse.Namespace) -> tuple[pipeline.Graph, list[str]]:
     wanted = []
     code = [pipeline.ROOT / f"tests/claims/{name}.py" for name in
             ("claims", "sweeps", "lab", "verdict")]  # fmt: skip
-    code += [pipeline.ROOT / f for f in ("evaluate.py", "data/grader.py", "data/labelers.py")]
+    code += [pipeline.ROOT / f for f in ("evaluate.py", "report.py", "data/grader.py",
+                                         "data/labelers.py", "data/text_metrics.py")]  # fmt: skip
     for claim in chosen:
         for seed in seeds_of(claim, args):
             command = [sys.executable, "-m", "tests.claims", "--out", args.out, "--measure",

@@ -36,7 +36,7 @@ from data.grader import EVALUATION_WEIGHTS, Grade
 from data.labelers import likert
 from data.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
 from data.tokenizer import encode_prompt, encode_response
-from data.world import World
+from data.world import VALUES, World
 from evaluate import Answers, Bench, Sampling
 from model import GPT, ScalarModel, forward_flops, read_config, read_info
 from report import Estimate, estimate
@@ -77,6 +77,15 @@ class Lab:
     @cached_property
     def world(self) -> World:
         return World.load(self.folder / "data" / "world.json")
+
+    @cached_property
+    def asked(self) -> str:
+        """A fingerprint of the world and of all that models are asked or measured on."""
+        data = self.folder / "data"
+        files = [data / "world.json", *data.glob("test/*"), *data.glob("valid/*prompts.jsonl"),
+                 data / "valid" / "demonstrations.jsonl"]  # fmt: skip
+        marks = [f"{file.name} {fingerprint(file)}" for file in sorted(files)]
+        return sha256(" ".join(marks).encode()).hexdigest()[:16]
 
     def judge(self, name: str = "rm") -> ScalarModel:
         if name not in self._judges:
@@ -125,8 +134,9 @@ class Lab:
     # ------------------------------------------------------------------ answers
 
     def cached(self, name: str, models: Iterable[str], make: Callable[[], object]):
-        """make()'s JSON value, kept under answers/ for the weights of these models."""
+        """make()'s JSON value, kept under answers/ for these weights and the seed's data."""
         weights = [fingerprint(self.folder / m / "model.safetensors") for m in models]
+        weights.append(self.asked)
         path = self.folder / "answers" / f"{name.replace('/', '-').replace(':', '-')}.json"
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -211,9 +221,10 @@ class Lab:
     def pool_wins(
         self, models: Sequence[str], baseline: str, pool: str, prompts: str = "prompts"
     ) -> dict[str, np.ndarray]:
-        """Win scores against the baseline by simulated labelers, who rank all models together."""
+        """Win scores against the baseline by simulated labelers, three of whom rank all models'
+        responses to each prompt together."""
         answers = {name: self.answers(name, prompts) for name in (*models, baseline)}
-        return evaluate.labelers_win_scores(answers, baseline, pool, self.seed)[0]
+        return evaluate.labelers_win_scores(answers, baseline, pool, self.seed, rankings=3)[0]
 
     def kl(self, name: str, prompts: str) -> Estimate:
         """KL per response from the model that PPO started from, in nats."""
@@ -292,6 +303,11 @@ class Lab:
         losses, tokens = self.cached(f"{name}_demonstrations", [name], make)
         return np.array(losses), np.array(tokens)
 
+    def professions(self) -> list[str]:
+        """The profession that each pair of sentences of `entropies` is about."""
+        pairs = bias_pairs(self.world)[: 20 if self.fast else None]
+        return [next(job for job in VALUES["job"] if job in pair[0]) for pair in pairs]
+
     # ------------------------------------------------------------------ operations
 
     def trained(self, run: str) -> float:
@@ -316,7 +332,12 @@ class Lab:
             rows = [(len(tokens), len(tokens) - skipped) for tokens, skipped in examples]
         lengths, predicted = zip(*rows, strict=True)
         epoch = 3 * forward_flops(config, lengths, sum(predicted), repeated)
-        return epoch * sum(float(row["tokens"]) for row in self.log(run)) / sum(lengths)
+        log, mixed, size = self.log(run), 0, config.n_positions
+        if info["stage"] == "sft" and args.pretrain_data:  # so many sequences a step beside
+            share = args.pretrain_fraction
+            mixed = max(1, round(args.batch_size * share / (1 - share))) * len(log)
+        text = 3 * mixed * forward_flops(config, [size], size - 1)
+        return text + epoch * sum(float(row["tokens"]) for row in log) / sum(lengths)
 
     def reinforced(self, run: str) -> float:
         """Operations of a PPO run, see claims.cost."""
