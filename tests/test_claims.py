@@ -29,7 +29,7 @@ from tests.claims import __main__ as command
 from tests.claims import pipeline, variants
 from tests.claims.lab import Lab, first_line
 from tests.claims.pipeline import Graph, Runner, Seed, Stage, edit, recipes
-from tests.claims.sweeps import fit_gao, gao_curve
+from tests.claims.sweeps import fit_gao, fitted_peak, gao_curve
 from tests.claims.verdict import CLAIMS, TOPICS, Panel, Result, Row, minus, passes, together
 from tests.tiny import Tiny
 
@@ -277,6 +277,39 @@ def test_a_curve_without_a_fall_has_no_peak() -> None:
     assert math.isnan(fit_gao(d, d * d, "bon")[2])
 
 
+def test_several_samples_are_averaged_one_by_one(tmp_path: Path) -> None:
+    """Values are means; a win is counted in each draw, not between means."""
+    ours = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 0.5], [0.0, 0.5]])  # draws x prompts
+    theirs = np.array([[0.0, 0.0], [0.2, 0.0], [0.2, 0.0], [0.2, 0.0]])
+
+    class Drawn(Lab):
+        def answers(self, name, prompts="prompts", temperature=1.0, draw=0):
+            utility = (ours if name == "ours" else theirs)[draw]
+            return SimpleNamespace(utility=utility)
+
+        def groups(self, name):
+            return ["a", "b"]
+
+    lab = Drawn(tmp_path, 0)
+    assert lab.values("ours", "utility").tolist() == [0.25, 0.25]
+    assert lab.values("ours", "utility", temperature=0.0).tolist() == [1.0, 0.0]
+    assert lab.values("ours", "utility", "valid/rm_prompts").tolist() == [1.0, 0.0]
+    assert lab.win("ours", "theirs").value == pytest.approx((1 / 4 + (0.5 + 0.5 + 1 + 1) / 4) / 2)
+    assert lab.win("ours", "theirs", t=0.0).value == 0.75
+
+
+def test_fitted_peak_is_found_with_its_interval() -> None:
+    d = np.array([0.0, 0.5, 1.0, 2.0, 3.0])
+    curve = 0.5 + np.where(d > 0, d * (0.1 - 0.1 * np.log(np.maximum(d, 1e-9))), 0)  # peak at 1
+    users = np.arange(300) // 2
+    values = curve[:, None] + np.random.default_rng(0).normal(0, 0.05, (5, 300))
+    top = fitted_peak(d, values, users)
+    assert top.low < 1 / 3 < top.high and top.high - top.low < 0.1
+    exactly = fitted_peak(d, np.repeat(curve[:, None], 300, axis=1), users)
+    assert (exactly.low, exactly.value, exactly.high) == pytest.approx((1 / 3,) * 3)
+    assert fitted_peak(d, np.repeat(d[:, None] ** 2, 300, axis=1), users).value == math.inf
+
+
 # ---------------------------------------------------------------------------- data of the controls
 
 
@@ -484,6 +517,14 @@ def test_table_figures_and_page(planted, tmp_path: Path, capsys) -> None:
         assert "**Refuted by:**" in text.partition(f"### {name}")[2]
         header = (tmp_path / "figures" / f"{name}.png").read_bytes()[:24]
         assert 700 <= struct.unpack(">II", header[16:])[0] <= 900, name
+
+
+def test_notes_are_of_claims_and_stand_below_them(planted, tmp_path: Path, monkeypatch) -> None:
+    assert set(command.notes()) - {""} <= set(CLAIMS)
+    monkeypatch.setattr(command, "notes", lambda: {"": "of all", "bias": "of one"})
+    text = command.page({"bias": {0: CLAIMS["bias"].measure(planted(True))}}, [])
+    assert text.index("hold whole") < text.index("of all") < text.index("### bias")
+    assert text.rstrip().endswith("**Afterwards.** of one")
 
 
 def test_no_gap_is_hidden(planted, tmp_path: Path) -> None:

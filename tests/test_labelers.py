@@ -149,6 +149,20 @@ def test_equal_texts_tie_and_labels_depend_on_the_seed_alone(
     assert label(grades, texts(candidates), pool, seed=4).ranks != labels.ranks
 
 
+def test_pools_have_random_numbers_of_their_own(
+    candidates: list[dict], grades: list[list[Grade]]
+) -> None:
+    """Equal noise in both would make the held-out labelers agree with the others by chance."""
+    picks, noises = [], []
+    marked = labelers._Marked.of(grades, texts(candidates))
+    for name in POOL_WEIGHTS:
+        ids, _, noise = marked.draw(Pool.make(name), Pool.make(name).rng(0, 2))
+        picks.append(ids)
+        noises.append(noise)
+    assert abs(np.corrcoef(noises)[0, 1]) < 0.1
+    assert np.mean(picks[0] == picks[1]) < 0.2
+
+
 def test_held_out_labelers_have_other_priorities() -> None:
     """Truth against help: 1.2 / 0.7 for one pool, 0.7 / 1.0 for the other."""
     for name, (helpful, truthful, harmless, ended) in {

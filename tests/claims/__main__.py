@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -131,13 +132,22 @@ def page(results: Results, setting: list[str]) -> str:
                 rows.append([f"[{name}](#{name})", CLAIMS[name].figure,
                              f"{held} of {len(of_seeds)}", gates_passed(of_seeds),
                              failing(of_seeds)])  # fmt: skip
-    lines += [words, to_the_left(rows), topics_held(results)]
+    known = notes()
+    lines += [words, to_the_left(rows), topics_held(results), known[""]]
     for topic, title in TOPICS.items():
         mine = [name for name in results if CLAIMS[name].topic == topic]
         lines += [f"## {title}"] if mine else []
         for name in mine:
-            lines += section(CLAIMS[name], results[name])
+            lines += section(CLAIMS[name], results[name], known.get(name, ""))
     return "\n\n".join(lines) + "\n"
+
+
+def notes() -> dict[str, str]:
+    """Claim -> what a person had to say about its result: the sections of notes.md; "": of all."""
+    text = Path(__file__).with_name("notes.md").read_text(encoding="utf-8")
+    opening, *parts = re.split(r"^## (\w+)\n", text, flags=re.M)
+    of_all = {"": opening.partition("\n")[2].strip()}  # without the title
+    return of_all | {k: v.strip() for k, v in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def measured_at(results: Results) -> str:
@@ -187,8 +197,8 @@ def topics_held(results: Results) -> str:
     )
 
 
-def section(claim: Claim, of_seeds: dict[int, Result]) -> list[str]:
-    """A claim's text, figure and numbers."""
+def section(claim: Claim, of_seeds: dict[int, Result], note: str) -> list[str]:
+    """A claim's text, figure and numbers, and the note on them."""
     text = "\n".join(line.strip() for line in claim.text.strip().splitlines())
     summary, _, rest = text.partition("\n\n")
     for word in ("Gate:", "Refuted by:"):
@@ -207,6 +217,7 @@ def section(claim: Claim, of_seeds: dict[int, Result]) -> list[str]:
     return [
         f"### {claim.name}", f"{summary} ({claim.figure})", rest.strip(),
         f"![{claim.name}](figures/{claim.name}.png)", to_the_left(rows),
+        *([f"**Afterwards.** {note}"] if note else []),
     ]  # fmt: skip
 
 

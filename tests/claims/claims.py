@@ -2,9 +2,9 @@
 
 A function takes the `Lab` of one seed and returns rows with gates and the numbers of its figure.
 Docstrings are part of the report: they state the claim, the gate and the result that refutes it,
-and were written before the runs. Sampled is at temperature 1, greedy at 0; "truth" is the
-evaluation utility of data/grader.py, which sees text alone. Test users are asked once; choices
-(prefix, SFT epoch) and curves over training are on validation users.
+and were written before the runs. Sampled is at temperature 1 (on prompts of test users the mean
+over four samples of each model), greedy at 0; "truth" is the evaluation utility of data/grader.py,
+which sees text alone. Choices (prefix, SFT epoch) and curves over training are on validation users.
 """
 
 from __future__ import annotations

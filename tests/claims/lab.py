@@ -43,6 +43,8 @@ from report import Estimate, estimate
 from sample import Sample, Speaker, load_speaker, sample_responses
 
 PREFIXED = "+prefix"
+DRAWS = 4  # samples of each response at temperature 1 to the sets that win rates are counted on
+DRAWN = ("prompts", "prompts_balanced", "prompts_web")
 Metric = Callable[[Grade], float | bool | None]
 METRICS: dict[str, Metric] = {
     "helpful": lambda mark: mark.helpful,
@@ -189,12 +191,21 @@ class Lab:
     def values(
         self, name: str, metric: str, prompts: str = "prompts", temperature: float = 1.0
     ) -> np.ndarray:
-        """One number for each prompt: "utility", "score", or one of METRICS; nan: not asked."""
-        answers = self.answers(name, prompts, temperature)
-        if metric in ("utility", "score"):
-            return answers.utility if metric == "utility" else answers.scores
-        found = (METRICS[metric](mark) for mark in answers.marks)
-        return np.array([np.nan if value is None else float(value) for value in found])
+        """One number for each prompt: "utility", "score", or one of METRICS; nan: not asked. Of
+        several samples it is the mean."""
+
+        def of(answers: Answers) -> np.ndarray:
+            if metric in ("utility", "score"):
+                return answers.utility if metric == "utility" else answers.scores
+            found = (METRICS[metric](mark) for mark in answers.marks)
+            return np.array([np.nan if value is None else float(value) for value in found])
+
+        draws = self.draws(prompts, temperature)
+        return np.mean([of(self.answers(name, prompts, temperature, i)) for i in draws], axis=0)
+
+    def draws(self, prompts: str, temperature: float) -> range:
+        """How many samples of each response are taken: greedy, they would be equal."""
+        return range(DRAWS if temperature and prompts in DRAWN and not self.fast else 1)
 
     def average(self, values: np.ndarray, prompts: str = "prompts") -> Estimate:
         """Mean over the prompts that have a value, with an interval over users or facts."""
@@ -214,17 +225,26 @@ class Lab:
         return self.average(a - b, prompts)
 
     def win(self, ours: str, theirs: str, prompts: str = "prompts", t: float = 1.0) -> Estimate:
-        """How often the truth-checked utility of one is higher; ties count one half."""
-        a, b = (self.values(name, "utility", prompts, t) for name in (ours, theirs))
-        return self.average(evaluate.win_scores(a, b), prompts)
+        """How often the truth-checked utility of one is higher; ties count one half. Of several
+        samples, the first is compared with the first, and so on."""
+        wins = [
+            evaluate.win_scores(*(self.answers(name, prompts, t, i).utility
+                                  for name in (ours, theirs)))
+            for i in self.draws(prompts, t)
+        ]  # fmt: skip
+        return self.average(np.mean(wins, axis=0), prompts)
 
     def pool_wins(
         self, models: Sequence[str], baseline: str, pool: str, prompts: str = "prompts"
     ) -> dict[str, np.ndarray]:
         """Win scores against the baseline by simulated labelers, three of whom rank all models'
-        responses to each prompt together."""
-        answers = {name: self.answers(name, prompts) for name in (*models, baseline)}
-        return evaluate.labelers_win_scores(answers, baseline, pool, self.seed, rankings=3)[0]
+        responses to each prompt together; of several samples the mean."""
+        wins = []
+        for i in self.draws(prompts, 1.0):
+            answers = {m: self.answers(m, prompts, 1.0, i) for m in (*models, baseline)}
+            seed = self.seed + 1000 * i  # other people's noise for each sample
+            wins.append(evaluate.labelers_win_scores(answers, baseline, pool, seed, rankings=3)[0])
+        return {m: np.mean([win[m] for win in wins], axis=0) for m in models}
 
     def kl(self, name: str, prompts: str) -> Estimate:
         """KL per response from the model that PPO started from, in nats."""

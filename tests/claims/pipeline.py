@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORES = 2
 SIZES = {"64x2": (64, 2), "96x2": (96, 2)}  # width, layers of the smaller policies; 4 heads
 LARGE = {"192x4": (192, 4)}  # a base model more than ten times the smallest policy
+LARGE_LR = 2.7e-3  # the demo's, times the ratio of the widths
 PTX_FACTORS = (0, 0.1, 3, 10)  # times the demo's --ptx_coef
 KL_FACTORS = (0.1, 10, 100)  # times the demo's --kl_coef
 OVEROPT_STEPS, OVEROPT_KEEP = 60, 6
@@ -222,7 +223,9 @@ class Seed:
     def sizes(self) -> None:
         """Smaller policies, whole pipelines but for the reward model, and a larger base model."""
         for size, (width, layers) in (SIZES | LARGE).items():
-            shape = {"n_embd": width, "n_layer": layers}
+            shape: dict[str, float] = {"n_embd": width, "n_layer": layers}
+            if size in LARGE:  # the demo's rate is too high for it
+                shape["lr"] = LARGE_LR
             cost = {"64x2": 0.35, "96x2": 0.5, "192x4": 2.4}[size]
             base = f"{size}/base"
             self.run(base, "base", ["demo"], 4.0 * cost, **shape)
