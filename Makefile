@@ -80,19 +80,16 @@ $(call weights,init): train_sft.py $(call weights,base)
 
 # Step 2: K = 4..9 responses a prompt, rankings, reward model.
 # One training response a prompt is another prompt's; validation is on samples as they are. Those
-# for training are drawn by two processes that share all cores. (What is not private holds for
-# prerequisites as well.)
-$(D)/train/candidates.jsonl: private sampling := --off_topic 1 --processes 2
-$(D)/train/candidates.jsonl: private half :=
+# for training are drawn by two processes that share all cores.
+train = $(filter train,$*)
 $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
-	$(half) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
-	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(sampling)
+	$(if $(train),,$(half)) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
+	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(if $(train),--off_topic 1 --processes 2)
 
 # Three people rank each training prompt, which is one batch element all the same.
-$(D)/train/comparisons.jsonl: private people := --labelers 3
 $(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
-	  --pool training --seed $(SEED) $(people)
+	  --pool training --seed $(SEED) $(if $(train),--labelers 3)
 
 $(D)/%/comparisons_held_out.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
@@ -126,7 +123,8 @@ report = $(py) evaluate.py --out $(OUT)/report --seed $(SEED) --baseline sft \
            --data $(D)/test/prompts.jsonl --val_data $(D)/valid/rm_prompts.jsonl \
            --pretrain_data $(D)/test/pretrain.txt \
            --checkpoints base=$(OUT)/base sft=$(OUT)/sft_selected ppo=$(OUT)/ppo
-$(OUT)/report/.ahead: evaluate.py report.py sample.py $(call weights,ppo) $(call weights,sft_selected)
+measuring := evaluate.py report.py public_eval.py sample.py data/grader.py data/labelers.py data/text_metrics.py
+$(OUT)/report/.ahead: $(measuring) $(call weights,ppo) $(call weights,sft_selected)
 	$(half) $(report) --ahead
 	@touch $@
 

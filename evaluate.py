@@ -62,6 +62,9 @@ from public_eval import measure_public, total_logprobs
 from report import Estimate, Table, estimate
 from sample import Sample, Speaker, check_context, load_speaker, parse_named, sample_responses
 
+# What decides a measurement beside its inputs: parts of other code are not gone on with.
+CODE = ("evaluate.py", "public_eval.py", "report.py", "sample.py", "data/grader.py",
+        "data/labelers.py", "data/text_metrics.py")  # fmt: skip
 TIE = 0.02  # utilities that differ by less are a tie, which counts one half
 
 
@@ -526,7 +529,8 @@ def prompted_base(
         candidates = WORLD_PREFIXES if bench.world else PREFIXES
         return choose_prefix(base, candidates, prompts, bench.judge, bench.sampling)
 
-    prefixes = [(prefix, score) for prefix, score in bench.parts.get(f"prefixes {version}", choose)]
+    part = f"prefixes {base.name} {version}"
+    prefixes = [(prefix, score) for prefix, score in bench.parts.get(part, choose)]
     prompted = replace(base, name=f"{base.name} + prefix", prefix=prefixes[0][0])
     bench.versions[prompted.name] = version
     return prompted, prefixes
@@ -569,15 +573,16 @@ def load_texts(
 
 def compare(args: argparse.Namespace) -> None:
     """Measure all checkpoints and write the report; with --ahead keep the measurements for it."""
+    # Versions first: a checkpoint that is exchanged meanwhile must not pass for the new one.
+    versions = {name: version_of(folder) for name, folder in args.checkpoints.items()}
+    settings = settings_of(args)
     judge = load_reward_model(args)
     models = [open_speaker(name, f, args, judge) for name, f in args.checkpoints.items()]
     reference = open_speaker("reference", args.reference, args, judge) if args.reference else None
     records = load_prompts(args.data, models[0], args)
     world = World.load(args.world) if args.world else None
     context = min(model.model.config.n_positions for model in models)
-    settings = settings_of(args) | {"context": context}
-    parts = Parts(Path(args.out) / "parts", settings, args.resume)
-    versions = {name: version_of(folder) for name, folder in args.checkpoints.items()}
+    parts = Parts(Path(args.out) / "parts", settings | {"context": context}, args.resume)
     bench = Bench(records, judge, sampling_of(args), world, parts, versions)
     texts = load_texts(models, context, world, args)
     if not reference:
@@ -720,8 +725,10 @@ def some_samples(bench: Bench, answers: dict[str, Answers], num: int = 6) -> lis
 def settings_of(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Record:
     """What decides the parts of a report or a selection, for --resume. `folders`: checkpoints that
     all parts depend on, beside the judge and the reference. Parts of single models name them."""
-    left_out = ("out", "resume", "ahead", "checkpoints")
+    left_out = ("out", "resume", "ahead", "checkpoints", "prefixed")
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
+    home = Path(__file__).parent
+    settings["code"] = {name: fingerprint(home / name) for name in CODE}
     settings["versions"] = {str(folder): version_of(folder) for folder in
                             (*folders, args.reward_model, args.reference) if folder}  # fmt: skip
     read = [Path(p) for p in (args.data, args.val_data, args.pretrain_data, args.world) if p]
@@ -846,6 +853,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --select, --checkpoints and --folds")
     if args.folds and (args.folds < 2 or not (args.comparisons and args.init)):
         parser.error("--folds needs at least 2, --comparisons and --init")
+    if args.ahead and (args.public or not args.checkpoints):
+        parser.error("--ahead is for a report: give --checkpoints, without --public")
     if args.public and not args.checkpoints:
         parser.error("--public needs --checkpoints")
     if args.shots < 0:
@@ -867,6 +876,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--baseline {args.baseline}: expected a name given in --checkpoints")
         if args.prefixed not in args.checkpoints:
             args.prefixed = None
+        taken = {f"{args.prefixed} + prefix", report.resampled(args.baseline)}
+        if not args.public and (twice := taken & set(args.checkpoints)):
+            parser.error(f"--checkpoints {min(twice)}=...: the report has a row of that name")
     return args
 
 

@@ -32,7 +32,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 
 import numpy as np
@@ -167,30 +167,32 @@ def load_comparisons(path: str, encoding, args: argparse.Namespace) -> list[Comp
     both ways round.
     """
     comparisons, too_long, all_tied, cut, ties, pairs = [], 0, 0, 0, 0, 0
-    for number, record in enumerate(read_jsonl(path, "comparisons"), start=1):
-        prompt = encode_prompt(encoding, record["prompt"])
+
+    def ranked(item: tuple[int, dict]) -> tuple:
+        return item[1]["prompt"], item[1]["responses"], item[1].get("ended")
+
+    records = enumerate(read_jsonl(path, "comparisons"), start=1)
+    for (text, responses, ended), group in groupby(records, key=ranked):
+        numbers, views = zip(*group, strict=True)
+        prompt = encode_prompt(encoding, text)
         if len(prompt) > args.max_prompt_tokens:
             too_long += 1
             continue
-        ended = record.get("ended", [True] * len(record["responses"]))
-        responses = [encode_response(encoding, response, ended=end)
-                     for response, end in zip(record["responses"], ended, strict=True)]
-        sequences = [prompt + response[: args.max_new_tokens] for response in responses]
-        ranked = untied_pairs(record["ranks"])
-        ties += math.comb(len(sequences), 2) - len(ranked)
-        pairs += len(ranked)
-        last = comparisons[-1] if comparisons else Comparison([], [])
-        if (last.sequences, last.prompt_tokens) == (sequences, len(prompt)):
-            last.pairs.extend(ranked)
-            continue
-        cut += sum(len(response) > args.max_new_tokens for response in responses)
-        all_tied += not ranked
-        if ranked:
-            comparisons.append(Comparison(sequences, ranked, len(prompt), number))
+        sequences = []
+        for response, end in zip(responses, ended or [True] * len(responses), strict=True):
+            response = encode_response(encoding, response, ended=end)
+            cut += len(response) > args.max_new_tokens
+            sequences.append(prompt + response[: args.max_new_tokens])
+        untied = [pair for view in views for pair in untied_pairs(view["ranks"])]
+        ties += len(views) * math.comb(len(sequences), 2) - len(untied)
+        pairs += len(untied)
+        all_tied += not untied
+        if untied:
+            comparisons.append(Comparison(sequences, untied, len(prompt), numbers[0]))
     print(
-        f"{path}: {len(comparisons)} prompts, {pairs} pairs and {ties} ties; rankings dropped: "
-        f"{too_long} with a prompt over {args.max_prompt_tokens} tokens, {all_tied} with ties "
-        f"only; cut {cut} responses over {args.max_new_tokens}"
+        f"{path}: {len(comparisons)} prompts, {pairs} pairs and {ties} ties; dropped {too_long} "
+        f"with a prompt over {args.max_prompt_tokens} tokens and {all_tied} with ties only, cut "
+        f"{cut} responses over {args.max_new_tokens}"
     )
     if not comparisons:
         raise BadInput(f"{path}: no prompt with a pair that is not tied is left")

@@ -396,7 +396,7 @@ class Parts:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 if content["sha256"] == _digest(content["part"]):
                     return json.loads(content["part"])
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 pass
             print(f"warning: {path} is damaged; made again", file=sys.stderr)
         part = json.dumps(compute(), ensure_ascii=False)

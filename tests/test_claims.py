@@ -345,6 +345,14 @@ def test_of_several_rankings_the_first_is_kept(tmp_path: Path) -> None:
     assert kept == [("p0", "training_00"), ("p1", "training_00"), ("p2", "training_00")]
 
 
+@pytest.mark.parametrize("more", [["first"], ["first", "--count", "-1"],
+                                  ["without_group", "--group", "7"]])  # fmt: skip
+def test_odd_variants_are_refused(more: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as error:
+        variants.main([*more, "--data", "x", "--out", str(tmp_path / "y")])
+    assert error.value.code == 2 and not (tmp_path / "y").exists()
+
+
 def test_each_fold_leaves_out_one_group(tmp_path: Path) -> None:
     from data.files import write_jsonl
 

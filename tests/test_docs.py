@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ("train_sft", "train_rm", "train_ppo")
@@ -142,6 +144,14 @@ def test_stages_side_by_side_have_half_of_the_cores_each() -> None:
         "data/valid/candidates.jsonl": True, "rm": False, "sft_selected": True, "ppo": True,
         "ppo_ptx": True, "report ahead": True, "report": False,
     }  # fmt: skip
+
+
+def test_what_decides_a_measurement_makes_the_demo_measure_again() -> None:
+    """Else the final command would refuse the parts, or take those of other code."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    measuring = re.search(r"^measuring := (.*)", makefile, flags=re.M)[1].split()
+    assert set(evaluate.CODE) <= set(measuring)
+    assert "$(measuring)" in rules()["$(OUT)/report/.ahead"][0]
 
 
 def rules() -> dict[str, tuple[set[str], str]]:

@@ -432,7 +432,8 @@ def test_parts_are_kept_checked_and_removed(
         Parts(folder, {"seed": 2, "more": 3}, resume=True)
     (part,) = folder.glob("a_b___c-*.json")
     whole = part.read_bytes()
-    for damage in (whole[:-9], whole.replace(b"0.3", b"0.4"), b"\xff", b"[]"):
+    for damage in (whole[:-9], whole.replace(b"0.3", b"0.4"), b"\xff", b"[]",
+                   b'{"sha256": 3, "part": 4}', b"[" * 100_000):  # fmt: skip
         part.write_bytes(damage)
         assert Parts(folder, {"seed": 1}, resume=True).get("a/b + c", compute) == first
         assert "is damaged; made again" in capsys.readouterr().err

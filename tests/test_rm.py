@@ -329,7 +329,7 @@ def test_comparisons_are_tokens_and_pairs_with_counts(
     assert len(last.sequences[0]) == len(encode_prompt(enc, "say blue")) + 9
     said = capsys.readouterr().out
     assert "2 prompts, 3 pairs and 4 ties" in said
-    assert "dropped: 1 with a prompt over 40 tokens, 1 with ties only; cut 1 responses" in said
+    assert "dropped 1 with a prompt over 40 tokens and 1 with ties only, cut 1 responses" in said
     write_jsonl(path, records[1:3], "comparisons")
     with pytest.raises(BadInput, match="no prompt with a pair that is not tied is left"):
         train_rm.load_comparisons(path, enc, args)
@@ -355,8 +355,8 @@ def test_rankings_of_the_same_responses_are_one_batch_element(
     made = train_rm.load_comparisons(path, tiny.encoding, args)
     assert [c.pairs for c in made] == [
         [(0, 1), (1, 0), (0, 1)], [(1, 0)], [(0, 1)], [(0, 1)], [(1, 0)]]  # fmt: skip
-    assert [c.record for c in made] == [1, 5, 6, 7, 9]
-    assert "5 prompts, 7 pairs and 2 ties; rankings dropped: 0 " in capsys.readouterr().out
+    assert [c.record for c in made] == [1, 5, 6, 7, 8]
+    assert "5 prompts, 7 pairs and 2 ties; dropped 0 " in capsys.readouterr().out
     # r = (0.3, -0.1): two labelers prefer the first, one the second.
     loss, *_ = train_rm.rm_loss(torch.tensor([0.3, -0.1]), made[:1])
     assert loss.item() == pytest.approx((2 * 0.513015 + 0.913015) / 3, abs=1e-5)

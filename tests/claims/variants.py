@@ -76,6 +76,8 @@ def make(args: argparse.Namespace) -> None:
         records = [record for record in records if group_of(record) != args.group]
     elif args.what == "first":
         records = first_rankings(records)[: args.count]
+    if not records:
+        raise BadInput(f"{args.data[0]}: no comparison is left")
     write_jsonl(args.out, records, "comparisons")
 
 
@@ -90,6 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--count", type=int, default=0, help="of how many prompts one ranking is kept")
     add("--seed", type=int, default=0, help="of the shuffling")
     args = parser.parse_args(argv)
+    if args.what == "first" and args.count < 1:
+        parser.error(f"--count {args.count}: expected at least 1")
+    if not 0 <= args.group < NUM_GROUPS:
+        parser.error(f"--group {args.group}: expected 0 to {NUM_GROUPS - 1}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     make(args)
     print(f"wrote {args.out}")
