@@ -439,7 +439,7 @@ def test_parts_are_kept_checked_and_removed(
         assert "is damaged; made again" in capsys.readouterr().err
     assert part.read_bytes() == whole
     Parts(folder, {"seed": 1}, resume=False).get("a/b + c", compute)
-    assert len(made) == 6
+    assert len(made) == 8
     parts.remove()
     assert not folder.exists()
 
