@@ -70,6 +70,7 @@ LABELERS = {  # by split: no labeler writes for two
 }
 TOKENIZER_WORDS = 300_000  # words of pretraining text that the tokenizer is trained on
 MAX_RESPONSE_TOKENS = 28
+MAX_TRIES = 50  # of a demonstrator to answer within it
 MAX_PROMPT_TOKENS = 96  # together at most 124, so that a context of 128 always has room
 
 
@@ -230,13 +231,24 @@ def take(
     return taken + rest[:short]
 
 
-def demonstrate(world: World, records: list[Record], rng: random.Random) -> list[Record]:
-    """Let demonstrators, with their failings, answer the prompts."""
-    done = []
-    for record in records:
+def demonstrate(
+    world: World, encoding: tiktoken.Encoding, records: list[Record], rng: random.Random
+) -> list[Record]:
+    """Let demonstrators, with their failings, answer the prompts; again where it got too long."""
+
+    def respond(record: Record) -> Record:
         failings = Failings.draw(rng, **DEMONSTRATOR_FAILINGS)
         response = answer(world, record["task"], rng, DEMONSTRATED_KINDS, failings)
-        done.append({"prompt": record["prompt"], "response": response, **record})
+        return {"prompt": record["prompt"], "response": response, **record}
+
+    done = []
+    for record in records:
+        made = respond(record)
+        for _ in range(MAX_TRIES):
+            if fits(encoding, made):
+                break
+            made = respond(record)
+        done.append(made)  # where every try was too long, check_lengths says so
     return done
 
 
@@ -304,7 +316,8 @@ def write_prompts(
 
 
 def fill_sets(
-    world: World, pools: dict[tuple[str, str, str], list[Record]], args: argparse.Namespace
+    world: World, encoding: tiktoken.Encoding, pools: dict[tuple[str, str, str], list[Record]],
+    args: argparse.Namespace,
 ) -> dict[str, list[Record]]:
     """Deal the pools into the labelled sets; demonstrators answer -> {"train/...": records}."""
     rng = random.Random(f"sets {world.seed}")
@@ -318,7 +331,7 @@ def fill_sets(
             records += take(pools[split, "customer", purpose], size - by_labelers, CUSTOMER_SHARES)
             rng.shuffle(records)
             if name == "demonstrations":
-                records = demonstrate(world, records, rng)
+                records = demonstrate(world, encoding, records, rng)
             sets[f"{split}/{name}"] = records
     pool = pools["test", "customer", "ranking"]
     sets["test/prompts"] = take(pool, args.test_prompts, CUSTOMER_SHARES, max_per_user=3)
@@ -382,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
     encoding = train_bpe(sample, args.vocab_size)
 
     pools, account = write_prompts(world, encoding, args)
-    sets = fill_sets(world, pools, args)
+    sets = fill_sets(world, encoding, pools, args)
     test_users = sorted({record["user"] for record in sets["test/prompts"]})
     known = {record["prompt"] for records in sets.values() for record in records}
     sets["test/prompts_balanced"] = balanced_prompts(
