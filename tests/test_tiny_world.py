@@ -156,6 +156,23 @@ def test_token_limits(folder: Path, sets: dict[str, list[dict]]) -> None:
     assert tokens / sum(len(re.findall(r"\S+|\n", text)) for text in words) < 1.1
 
 
+def test_a_demonstrator_answers_again_where_it_got_too_long(
+    folder: Path, world: World, sets: dict[str, list[dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of several sentences may be answered in a few: none of a thousand stays too long."""
+    encoding = load_tokenizer(folder / "tokenizer.json")
+    records = [{k: v for k, v in record.items() if k != "response"}
+               for record in sets["train/demonstrations"][:1000]]  # fmt: skip
+
+    def too_long() -> int:
+        made = tiny_world.demonstrate(world, encoding, records, random.Random(1))
+        return sum(len(encode_response(encoding, m["response"])) > 26 for m in made)
+
+    assert too_long() > 0
+    monkeypatch.setattr(tiny_world, "MAX_RESPONSE_TOKENS", 26)
+    assert too_long() == 0
+
+
 def test_few_shot_prompts_show_solved_requests(sets: dict[str, list[dict]]) -> None:
     shots = [r for r in sets["train/demonstrations"] if "shots" in r["task"]]
     assert len(shots) > 100
