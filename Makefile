@@ -35,7 +35,8 @@ demo: $(OUT)/report/report.md
 	@cat $(OUT)/report/table.txt
 	@echo "The report is $(OUT)/report/report.md, its figures beside it."
 
-# By its plan about 110 minutes of two idle cores; started again, it goes on. CLAIMS="--plan" shows it.
+# About an hour of two idle cores (by its cautious plan, 110 minutes: CLAIMS="--plan"); started again,
+# it goes on.
 claims: .venv/ready
 	$(py) -m tests.claims --out $(OUT)/claims $(CLAIMS)
 
