@@ -490,7 +490,9 @@ def test_the_small_demo_has_every_stage_of_the_makefile() -> None:
     made = [(name, argv[argv.index("--out") + 1]) for name, argv in commands]
     folders = ("base", "sft", "init", "rm", "ppo", "ppo_ptx", "sft_selected", "report", "data")
     assert {out for _, out in made} >= {f"o/{folder}" for folder in folders}
-    assert len(commands) == 14 and made[0][0] == "tiny_world" and made[-1] == ("report", "o/report")
+    assert len(commands) == 15 and made[0][0] == "tiny_world" and made[-1] == ("report", "o/report")
+    ahead, last = (argv for _, argv in commands if argv[argv.index("--out") + 1] == "o/report")
+    assert "--ahead" in ahead and "--resume" in last and "ppo_ptx=o/ppo_ptx" in last
     order = [out for _, out in made]
     for first, then in (("base", "sft"), ("base", "init"), ("sft", "rm"), ("rm", "ppo"),
                         ("init", "ppo_ptx")):  # fmt: skip
