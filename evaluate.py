@@ -442,14 +442,12 @@ def labelers_win_scores(
     grades = [list(row) for row in zip(*(a.marks for a in answers.values()), strict=True)]
     samples = zip(*(a.samples for a in answers.values()), strict=True)
     texts = [[sample.text for sample in row] for row in samples]
-    first = label(grades, texts, Pool.make(pool), seed)
-    fitted, wins = (first.noise, first.agreement), []
-    for turn in range(rankings):
-        labels = label(grades, texts, Pool.make(pool), seed, turn=turn, fitted=fitted)
+    turns, wins = label(grades, texts, Pool.make(pool), seed, rankings), []
+    for labels in turns:
         ranks = -np.array(labels.ranks, dtype=float)  # (N, models), higher is better
         base = ranks[:, [models.index(baseline)]]
         wins.append(win_scores(ranks, base, tie=0.5))
-    return dict(zip(models, np.mean(wins, axis=0).T, strict=True)), first
+    return dict(zip(models, np.mean(wins, axis=0).T, strict=True)), turns[0]
 
 
 def measure_text(

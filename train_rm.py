@@ -86,7 +86,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init", default="out/sft", help="checkpoint folder of the SFT model")
     add("--out", default="out/rm", help="folder of the run")
     # Optimisation.
-    add("--epochs", type=int, default=1, help="passes over --data (paper: 1; more overfits)")
+    add("--epochs", type=int, default=1,
+        help="passes over --data (paper: 1, more overfits; demo: 2)")  # fmt: skip
     add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
     add("--batch_size", type=int, default=16, help="prompts a step, all responses each (paper: 64)")
     add("--micro_batch_size", type=int, default=0, help="prompts a backward pass; 0: all")

@@ -76,10 +76,8 @@ def simulate(
     sampled = [[name != OTHER_PROMPT for name in record.get("models") or [""] * len(row)]
                for record, row in zip(records, responses, strict=True)]
     pool = Pool.make(pool_name)
-    labels = label(grades, responses, pool, seed, sampled)
-    fitted = labels.noise, labels.agreement
-    turns = [labels, *(label(grades, responses, pool, seed, turn=turn, fitted=fitted)
-                       for turn in range(1, labelers))]  # fmt: skip
+    turns = label(grades, responses, pool, seed, labelers, sampled)
+    labels = turns[0]
     pairs = sum(len(row) * (len(row) - 1) // 2 for row in grades)
     print(f"{len(records)} prompts, {pairs} pairs, pool {pool_name}, noise {labels.noise:.3f}: "
           f"agreement {labels.agreement:.3f} (target {TARGET_AGREEMENT}), ties "

@@ -122,18 +122,19 @@ class _Marked:
         return cls(parts, sizes, np.array(twin), _Pairs.of(sizes))
 
     def draw(
-        self, pool: Pool, rng: np.random.Generator, turn: int = 0
+        self, pool: Pool, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A labeler for each prompt -> ids (prompts,), utilities and unit noise (responses,).
+        """A labeler for each prompt -> ids (prompts,), utilities and unit noise (responses,)."""
+        ids = rng.integers(POOL_SIZE, size=len(self.sizes))
+        return ids, self.utilities(pool, ids), self.noise(rng)
 
-        Equal texts get equal noise: nobody prefers one of two identical answers. In turn 1, 2, ...
-        from the same generator, other people rank than in turn 0.
-        """
-        ids = (rng.integers(POOL_SIZE, size=len(self.sizes)) + turn) % POOL_SIZE
-        for _ in range(turn):  # the noise of those who ranked before
-            rng.standard_normal(len(self.parts))
-        utilities = (self.parts * pool.weights[np.repeat(ids, self.sizes)]).sum(axis=1)
-        return ids, utilities, rng.standard_normal(len(self.parts))[self.twin]
+    def utilities(self, pool: Pool, ids: np.ndarray) -> np.ndarray:
+        """What the labelers of the prompts, ids (prompts,), think of the responses."""
+        return (self.parts * pool.weights[np.repeat(ids, self.sizes)]).sum(axis=1)
+
+    def noise(self, rng: np.random.Generator) -> np.ndarray:
+        """Unit noise (responses,), equal for equal texts: nobody prefers one of two equals."""
+        return rng.standard_normal(len(self.parts))[self.twin]
 
 
 def _rounded(scores: np.ndarray) -> np.ndarray:
@@ -193,14 +194,11 @@ def dense_ranks(scores: np.ndarray) -> list[int]:
 
 
 def label(
-    grades: list[list[Grade]], responses: list[list[str]], pool: Pool, seed: int,
-    sampled: list[list[bool]] | None = None, *, turn: int = 0,
-    fitted: tuple[float, float] | None = None,
-) -> Labels:  # fmt: skip
-    """Let one labeler of the pool rank the responses of each prompt.
-
-    In `turn` 1, 2, ... it is another one for each prompt than before. `fitted` is the noise and the
-    agreement of an earlier turn, which is then not fitted again.
+    grades: list[list[Grade]], responses: list[list[str]], pool: Pool, seed: int, rankings: int = 1,
+    sampled: list[list[bool]] | None = None,
+) -> list[Labels]:  # fmt: skip
+    """Let labelers of the pool rank the responses of each prompt: so many rankings, each of other
+    people for every prompt.
 
     grades[i] are the grades of prompt i's responses. Of the texts only their equality matters.
     `sampled` says which responses were sampled for their prompt: the noise is fitted on pairs of
@@ -212,22 +210,26 @@ def label(
         own = np.array([s for row in sampled for s in row], bool)
         counted = own[marked.pairs.first] & own[marked.pairs.second]
         counted = counted if counted.any() else None
-    noise, agreed = fitted or fit_noise(marked, pool, seed, counted)
-    ids, utilities, unit = marked.draw(pool, pool.rng(seed, 2), turn)
-    scores = _rounded(utilities + noise * unit)
-    order = marked.pairs.order(scores)
+    noise, agreed = fit_noise(marked, pool, seed, counted)
     # Rounded to 1e-9, so that equal marks compare equal whatever the order of summation.
     truth = marked.pairs.order(np.round(marked.parts @ pool.mean_weights, 9))
-    decided = order != 0
-    return Labels(
-        ranks=[dense_ranks(row) for row in np.split(scores, np.cumsum(marked.sizes)[:-1])],
-        labelers=[pool.labeler(i) for i in ids],
-        noise=noise,
-        agreement=agreed,
-        tie_rate=1 - float(decided.mean()),
-        ceiling=float(np.where(truth == 0, 0.5, truth == order)[decided].mean())
-        if decided.any() else float("nan"),
-    )
+    rng, made = pool.rng(seed, 2), []
+    first = rng.integers(POOL_SIZE, size=len(marked.sizes))
+    for turn in range(rankings):
+        ids = (first + turn) % POOL_SIZE
+        scores = _rounded(marked.utilities(pool, ids) + noise * marked.noise(rng))
+        order = marked.pairs.order(scores)
+        decided = order != 0
+        made.append(Labels(
+            ranks=[dense_ranks(row) for row in np.split(scores, np.cumsum(marked.sizes)[:-1])],
+            labelers=[pool.labeler(i) for i in ids],
+            noise=noise,
+            agreement=agreed,
+            tie_rate=1 - float(decided.mean()),
+            ceiling=float(np.where(truth == 0, 0.5, truth == order)[decided].mean())
+            if decided.any() else float("nan"),
+        ))  # fmt: skip
+    return made
 
 
 def likert(grade: Grade, weights: tuple[float, ...] | np.ndarray) -> int:

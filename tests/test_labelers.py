@@ -14,11 +14,17 @@ from data.answers import Failings, answer
 from data.files import BadInput, read_jsonl, run_command, write_jsonl
 from data.grader import Grade, grade, utility
 from data.label import parse_ranking
-from data.labelers import POOL_WEIGHTS, Pool, dense_ranks, label, likert, metadata
+from data.labelers import POOL_WEIGHTS, Labels, Pool, dense_ranks, likert, metadata
 from data.tasks import LABELER_SHARES, make_prompt, pick
 from data.world import World
 
 NUM_PROMPTS = 400
+
+
+def label(*args, **more) -> Labels:
+    """One ranking of each prompt."""
+    (labels,) = labelers.label(*args, **more)
+    return labels
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +120,7 @@ def test_noise_is_fitted_on_responses_to_their_prompt(
     more = [[*row, bad] for row in grades]
     more_texts = [[*row, "an answer to another prompt"] for row in texts(candidates)]
     sampled = [[True] * len(row) + [False] for row in grades]
-    assert label(more, more_texts, pool, 0, sampled).noise == pytest.approx(without, rel=0.1)
+    assert label(more, more_texts, pool, 0, sampled=sampled).noise == pytest.approx(without, rel=0.1)
     assert label(more, more_texts, pool, 0).noise > 1.2 * without
 
 

@@ -13,6 +13,7 @@ import argparse
 import random
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from data.files import (
@@ -57,10 +58,8 @@ def group_of(record: Record) -> int:
 
 def first_rankings(comparisons: list[Record]) -> list[Record]:
     """One labeler's ranking of each prompt: the first of those that stand one after the other."""
-    def same(a: Record, b: Record) -> bool:
-        return (a["prompt"], a["responses"]) == (b["prompt"], b["responses"])
-
-    return [r for i, r in enumerate(comparisons) if not i or not same(r, comparisons[i - 1])]
+    of_prompts = groupby(comparisons, key=lambda record: (record["prompt"], record["responses"]))
+    return [next(rankings) for _, rankings in of_prompts]
 
 
 def make(args: argparse.Namespace) -> None:
