@@ -120,7 +120,8 @@ def test_noise_is_fitted_on_responses_to_their_prompt(
     more = [[*row, bad] for row in grades]
     more_texts = [[*row, "an answer to another prompt"] for row in texts(candidates)]
     sampled = [[True] * len(row) + [False] for row in grades]
-    assert label(more, more_texts, pool, 0, sampled=sampled).noise == pytest.approx(without, rel=0.1)
+    noise = label(more, more_texts, pool, 0, sampled=sampled).noise
+    assert noise == pytest.approx(without, rel=0.1)
     assert label(more, more_texts, pool, 0).noise > 1.2 * without
 
 
