@@ -58,10 +58,9 @@ clean:
 # The tiny world
 
 # Facts, users, prompts, demonstrations, pretraining text, tokenizer.
-world := $(addprefix data/,tiny_world.py world.py tasks.py answers.py corpus.py probes.py card.py \
-                            hygiene.py tokenizer.py files.py)
+world := $(wildcard data/tiny/*.py) data/hygiene.py data/tokenizer.py data/files.py
 $(D)/card.md: $(world) | .venv/ready
-	$(py) -m data.tiny_world --out $(D) --seed $(SEED)
+	$(py) -m data.tiny.make --out $(D) --seed $(SEED)
 
 # Step 0: the base model, by pretraining.
 $(call weights,base): train_sft.py model.py $(D)/card.md
@@ -88,11 +87,11 @@ $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
 	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(if $(train),--off_topic 1 --processes 2)
 
 # Three people rank each training prompt, which is one batch element all the same.
-$(D)/%/comparisons.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
+$(D)/%/comparisons.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
 	  --pool training --seed $(SEED) $(if $(train),--labelers 3)
 
-$(D)/%/comparisons_held_out.jsonl: data/label.py data/labelers.py data/grader.py data/world.py $(D)/%/candidates.jsonl
+$(D)/%/comparisons_held_out.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
 	  --pool held_out --seed $(SEED)
 
@@ -124,7 +123,7 @@ report = $(py) evaluate.py --out $(OUT)/report --seed $(SEED) --baseline sft \
            --data $(D)/test/prompts.jsonl --val_data $(D)/valid/rm_prompts.jsonl \
            --pretrain_data $(D)/test/pretrain.txt \
            --checkpoints base=$(OUT)/base sft=$(OUT)/sft_selected ppo=$(OUT)/ppo
-measuring := evaluate.py report.py public_eval.py sample.py data/grader.py data/labelers.py data/text_metrics.py
+measuring := evaluate.py evaluation/report.py evaluation/public.py sample.py data/tiny/grader.py data/tiny/labelers.py data/real/text_metrics.py
 $(OUT)/report/.ahead: $(measuring) $(call weights,ppo) $(call weights,sft_selected)
 	$(half) $(report) --ahead
 	@touch $@
@@ -144,10 +143,10 @@ real: $(R)/report/report.md $(R)/folds/folds.md
 	@cat $(R)/report/table.txt $(R)/folds/folds.md
 	@echo "The report is $(R)/report/report.md; reward-model accuracy in $(R)/folds/folds.md."
 
-$(R)/data/account.txt: data/prepare.py data/convert.py data/raw.py data/hygiene.py \
+$(R)/data/account.txt: data/real/prepare.py data/real/convert.py data/real/raw.py data/hygiene.py \
                        data/tokenizer.py data/files.py | .venv/ready
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
-	$(py) -m data.prepare novels alpaca oasst qa-feedback --from $(DATA) --out $(R)/data \
+	$(py) -m data.real.prepare novels alpaca oasst qa-feedback --from $(DATA) --out $(R)/data \
 	  --passage_chars 300 --seed $(SEED)
 
 $(R)/base/model.safetensors: train_sft.py $(R)/data/account.txt
@@ -188,7 +187,7 @@ $(R)/report/report.md: evaluate.py $(R)/ppo_ptx/model.safetensors
 	  --num_pretrain_tokens 50000 $(real_lim)
 
 # Human comparisons, five folds by prompt: the reward model beside two simple rules.
-$(R)/folds/folds.md: evaluate.py folds.py train_rm.py $(R)/sft/model.safetensors
+$(R)/folds/folds.md: evaluate.py evaluation/folds.py train_rm.py $(R)/sft/model.safetensors
 	$(half) $(py) evaluate.py --folds 5 --init $(R)/sft --out $(R)/folds --seed $(SEED) --resume \
 	  --comparisons $(foreach s,train valid test,$(R)/data/$(s)/comparisons.jsonl) \
 	  --rm_flags "$(real_rm)" $(real_lim)
@@ -197,9 +196,9 @@ $(R)/folds/folds.md: evaluate.py folds.py train_rm.py $(R)/sft/model.safetensors
 public: $(R)/public/report.md
 	@echo "The alignment-tax table is $(R)/public/table.txt, the report $(R)/public/report.md."
 
-$(R)/public/report.md: evaluate.py public_eval.py data/public_sets.py data/public_items.py \
-                       data/text_metrics.py data/toxicity.py data/raw.py data/files.py \
-                       model.py sample.py report.py \
+$(R)/public/report.md: evaluate.py evaluation/public.py data/real/public_sets.py data/real/public_items.py \
+                       data/real/text_metrics.py data/real/toxicity.py data/real/raw.py data/files.py \
+                       model.py checkpoint.py sample.py evaluation/report.py \
                        $(R)/ppo/model.safetensors $(R)/ppo_ptx/model.safetensors
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(half) $(py) evaluate.py --public $(DATA) --out $(R)/public --seed $(SEED) --resume \

@@ -15,9 +15,9 @@
 
 The first part of this file is measurements: functions of a model that return one number for each
 prompt (or item, or sequence), from which `estimate` makes a mean and an interval. The second part
-is the commands; those of --folds and --public are in folds.py and public_eval.py, and report.py
-writes. Everything that concerns the tiny world's truth needs --world; without it the reward model
-is the judge, and the report says so.
+is the commands; those of --folds and --public are in evaluation/, which also writes the report.
+Everything that concerns the tiny world's truth needs --world; without it the reward model is the
+judge, and the report says so.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import report
-from data.corpus import ANSWER_HEADINGS, bias_pairs, public_tasks
+from checkpoint import find_model, read_info
 from data.files import (
     BadInput,
     Parts,
@@ -50,21 +49,23 @@ from data.files import (
     run_command,
     write_folder_atomic,
 )
-from data.grader import Grade, evaluation_utility, grade
-from data.labelers import Labels, Pool, label
-from data.public_sets import PUBLIC_SETS
-from data.text_metrics import entropy_bits
+from data.real.public_sets import PUBLIC_SETS
+from data.real.text_metrics import entropy_bits
+from data.tiny.corpus import ANSWER_HEADINGS, bias_pairs, public_tasks
+from data.tiny.grader import Grade, evaluation_utility, grade
+from data.tiny.labelers import Labels, Pool, label
+from data.tiny.world import World
 from data.tokenizer import encode_prompt
-from data.world import World
-from folds import cross_validate
-from model import ScalarModel, find_model, pad_right, read_info
-from public_eval import measure_public, total_logprobs
-from report import Estimate, Table, estimate
+from evaluation import report
+from evaluation.folds import cross_validate
+from evaluation.public import measure_public, total_logprobs
+from evaluation.report import Estimate, Table, estimate
+from model import ScalarModel, pad_right
 from sample import Sample, Speaker, check_context, load_speaker, parse_named, sample_responses
 
 # What decides a measurement beside its inputs: parts of other code are not gone on with.
-CODE = ("evaluate.py", "public_eval.py", "report.py", "sample.py", "data/grader.py",
-        "data/labelers.py", "data/text_metrics.py")  # fmt: skip
+CODE = ("evaluate.py", "evaluation/public.py", "evaluation/report.py", "sample.py",
+        "data/tiny/grader.py", "data/tiny/labelers.py", "data/real/text_metrics.py")  # fmt: skip
 TIE = 0.02  # utilities that differ by less are a tie, which counts one half
 
 

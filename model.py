@@ -1,8 +1,7 @@
-"""GPT-2, its scalar-headed twin, sampling, and checkpoints: everything the three stages share.
+"""GPT-2 and its scalar-headed twin: the architecture that the three stages share.
 
     GPT           tokens -> hidden states; log-probs of given tokens; sampling with a KV cache
     ScalarModel   the same trunk with one number per position: reward model and value network
-    Checkpoints   what a run needs to go on after being killed, and what it hands to the next stage
 
 Dimensions: B batch, T tokens, C width, H heads, D = C / H head size, V vocabulary, S cache length.
 
@@ -18,38 +17,20 @@ Parameter names and layout are GPT-2's, so its weights load here and ours load e
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import os
-import shutil
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from data import files
-from data.files import BadInput
-
-MAX_PARAMETERS = 10**12  # a config that asks for more is a mistake: 4 TB of weights
-DOWNLOADS = Path(__file__).parent / "data" / "downloads"
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GPT2_FIXED: dict[str, tuple] = {  # what a config.json may say elsewhere, and here must not
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh GELU
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True,),
-}
+from checkpoint import check_config, find_model, load_model
+from generate import KVCache, compute_dtype, generate, without_autocast
 
 
 @dataclass
@@ -68,35 +49,7 @@ class GPTConfig:
     score_mod: str = "causal"  # a key of kernels.flash_attention.SCORE_MODS
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise BadInput(f"{name} is {value!r}; expected a whole number from 1")
-        if self.n_embd % self.n_head:
-            raise BadInput(
-                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change either"
-            )
-        if not 0 <= self.resid_pdrop < 1:
-            raise BadInput(f"resid_pdrop is {self.resid_pdrop}; expected 0 or more, below 1")
-        epsilon = self.layer_norm_epsilon
-        if type(epsilon) is not float or not 0 < epsilon < 1:
-            raise BadInput(f"layer_norm_epsilon is {epsilon!r}; expected a number like 1e-5")
-        std = self.initializer_range
-        if type(std) not in (float, int) or not 0 <= std < math.inf:
-            raise BadInput(f"initializer_range is {std!r}; expected a number from 0")
-        if not isinstance(self.score_mod, str):
-            raise BadInput(f"score_mod is {self.score_mod!r}; expected a name")
-        size = self.n_embd * (self.vocab_size + self.n_positions + 12 * self.n_layer * self.n_embd)
-        if size > MAX_PARAMETERS:
-            raise BadInput(
-                f"n_layer {self.n_layer}, n_embd {self.n_embd}, n_positions {self.n_positions} and "
-                f"vocab_size {self.vocab_size} come to {size:.0e} parameters, over "
-                f"{MAX_PARAMETERS:.0e}: lower one"
-            )
-        if not 0 <= self.eos_token_id < self.vocab_size:
-            raise BadInput(
-                f"eos_token_id {self.eos_token_id} is not below vocab_size {self.vocab_size}"
-            )
+        check_config(self)
 
 
 class Linear(nn.Module):
@@ -110,28 +63,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that matrix products with `weight` have: autocast's where that is on."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def without_autocast(tensor: Tensor) -> torch.autocast:
-    """A context in which products keep the dtype of their inputs."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights and biases of the `Linear` layers in `dtype`, half the memory at 16 bits.
-
-    Under autocast to `dtype` results stay the same bit for bit: there products cast them at each
-    use. Embeddings, layer norms and a scalar head, which autocast leaves alone, stay as they are.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.to(dtype)
 
 
 def forward_flops(
@@ -150,22 +81,6 @@ def forward_flops(
     L, C = config.n_layer, config.n_embd
     trunk = sum(24 * L * C**2 * n + 4 * L * C * n**2 for n in lengths)
     return trunk - 24 * L * C**2 * repeated + 2.0 * config.vocab_size * C * predicted
-
-
-class KVCache:
-    """Keys and values of every layer for the tokens seen so far, (B, H, S, D) each."""
-
-    def __init__(self, config: GPTConfig, batch: int, size: int, weight: Tensor):
-        shape = (batch, config.n_head, size, config.n_embd // config.n_head)
-        kind = {"dtype": compute_dtype(weight), "device": weight.device}
-        self.keys = [torch.empty(shape, **kind) for _ in range(config.n_layer)]
-        self.values = [torch.empty(shape, **kind) for _ in range(config.n_layer)]
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all but the given batch rows; one that is given twice is there twice."""
-        for tensors in (self.keys, self.values):
-            for layer, tensor in enumerate(tensors):  # one at a time: the old one is freed
-                tensors[layer] = tensor[rows]
 
 
 @dataclass
@@ -407,7 +322,6 @@ class GPT(nn.Module):
             )  # fmt: skip
         return _unmask(logprobs, chosen), _unmask(entropy, chosen)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Tensor,
@@ -432,63 +346,10 @@ class GPT(nn.Module):
         nothing. On a GPU (or with the private `_static`, for tests) a step's tensors stay where
         they are and batch sizes are few, so that a step is one CUDA graph: see `_Decoder`.
         """
-        device, end = prompts.device, self.config.eos_token_id
-        _static = device.type == "cuda" if _static is None else _static
-        sources = torch.arange(len(prompts), device=device)  # row of the result -> its prompt
-        if repeats is not None:
-            sources = sources.repeat_interleave(repeats)
-        B, P = len(sources), prompts.shape[1]
-        longest_prompt = int(prompt_lengths.max())
-        longest = longest_prompt + max_new_tokens
-        if longest > self.config.n_positions:
-            raise ValueError(
-                f"prompt and max_new_tokens {max_new_tokens} come to {longest} tokens, over "
-                f"n_positions {self.config.n_positions}: lower max_prompt_tokens or max_new_tokens"
-            )
-        inside = torch.arange(P, device=device) < prompt_lengths[:, None]
-        prompts = torch.where(inside, prompts, end)
-        tokens = prompts.new_full((B, P + max_new_tokens), end)
-        tokens[:, :P] = prompts[sources]
-        lengths = prompt_lengths[sources].to(torch.int64)
-        if max_new_tokens == 0:
-            return tokens, lengths.int()
-        uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
-
-        model = self._for_decoding()
-        cache = KVCache(self.config, len(prompts), longest, model.h[0].attn.c_attn.weight)
-        hidden = model(prompts[:, :longest_prompt], prompt_lengths.int(), cache)
-        if repeats is not None:
-            cache.keep_rows(sources)
-        decoder = _Decoder(model, tokens, lengths, cache, uniforms, temperature)
-        decoder.write(hidden[sources, lengths - 1])
-        del hidden
-        # A look at `ended` waits for the device, so on a GPU it is rationed.
-        look_every = 8 if _static else 1
-        for step in range(1, max_new_tokens):
-            if step % look_every == 0:
-                going = int((~decoder.ended).sum())
-                if going == 0:
-                    break
-                left = max_new_tokens - step
-                decoder.keep(_next_size(going, len(decoder.rows), left, _static))
-            decoder.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the graph must not go while it runs
-        return tokens, lengths.int()
-
-    def _for_decoding(self) -> GPT:
-        """This model with its matrices in the dtype of their products: cast once, not each step."""
-        weight = self.h[0].attn.c_attn.weight
-        if compute_dtype(weight) == weight.dtype:
-            return self
-        model = copy.copy(self)  # shares all parameters but the blocks'
-        model._modules = dict(self._modules)
-        blocks = nn.ModuleList()
-        for block in self.h:
-            blocks.append(copy.deepcopy(block))
-            store_matrices(blocks[-1], compute_dtype(weight))
-        model.h = blocks
-        return model
+        return generate(
+            self, prompts, prompt_lengths, max_new_tokens, temperature=temperature,
+            generator=generator, repeats=repeats, static=_static,
+        )
 
     @classmethod
     def from_pretrained(
@@ -501,105 +362,7 @@ class GPT(nn.Module):
         by the caller, not by the file. Raises `BadInput` where the folder is not a language model.
         """
         folder = find_model(name_or_dir)
-        config, _ = read_config(folder)
-        weights = _read_weights(folder)
-        if "score.weight" in weights:
-            raise BadInput(
-                f"{folder}: holds a scalar model (stage {read_info(folder).get('stage', '?')}), "
-                "expected a language model: give a checkpoint of train_sft.py or train_ppo.py"
-            )
-        config.resid_pdrop = resid_pdrop
-        return _make(cls, config, weights, folder, impl)
-
-
-class _Decoder:
-    """Rows being written, N of the B of a result: the tensors of a step, and the step.
-
-    Nothing in `step` reads a value on the host or makes a tensor that the next step needs: it works
-    on the buffers below, in place. So on a GPU the first step at a batch size runs as it is, which
-    also warms up all kernels; the second is captured as a CUDA graph, and later ones are launches
-    of that graph, one call each instead of some fifteen a layer.
-    """
-
-    def __init__(
-        self, model: GPT, tokens: Tensor, lengths: Tensor, cache: KVCache, uniforms: Tensor,
-        temperature: float,
-    ):  # fmt: skip
-        self.model, self.cache, self.temperature = model, cache, temperature
-        self.tokens, self.lengths, self.uniforms = tokens, lengths, uniforms  # of all B rows
-        self.start = lengths.clone()  # (B,) prompt lengths
-        self.rows = torch.arange(len(tokens), device=tokens.device)  # (N,) which are written
-        self.new = torch.empty_like(self.rows)  # (N,) their newest tokens
-        self.ended = torch.zeros_like(self.rows, dtype=torch.bool)  # (N,)
-        self.weight = model.unembedding.float()  # float32 logits: 16-bit ones are off by 0.1 nats
-        self.captures = tokens.is_cuda
-        self.steps_here = 0  # at this batch size
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def write(self, hidden: Tensor) -> None:
-        """Choose a token for each row from its last hidden state (N, C), and append it."""
-        places = self.lengths[self.rows]
-        with without_autocast(self.weight):
-            logits = hidden.float() @ self.weight.T
-        uniforms = self.uniforms[self.rows, places - self.start[self.rows]]
-        end = self.model.config.eos_token_id
-        self.new.copy_(_sample(logits, uniforms, self.temperature))
-        self.new.masked_fill_(self.ended, end)
-        # A row that ended but is still here writes the end token behind its end, where one stands.
-        self.tokens[self.rows, places] = self.new
-        self.lengths[self.rows] = places + (~self.ended).long()
-        self.ended.logical_or_(self.new == end)
-
-    def advance(self) -> None:
-        """Run the newest tokens through the model, and write the next ones."""
-        positions = self.lengths[self.rows] - 1
-        x = self.model.wte(self.new) + self.model.wpe(positions)
-        for block in self.model.h:
-            x = block.step(x, positions, self.cache)
-        self.write(self.model.ln_f(x))
-
-    def step(self) -> None:
-        """`advance`, on a GPU as a CUDA graph from the second step at a batch size on."""
-        self.steps_here += 1
-        if not self.captures or self.steps_here == 1:
-            self.advance()
-            return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, runs nothing
-                self.advance()
-        self.graph.replay()
-
-    def keep(self, size: int) -> None:
-        """Go on with `size` rows: those that have not ended, filled up with some that have."""
-        if size == len(self.rows):
-            return
-        self.graph, self.steps_here = None, 0  # the buffers move
-        kept = self.ended.int().argsort(stable=True)[:size]
-        self.cache.keep_rows(kept)
-        self.rows, self.new, self.ended = self.rows[kept], self.new[kept], self.ended[kept]
-
-
-def _next_size(going: int, size: int, steps_left: int, static: bool) -> int:
-    """The batch size to go on with, where `going` of `size` rows have not ended.
-
-    Copying the cache of fewer rows pays when a tenth has ended. With CUDA graphs a new size also
-    costs a step without graph and a capture: sizes are powers of two from 8, and the step is made
-    for a quarter of the rows and 16 steps.
-    """
-    if not static:
-        return going if going < 0.9 * size else size
-    smaller = max(8, 1 << (going - 1).bit_length())
-    return smaller if smaller <= 0.75 * size and steps_left >= 16 else size
-
-
-def _sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """Invert the distribution function: logits (N, V) float32, uniforms (N,) -> tokens (N,)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    cdf = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
-    point = uniforms[:, None] * cdf[:, -1:]  # rounding may leave the sum a little off 1
-    return torch.searchsorted(cdf, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        return load_model(cls, GPTConfig, folder, impl=impl, resid_pdrop=resid_pdrop)
 
 
 def _unmask(values: Tensor, chosen: Tensor) -> Tensor:
@@ -678,16 +441,9 @@ class ScalarModel(nn.Module):
         cls, folder: str | Path, *, impl: str = "auto", resid_pdrop: float = 0.0
     ) -> ScalarModel:
         """Load a checkpoint of train_rm.py. Raises `BadInput` where it is a language model."""
-        folder = Path(folder)
-        config, _ = read_config(folder)
-        weights = _read_weights(folder)
-        if "score.weight" not in weights:
-            raise BadInput(
-                f"{folder}: holds a language model (stage {read_info(folder).get('stage', '?')}), "
-                "expected a reward model: give a checkpoint of train_rm.py"
-            )
-        config.resid_pdrop = resid_pdrop
-        return _make(cls, config, weights, folder, impl)
+        return load_model(
+            cls, GPTConfig, Path(folder), impl=impl, resid_pdrop=resid_pdrop
+        )
 
 
 def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -701,361 +457,3 @@ def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tu
 
 # ------------------------------------------------------------------------------------------------
 # Reading and writing model folders
-
-
-def find_model(name_or_dir: str | Path) -> Path:
-    """The folder of a model: a path as it is, a name of GPT-2 under data/downloads/."""
-    if str(name_or_dir) in GPT2_NAMES and not Path(name_or_dir).is_dir():
-        folder = DOWNLOADS / str(name_or_dir)
-        absent = not folder.is_dir()
-        if absent or not (folder / "model.safetensors").exists():  # a download that did not end
-            raise BadInput(
-                f"{folder}: {'no such folder' if absent else 'holds no weights'}; get them with "
-                f"`python -m data.prepare --download {name_or_dir}`"
-            )
-        return folder
-    return Path(name_or_dir)
-
-
-def read_info(folder: str | Path) -> dict[str, Any]:
-    """All of a folder's config.json: the model's shape, and stage, data and settings of its run."""
-    path = Path(folder) / "config.json"
-    try:
-        info = files.parse_json(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise BadInput(
-            f"{path}: no such file; expected a checkpoint folder with config.json and "
-            "model.safetensors (has the stage before finished?)"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
-    if not isinstance(info, dict):
-        raise BadInput(f"{path}: expected a JSON object, found {type(info).__name__}")
-    return info
-
-
-def read_config(folder: str | Path) -> tuple[GPTConfig, dict[str, Any]]:
-    """The model's shape from a folder's config.json, and the whole of that file."""
-    info = read_info(folder)
-    path = Path(folder) / "config.json"
-    for key, needed in GPT2_FIXED.items():
-        if info.get(key, needed[0]) not in needed:
-            raise BadInput(f'{path}: key "{key}": expected {needed[0]!r}, found {info[key]!r}')
-    names = {field.name for field in fields(GPTConfig)}
-    values = {"n_positions": info.get("n_ctx")} | {k: v for k, v in info.items() if k in names}
-    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-        if values.get(name) is None:
-            raise BadInput(f'{path}: key "{name}" is missing; expected a GPT-2 config')
-    values.setdefault("eos_token_id", values["vocab_size"] - 1)
-    try:
-        return GPTConfig(**values), info
-    except (BadInput, TypeError) as error:
-        raise BadInput(f"{path}: {error}") from None
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of model.safetensors under this project's names."""
-    path = folder / "model.safetensors"
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; expected weights beside config.json") from None
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: not a readable safetensors file ({error})") from None
-    weights = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("transformer.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight":
-            weights[name] = tensor
-    return weights
-
-
-def _make(
-    kind: type[GPT | ScalarModel], config: GPTConfig, weights: dict[str, Tensor], folder: Path,
-    impl: str,
-) -> Any:  # fmt: skip
-    """A GPT or ScalarModel of that shape, with those weights in float32."""
-    path = folder / "model.safetensors"
-    # Read off the embeddings first: a config may ask for a model that no memory holds.
-    outer = {"wte.weight": (config.vocab_size, config.n_embd),
-             "wpe.weight": (config.n_positions, config.n_embd)}  # fmt: skip
-    for name, shape in outer.items():
-        if name in weights and weights[name].shape != shape:
-            raise BadInput(
-                f"{path}: does not fit config.json; {name} is {tuple(weights[name].shape)}, "
-                f"expected {shape}"
-            )
-    num_layers = sum(name.endswith(".ln_1.weight") for name in weights)
-    if num_layers != config.n_layer:
-        raise BadInput(
-            f"{path}: does not fit config.json; holds {num_layers} layers, expected n_layer "
-            f"{config.n_layer}"
-        )
-    with torch.device("meta"):
-        model = kind(config, impl)
-    if kind is ScalarModel:
-        weights = {
-            name if name.startswith("score.") else f"trunk.{name}": tensor
-            for name, tensor in weights.items()
-        }
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    odd = sorted(set(expected) ^ set(weights))
-    odd += [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    if odd:
-        raise BadInput(
-            f"{path}: does not fit config.json; missing, unexpected or of another shape: "
-            f"{', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}"
-        )
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            raise BadInput(
-                f"{path}: {name} is {tensor.dtype} or holds NaN or infinity; expected finite floats"
-            )
-    weights = {name: tensor.float() for name, tensor in weights.items()}
-    model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(True)
-
-
-def check_tokenizer(config: GPTConfig, encoding: Any, path: str | Path) -> None:
-    """Raise `BadInput` unless the tokenizer's ids are the model's and so is its end token."""
-    if encoding.n_vocab > config.vocab_size or encoding.eot_token != config.eos_token_id:
-        raise BadInput(
-            f"{path}: {encoding.n_vocab} entries with end token {encoding.eot_token} do not fit a "
-            f"model with vocab_size {config.vocab_size} and eos_token_id {config.eos_token_id}; "
-            "give the tokenizer that the model was trained with"
-        )
-
-
-def save_model(
-    folder: str | Path, model: GPT | ScalarModel, tokenizer_json: str, info: dict[str, Any]
-) -> None:
-    """Write config.json, tokenizer.json and, last, model.safetensors, each atomically.
-
-    `info` (stage, data, settings) goes into config.json beside the shape, under keys of its own.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = asdict(model.config) | {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel" if isinstance(model, GPT) else "ScalarModel"],
-        "activation_function": "gelu_new",
-        "bos_token_id": model.config.eos_token_id,
-        "tie_word_embeddings": True,
-    }
-    files.write_atomic(folder / "config.json", json.dumps(shape | info, indent=2) + "\n")
-    files.write_atomic(folder / "tokenizer.json", tokenizer_json)
-    weights = {
-        name.removeprefix("trunk."): tensor.detach().float().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    # In a folder aside, because safetensors writes to a file of its own making first, which a
-    # killed process would leave behind; and it makes that file private.
-    aside = folder / f".model.safetensors.{os.getpid()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", aside / "model.safetensors")
-        files.flush_to_disk(aside / "model.safetensors")
-        os.replace(aside / "model.safetensors", folder / "model.safetensors")
-        files.flush_to_disk(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _interned(value: Any) -> Any:
-    """The same nested dicts and lists, equal keys being one object. Pickle writes each object once
-    and then refers to it, so only then are the files of equal states equal."""
-    if isinstance(value, dict):
-        return {sys.intern(k) if isinstance(k, str) else k: _interned(v) for k, v in value.items()}
-    return [_interned(v) for v in value] if isinstance(value, list) else value
-
-
-class Checkpoints:
-    """The folder of one run: what it needs to go on (`checkpoints/<step>/`) and its result.
-
-    Every random draw of step i in the three scripts is a function of the seed and of i, and so is
-    every batch. So weights, optimizer states, logs and the step are all there is to save, and a
-    resumed run is the uninterrupted run, on a CPU bit for bit. An earlier result in the same folder
-    stays until the first checkpoint of the new run.
-
-    config.json of a checkpoint and of the result has "settings", and where a resume changed them
-    "changes": a list of {"after_step", "settings"}, the settings up to and with that step.
-    """
-
-    KEEP = 2
-
-    def __init__(self, out: str | Path, settings: dict[str, Any]):
-        """`settings`: everything that decides the run's numbers; a resume refuses other ones."""
-        self.out, self.folder, self.settings = Path(out), Path(out) / "checkpoints", settings
-        self.resumed_from: Path | None = None
-        self.changes: list[dict[str, Any]] = []
-        self._fresh = True  # no checkpoint of this run is there yet
-        files.check_writable(self.out)
-        for folder in (self.out, self.folder, self.out / "epochs"):
-            files.remove_leftovers(folder)
-
-    def resume(self, restore: Callable[[dict[str, Any]], None], changed: bool = False) -> int:
-        """Give the state of the newest intact checkpoint to `restore`; return its step, else 0.
-
-        A damaged checkpoint (checksums) is passed over with a warning. Raises `BadInput` if all
-        that is left is of a run with other settings, or if this run has gone on with other ones
-        after its newest checkpoint with these; unless `changed`, which goes on with the newest,
-        says what differs and records it.
-        """
-        intact = []
-        for folder in sorted(self.folder.glob("[0-9]*"), reverse=True):
-            if files.folder_is_intact(folder):
-                intact.append(folder)
-            elif not intact:
-                print(f"warning: {folder} is damaged; trying the one before", file=sys.stderr)
-        # A run killed while it replaced an earlier run's checkpoints may leave both.
-        mine = [folder for folder in intact if not self._differences(folder)]
-        newer = intact[: intact.index(mine[0])] if mine else intact
-        went_on = any(self._was_mine(folder) for folder in newer)
-        if intact and not changed and (went_on or not mine):
-            raise BadInput(
-                f"{intact[0]}: --resume with other settings: {self._differences(intact[0])}; give "
-                "the old ones, start over without --resume, or give --resume_changed to go on with "
-                "the new ones"
-            )
-        for folder in (intact if changed else mine)[:1]:
-            try:
-                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-                restore(state)
-                step = int(state["step"])
-                self._record_changes(folder, step)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # crafted or of another version; weights_only runs nothing
-                if isinstance(error, RuntimeError) and "can't allocate" in str(error):
-                    raise  # a CPU's memory
-                raise BadInput(
-                    f"{folder}/state.pt: not the state of such a run ({type(error).__name__}); "
-                    "start over without --resume"
-                ) from error
-            self._fresh, self.resumed_from = False, folder
-            # What `save` would have removed next, had the process not been killed.
-            older = sorted(f for f in intact if f.name < folder.name and self._is_mine(f))
-            for superseded in set(self.folder.glob("[0-9]*")) - {*older[1 - self.KEEP :], folder}:
-                shutil.rmtree(superseded)
-            for epoch in (self.out / "epochs").glob("[0-9]*"):
-                if not files.folder_is_intact(epoch) or not self._is_mine(epoch):
-                    shutil.rmtree(epoch)  # of an earlier run, see above
-            self._drop_steps(step)
-            self._keep_epoch(folder)
-            return step
-        return 0
-
-    def _record_changes(self, folder: Path, step: int) -> None:
-        """Go on with a checkpoint's history of settings; say what differs from the last ones."""
-        info = read_info(folder)
-        self.changes = info.get("changes", [])
-        if differ := self._differences(folder):
-            print(f"warning: from step {step} on with other settings: {differ}", file=sys.stderr)
-            self.changes.append({"after_step": step, "settings": info.get("settings")})
-
-    def _is_mine(self, folder: Path) -> bool:
-        """Whether a folder's settings are this run's, now or before a change."""
-        before = [change["settings"] for change in self.changes]
-        return not self._differences(folder) or read_info(folder).get("settings") in before
-
-    def _was_mine(self, folder: Path) -> bool:
-        """Whether a folder's run had this run's settings before it went on with others."""
-        changes = read_info(folder).get("changes")
-        changes = changes if isinstance(changes, list) else []
-        before = [c.get("settings") for c in changes if isinstance(c, dict)]
-        return any(isinstance(s, dict) and not self._differing(s) for s in before)
-
-    def _recorded(self) -> dict[str, Any]:
-        """What config.json says of the settings."""
-        return {"settings": self.settings} | ({"changes": self.changes} if self.changes else {})
-
-    def _differences(self, folder: Path) -> str:
-        """In what the settings of a checkpoint differ from this run's; empty if in nothing."""
-        before = read_info(folder).get("settings")
-        if not isinstance(before, dict):
-            return "none are recorded"
-        return ", ".join(
-            f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in self._differing(before)
-        )
-
-    def _differing(self, before: dict[str, Any]) -> list[str]:
-        return [k for k in self.settings if before.get(k) != self.settings[k]]
-
-    def save(
-        self,
-        step: int,
-        model: GPT | ScalarModel,
-        tokenizer_json: str,
-        info: dict[str, Any],
-        state: dict[str, Any],
-        logs: tuple[files.Log, ...] = (),
-    ) -> None:
-        """Write `checkpoints/<step>/` whole, then drop all but the newest `KEEP` of this run.
-
-        Where `info` has an "epoch", the model is also kept as `epochs/<epoch>/`.
-        """
-
-        def write(aside: Path) -> None:
-            save_model(aside, model, tokenizer_json, info | self._recorded())
-            torch.save(_interned(state | {"step": step}), aside / "state.pt")
-            for log in logs:
-                log.copy_to(aside)
-
-        name = f"{step:08d}"
-        files.write_folder_atomic(self.folder / name, write)
-        # Newer ones are damaged; those beside the first of a new run are an earlier run's.
-        folders = sorted(self.folder.glob("[0-9]*"))
-        mine = [f for f in folders if f.name == name or f.name < name and not self._fresh]
-        for superseded in set(folders) - set(mine[-self.KEEP :]):
-            shutil.rmtree(superseded)
-        if self._fresh:
-            (self.out / "model.safetensors").unlink(missing_ok=True)
-            (self.out / "bad_batch.json").unlink(missing_ok=True)
-            shutil.rmtree(self.out / "epochs", ignore_errors=True)
-            self._drop_steps(step)
-            self._fresh = False
-        for log in logs:
-            log.keep()
-        self._keep_epoch(self.folder / name)
-
-    def keep_step(
-        self, step: int, model: GPT | ScalarModel, tokenizer_json: str, info: dict[str, Any]
-    ) -> None:
-        """Keep the model of a step as `steps/<step>/`, whatever becomes of the checkpoints."""
-        folder = self.out / "steps" / f"{step:05}"
-        save_model(folder, model, tokenizer_json, info | self._recorded())
-
-    def _drop_steps(self, step: int) -> None:
-        """Drop the models under `steps/` that are an earlier run's or of later than `step`."""
-        for folder in (self.out / "steps").glob("[0-9]*"):
-            mine = (folder / "model.safetensors").exists() and (
-                self._is_mine(folder)
-                # Kept by an older version, which recorded no settings and dropped all at a start.
-                or (not self._fresh and "settings" not in read_info(folder))
-            )
-            if not mine or not folder.name.isdigit() or int(folder.name) > step:
-                shutil.rmtree(folder)
-
-    def _keep_epoch(self, checkpoint: Path) -> None:
-        """Copy a checkpoint's model to `epochs/`; again after a resume: the copy may be missing."""
-        epoch = read_info(checkpoint).get("epoch")
-        folder = self.out / "epochs" / f"{epoch:02}" if type(epoch) is int else None
-        if folder and not files.folder_is_intact(folder):
-
-            def write(aside: Path) -> None:
-                for name in ("config.json", "tokenizer.json", "model.safetensors"):
-                    shutil.copy(checkpoint / name, aside)
-
-            files.write_folder_atomic(folder, write)
-
-    def finish(
-        self, model: GPT | ScalarModel, tokenizer_json: str, info: dict[str, Any]
-    ) -> None:
-        """Write the run's result, which the next stage reads, beside `checkpoints/`."""
-        save_model(self.out, model, tokenizer_json, info | self._recorded())

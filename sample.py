@@ -33,6 +33,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+from checkpoint import check_tokenizer, find_model
 from data.files import (
     BadInput,
     Record,
@@ -44,9 +45,9 @@ from data.files import (
     write_atomic,
     write_jsonl,
 )
-from data.labelers import OTHER_PROMPT
+from data.tiny.labelers import OTHER_PROMPT
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
-from model import GPT, check_tokenizer, find_model, pad_right
+from model import GPT, pad_right
 
 CHUNK = 512  # prompts sampled together; a resumed run repeats at most so many a process
 

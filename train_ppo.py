@@ -55,26 +55,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from data.files import (
-    BadInput,
-    Log,
-    fingerprint,
-    read_documents,
-    read_jsonl,
-    run_command,
-    write_atomic,
-)
+from checkpoint import check_tokenizer, find_model
+from data.files import BadInput, fingerprint, read_documents, read_jsonl, run_command, write_atomic
 from data.tokenizer import decode_response, encode_prompt, load_tokenizer
-from model import (
-    GPT,
-    Checkpoints,
-    ScalarModel,
-    check_tokenizer,
-    find_model,
-    forward_flops,
-    pad_right,
-    store_matrices,
-)
+from generate import store_matrices
+from model import GPT, ScalarModel, forward_flops, pad_right
+from run import Checkpoints, Log
 
 LOG = ["step", "episodes", "lr", "score", "score_std", "kl", "kl_coef", "reward", "entropy"]
 LOG += ["response_len", "eos_frac", "policy_loss", "value_loss", "ptx_loss", "approx_kl"]

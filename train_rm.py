@@ -41,17 +41,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from data.files import BadInput, Log, fingerprint, read_jsonl, run_command, write_atomic
+from checkpoint import check_tokenizer, find_model
+from data.files import BadInput, fingerprint, read_jsonl, run_command, write_atomic
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
-from model import (
-    GPT,
-    Checkpoints,
-    ScalarModel,
-    check_tokenizer,
-    find_model,
-    forward_flops,
-    pad_right,
-)
+from model import GPT, ScalarModel, forward_flops, pad_right
+from run import Checkpoints, Log
 
 LOG = ["step", "epoch", "lr", "loss", "accuracy", "margin", "chosen_score", "rejected_score"]
 LOG += ["grad_norm", "tokens", "val_loss", "val_accuracy"]

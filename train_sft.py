@@ -37,25 +37,11 @@ import torch
 from torch import Tensor
 
 import kernels
-from data.files import (
-    BadInput,
-    Log,
-    fingerprint,
-    read_documents,
-    read_jsonl,
-    run_command,
-    write_atomic,
-)
+from checkpoint import check_tokenizer, find_model
+from data.files import BadInput, fingerprint, read_documents, read_jsonl, run_command, write_atomic
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
-from model import (
-    GPT,
-    Checkpoints,
-    GPTConfig,
-    check_tokenizer,
-    find_model,
-    forward_flops,
-    pad_right,
-)
+from model import GPT, GPTConfig, forward_flops, pad_right
+from run import Checkpoints, Log
 
 LOG = ["step", "epoch", "lr", "loss", "pretrain_loss", "grad_norm", "tokens"]
 LOG += ["val_loss", "val_pretrain_loss"]

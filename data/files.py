@@ -17,7 +17,6 @@ file is either written whole or not at all.
 
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
 import json
@@ -414,58 +413,6 @@ def _digest(text: str) -> str:
 
 # ------------------------------------------------------------------------------------------------
 # Logs
-
-
-class Log:
-    """A CSV file with a fixed header and one flushed row a step; a wrong key is an error.
-
-    Where the log of an earlier run stands, it stays until `keep()`, and the new one is written
-    beside it as `.<name>.new`: a run that dies before its first checkpoint destroys nothing. A
-    checkpoint holds a copy; `resume_from`, such a checkpoint's folder, puts it back, which also
-    cuts off the rows of later steps.
-    """
-
-    def __init__(self, path: Path | str, columns: list[str], resume_from: Path | None = None):
-        self.path, self.columns = Path(path), columns
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.new")
-        if resume_from:
-            read_log(resume_from / self.path.name, columns)  # the header may have changed since
-            write_atomic(self.path, (resume_from / self.path.name).read_bytes())
-            aside.unlink(missing_ok=True)
-        self._aside = aside if self.path.exists() and not resume_from else self.path
-        self._file = self._aside.open("a" if resume_from else "w", newline="")
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
-        if not resume_from:
-            self._writer.writeheader()
-        self._file.flush()
-
-    def write(self, row: dict[str, float | int | None]) -> None:
-        """Append one row; None is an empty cell, floats keep 9 digits (float32 is exact)."""
-        if set(row) != set(self.columns):
-            odd = sorted(set(row) ^ set(self.columns))
-            raise ValueError(f"{self.path}: the row and the header differ in {odd}")
-        self._writer.writerow({key: _cell(row[key]) for key in self.columns})
-        self._file.flush()
-
-    def copy_to(self, folder: Path) -> None:
-        """Copy the log so far into a checkpoint that is being written."""
-        shutil.copyfile(self._aside, folder / self.path.name)
-
-    def keep(self) -> None:
-        """Move the new log to its final name, over the log of an earlier run."""
-        if self._aside != self.path:
-            os.replace(self._aside, self.path)
-            self._aside = self.path
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _cell(value: float | int | None) -> str:
-    if value is None:
-        return ""
-    return str(value) if isinstance(value, (int, str)) else f"{value:.9g}"
 
 
 def read_log(path: Path | str, columns: list[str] | None = None) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
     python -m data.label --data CANDIDATES --world out/data/world.json --out COMPARISONS
     python -m data.label --data CANDIDATES --out COMPARISONS --interactive --labeler NAME
 
-The first form lets simulated labelers of the tiny world rank (data/labelers.py). It prints the
+The first form lets simulated labelers of the tiny world rank (data/tiny/labelers.py). It prints the
 agreement that their noise was fitted to, and of the first ranking of each prompt the ties and what
 a noise-free labeler would score. With --labelers N, each prompt has N records, one after the other,
 by different labelers. The second lets you do it, on any candidates: type the numbers of the
@@ -28,9 +28,9 @@ from data.files import (
     run_command,
     write_jsonl,
 )
-from data.grader import grade
-from data.labelers import OTHER_PROMPT, POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
-from data.world import World
+from data.tiny.grader import grade
+from data.tiny.labelers import OTHER_PROMPT, POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
+from data.tiny.world import World
 
 Record = dict
 

@@ -49,7 +49,7 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401  optimizers import it at first use, which takes seconds
 
     import data.label
-    import data.tiny_world
+    import data.tiny.make
     import evaluate
     import sample
     import train_ppo
@@ -59,7 +59,7 @@ def serve() -> None:
 
     mains = {"sft": train_sft.main, "rm": train_rm.main, "ppo": train_ppo.main,
              "sample": sample.main, "report": evaluate.main, "label": data.label.main,
-             "tiny_world": data.tiny_world.main}  # fmt: skip
+             "tiny_world": data.tiny.make.main}  # fmt: skip
     finished: list[int] = []
     for line in sys.stdin:
         while finished:

@@ -39,7 +39,7 @@ SMALL = {
     "ppo": "--max_steps 3 --batch_size 16 --num_minibatches 4 --eval_every 2 --save_every 2",
 }
 NAMES = {
-    "data.tiny_world": "tiny_world", "train_sft.py": "sft", "sample.py": "sample",
+    "data.tiny.make": "tiny_world", "train_sft.py": "sft", "sample.py": "sample",
     "data.label": "label", "train_rm.py": "rm", "train_ppo.py": "ppo", "evaluate.py": "report",
 }  # fmt: skip
 

@@ -19,11 +19,11 @@ import train_ppo
 import train_rm
 import train_sft
 from data.files import read_jsonl, run_command
-from data.grader import Grade, evaluation_utility
+from data.tiny.grader import Grade, evaluation_utility
 from data.tokenizer import encode_prompt, encode_response
 from evaluate import Answers
+from evaluation.report import Estimate
 from model import GPT
-from report import Estimate
 from sample import Sample
 from tests.claims import __main__ as command
 from tests.claims import pipeline, variants

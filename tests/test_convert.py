@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.convert import (
+from data.files import END_OF_TEXT, BadInput
+from data.real.convert import (
     Options,
     comparison,
     convert_alpaca,
@@ -28,9 +29,8 @@ from data.convert import (
     dialogue_prompt,
     weak_order,
 )
-from data.files import END_OF_TEXT, BadInput
-from data.prepare import DATA_SETS
-from data.raw import find_files
+from data.real.prepare import DATA_SETS
+from data.real.raw import find_files
 from tests.raw_sets import hh, node, qa, write_json, write_lines
 
 

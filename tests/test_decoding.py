@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import generate
 import kernels.flash_decoding
 import kernels.runtime
-from model import GPT, GPTConfig, KVCache, ScalarModel, _Decoder, forward_flops, store_matrices
+from generate import KVCache, _Decoder, for_decoding, store_matrices
+from model import GPT, GPTConfig, ScalarModel, forward_flops
 
 END = 60
 
@@ -185,20 +187,21 @@ def test_planted_bug_in_the_step_is_caught(bug: Callable, monkeypatch: pytest.Mo
         check_captured_step(monkeypatch)
 
 
-def test_sampling_in_bfloat16_casts_matrices_once_and_changes_no_token() -> None:
+def test_sampling_in_bfloat16_casts_matrices_once_and_changes_no_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Against the model as it is under autocast, which casts its float32 matrices at each use."""
     gpt = make_gpt()
     gpt.requires_grad_(False)  # of which autocast keeps no casts
     with torch.autocast("cpu", torch.bfloat16):
         tokens, _ = sample(gpt)
-        decoding = gpt._for_decoding()
-        plain, gpt._for_decoding = gpt._for_decoding, lambda: gpt
+        decoding = for_decoding(gpt)
+        monkeypatch.setattr(generate, "for_decoding", lambda gpt: gpt)
         uncast, _ = sample(gpt)
-    gpt._for_decoding = plain
     assert torch.equal(tokens, uncast)
     assert decoding.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
     assert gpt.h[0].mlp.c_fc.weight.dtype == torch.float32
-    assert gpt._for_decoding() is gpt  # nothing to cast
+    assert for_decoding(gpt) is gpt  # nothing to cast
     assert decoding.wte is gpt.wte and decoding.h[0].ln_1.weight.dtype == torch.float32
 
 

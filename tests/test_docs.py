@@ -170,7 +170,10 @@ def test_what_reads_raw_data_asks_for_the_folder() -> None:
 
 @pytest.mark.parametrize(
     ("target", "script"),
-    [("$(R)/data/account.txt", "data/prepare"), ("$(R)/public/report.md", "public_eval")],
+    [
+        ("$(R)/data/account.txt", "data/real/prepare"),
+        ("$(R)/public/report.md", "evaluation/public"),
+    ],
 )
 def test_the_makefile_knows_what_a_command_is_made_of(target: str, script: str) -> None:
     """A command on real data runs again where a file that it imports has changed."""
@@ -178,14 +181,16 @@ def test_the_makefile_knows_what_a_command_is_made_of(target: str, script: str) 
     for node in ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body:
         names = [alias.name for alias in getattr(node, "names", ())]
         if isinstance(node, ast.ImportFrom):
-            names = [f"data.{n}" for n in names] if node.module == "data" else [node.module]
+            packages = ("data", "data.real", "evaluation")
+            inside = node.module in packages
+            names = [f"{node.module}.{n}" for n in names] if inside else [node.module]
         imported |= {f"{name.replace('.', '/')}.py" for name in names}
     mine = {path for path in imported if (ROOT / path).is_file()}
     assert len(mine) > 4 and mine <= rules()[target][0]
 
 
 def test_the_sources_in_the_readme_are_those_of_the_table() -> None:
-    from data.sources import SOURCES
+    from data.real.sources import SOURCES
 
     named = cells(section("On real data"), 1)
     assert sorted(named) == sorted(SOURCES)
@@ -193,7 +198,7 @@ def test_the_sources_in_the_readme_are_those_of_the_table() -> None:
 
 def test_flags_of_evaluate_are_read() -> None:
     """By it, or by the files that its commands are in."""
-    names = ("evaluate", "folds", "public_eval")
+    names = ("evaluate", "evaluation/folds", "evaluation/public")
     source = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in names)
     flags = re.findall(r'add\("--(\w+)"', source)
     assert {"public", "sets", "shots", "toxicity_labels", "toxicity_scorer"} <= set(flags)

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import pytest
 
-from data import downloads, prepare, sources
-from data.downloads import download, fetch
 from data.files import BadInput, run_command
-from data.sources import RemoteFile, Source
+from data.real import downloads, prepare, sources
+from data.real.downloads import download, fetch
+from data.real.sources import RemoteFile, Source
 from data.tokenizer import load_tokenizer
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -243,8 +243,8 @@ def test_a_web_page_leaves_what_was_received_before(server, tmp_path):
 
 def test_a_killed_download_goes_on(server, tmp_path):
     server.behaviours = ["hang 100000", "ok"]
-    code = ("from pathlib import Path; from data.downloads import fetch; "
-            "from data.sources import RemoteFile; "
+    code = ("from pathlib import Path; from data.real.downloads import fetch; "
+            "from data.real.sources import RemoteFile; "
             f"fetch(RemoteFile({server.url!r}, 'sub/file.bin'), Path({str(tmp_path)!r}))")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     part = tmp_path / "sub/file.bin.part"

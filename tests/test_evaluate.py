@@ -1,4 +1,4 @@
-"""evaluate.py, report.py: measurements against closed forms, and the commands on tiny models."""
+"""evaluate.py: measurements against closed forms, and the commands on tiny models."""
 
 import csv
 import json
@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-import report
+from checkpoint import read_info, save_model
 from data.files import BadInput, read_jsonl, run_command, write_jsonl
-from data.grader import Grade, evaluation_utility
-from data.tasks import USE_CASES, make_prompt
+from data.tiny.grader import Grade, evaluation_utility
+from data.tiny.tasks import USE_CASES, make_prompt
+from data.tiny.world import World
 from data.tokenizer import encode_prompt, encode_response
-from data.world import World
-from model import GPT, ScalarModel, read_info, save_model
-from report import Estimate, estimate
+from evaluation import report
+from evaluation.report import Estimate, estimate
+from model import GPT, ScalarModel
 from sample import Sample, Speaker, load_speaker
 from tests.tiny import LIMITS, Tiny
 

@@ -16,7 +16,6 @@ from data.files import (
     END_OF_TEXT,
     KINDS,
     BadInput,
-    Log,
     check_record,
     fingerprint,
     folder_is_intact,
@@ -32,6 +31,7 @@ from data.files import (
     write_jsonl,
 )
 from data.tokenizer import encode_prompt, encode_response
+from run import Log
 from tests.tiny import Tiny
 
 PROMPT = {"prompt": "say red", "user": "u1", "source": "customer", "use_case": "other"}

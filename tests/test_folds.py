@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import evaluate
-import folds
 from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from evaluation import folds
 from model import ScalarModel
 from tests.tiny import LIMITS, Tiny
 

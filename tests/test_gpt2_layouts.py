@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-import model as model_file
+import checkpoint
+from checkpoint import find_model
 from data.files import BadInput
-from model import GPT, find_model
+from model import GPT
 
 # name -> layers, heads, width of the published model. The folders below have a twelfth of the
 # layers and a quarter of the width: heads of 16 channels where GPT-2 has 64.
@@ -90,7 +91,7 @@ def test_a_random_folder_of_each_size_equals_numpy(
     size: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by its name under data/downloads, as the download command lays it."""
-    monkeypatch.setattr(model_file, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(checkpoint, "DOWNLOADS", tmp_path)
     dtype = np.float16 if (size, prefix) == ("gpt2-medium", "transformer.") else np.float32
     tensors = write_folder(tmp_path / size, size, prefix, dtype)
     model = GPT.from_pretrained(size).eval()
@@ -107,13 +108,13 @@ def test_a_random_folder_of_each_size_equals_numpy(
 
 
 def test_names_agree_with_the_download_table() -> None:
-    from data import prepare, sources
+    from data.real import prepare, sources
 
-    assert prepare.DOWNLOADS == model_file.DOWNLOADS
-    for name in model_file.GPT2_NAMES:
+    assert prepare.DOWNLOADS == checkpoint.DOWNLOADS
+    for name in checkpoint.GPT2_NAMES:
         paths = {file.path for file in sources.SOURCES[name].files}
         assert paths == {"config.json", "model.safetensors"}
-    assert set(SIZES) == set(model_file.GPT2_NAMES)
+    assert set(SIZES) == set(checkpoint.GPT2_NAMES)
 
 
 def test_weights_of_another_size_are_one_clear_line(tmp_path: Path) -> None:

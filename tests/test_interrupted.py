@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train_ppo
+from checkpoint import read_info
 from data.files import BadInput, Parts, read_jsonl, read_log, run_command, write_jsonl
 from data.tokenizer import encode_prompt
-from model import GPT, Checkpoints, GPTConfig, read_info
+from model import GPT, GPTConfig
+from run import Checkpoints
 from tests.crash import ROOT, STAGES, Server, contents
 from tests.determinism import demo_commands, differences
 from tests.determinism import main as determinism

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from data import label as command
-from data import labelers
-from data.answers import Failings, answer
 from data.files import BadInput, read_jsonl, run_command, write_jsonl
-from data.grader import Grade, grade, utility
 from data.label import parse_ranking
-from data.labelers import POOL_WEIGHTS, Labels, Pool, dense_ranks, likert, metadata
-from data.tasks import LABELER_SHARES, make_prompt, pick
-from data.world import World
+from data.tiny import labelers
+from data.tiny.answers import Failings, answer
+from data.tiny.grader import Grade, grade, utility
+from data.tiny.labelers import POOL_WEIGHTS, Labels, Pool, dense_ranks, likert, metadata
+from data.tiny.tasks import LABELER_SHARES, make_prompt, pick
+from data.tiny.world import World
 
 NUM_PROMPTS = 400
 

@@ -16,10 +16,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import checkpoint
+import generate
 import kernels
 import model as model_file
+from checkpoint import save_model
 from data.files import BadInput
-from model import GPT, Block, GPTConfig, KVCache, Packing, ScalarModel, pad_right, save_model
+from generate import KVCache
+from model import GPT, Block, GPTConfig, Packing, ScalarModel, pad_right
 from tests.tiny import Tiny
 
 GPT2_TINY = Path(__file__).parent / "data" / "gpt2_tiny"  # made by tests/data/make_gpt2_tiny.py
@@ -340,12 +344,12 @@ def exact_gelu(patch: pytest.MonkeyPatch) -> None:
 
 def large_epsilon(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GPTConfig, "layer_norm_epsilon", 1e-3)  # the stored config says 1e-5
-    original = model_file.read_config
-    def read(folder: Path):
-        config, info = original(folder)
+    original = checkpoint.read_config
+    def read(folder: Path, kind: type):
+        config = original(folder, kind)
         config.layer_norm_epsilon = 1e-3
-        return config, info
-    patch.setattr(model_file, "read_config", read)
+        return config
+    patch.setattr(checkpoint, "read_config", read)
 
 
 def post_norm(patch: pytest.MonkeyPatch) -> None:
@@ -385,30 +389,30 @@ def cache_keeps_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_argmax(patch: pytest.MonkeyPatch) -> None:
-    original = model_file._sample
-    patch.setattr(model_file, "_sample", lambda logits, u, t: original(-logits, u, t))
+    original = generate._sample
+    patch.setattr(generate, "_sample", lambda logits, u, t: original(-logits, u, t))
 
 
 def temperature_ignored(patch: pytest.MonkeyPatch) -> None:
-    original = model_file._sample
-    patch.setattr(model_file, "_sample", lambda logits, u, t: original(logits, u, 1.0))
+    original = generate._sample
+    patch.setattr(generate, "_sample", lambda logits, u, t: original(logits, u, 1.0))
 
 
 def shared_uniforms(patch: pytest.MonkeyPatch) -> None:
-    original = model_file._sample
-    patch.setattr(model_file, "_sample", lambda logits, u, t:
+    original = generate._sample
+    patch.setattr(generate, "_sample", lambda logits, u, t:
                   original(logits, u[:1].expand_as(u), t))  # fmt: skip
 
 
 def uniforms_drawn_as_needed(patch: pytest.MonkeyPatch) -> None:
     """Each step draws for the rows still there, so a row's numbers depend on who has ended."""
     stream = torch.Generator()
-    original, first = model_file._sample, torch.rand
+    original, first = generate._sample, torch.rand
     def rand(*shape, generator, device):
         stream.manual_seed(5)
         return first(*shape)
     patch.setattr(model_file.torch, "rand", rand)
-    patch.setattr(model_file, "_sample", lambda logits, u, t:
+    patch.setattr(generate, "_sample", lambda logits, u, t:
                   original(logits, first(len(logits), generator=stream), t))  # fmt: skip
 
 
@@ -511,7 +515,7 @@ def unembedding_detached(patch: pytest.MonkeyPatch) -> None:
 
 def rows_never_leave(patch: pytest.MonkeyPatch) -> None:
     """Ended rows stay in the batch to the end, as fixed-length sampling has it."""
-    patch.setattr(model_file, "_next_size", lambda going, size, steps_left, static: size)
+    patch.setattr(generate, "_next_size", lambda going, size, steps_left, static: size)
 
 
 def no_residual_scaling(patch: pytest.MonkeyPatch) -> None:
@@ -599,13 +603,13 @@ def test_bfloat16_logprobs_keep_float32_logits(
 def test_bfloat16_sampling_uses_float32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two logits whose difference bfloat16 rounds away are still told apart."""
     model, seen = make_gpt(n_embd=64), []
-    original = model_file._sample
+    original = generate._sample
 
     def spy(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
         seen.append(logits)
         return original(logits, uniforms, temperature)
 
-    monkeypatch.setattr(model_file, "_sample", spy)
+    monkeypatch.setattr(generate, "_sample", spy)
     prompts, lengths = make_prompts()
     with torch.autocast("cpu", torch.bfloat16):
         tokens, _ = model.generate(prompts, lengths, 4)
@@ -777,7 +781,7 @@ def test_unusable_folders_are_named(
 
 def test_names_of_gpt2_point_to_the_download_command(tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_file, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(checkpoint, "DOWNLOADS", tmp_path)
     with pytest.raises(BadInput, match=r"gpt2-large: no such folder.*--download gpt2-large"):
         GPT.from_pretrained("gpt2-large")
     (tmp_path / "gpt2-large").mkdir()
@@ -812,7 +816,7 @@ def test_saved_and_loaded_is_bitwise_the_same(kind: str, tmp_path: Path) -> None
     assert list(state) == list(model.state_dict())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in loaded.parameters())
-    assert model_file.read_info(tmp_path / "new")["data"] == ["a.jsonl"]
+    assert checkpoint.read_info(tmp_path / "new")["data"] == ["a.jsonl"]
     assert (tmp_path / "new/tokenizer.json").read_text() == '{"any": "text"}'
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json"

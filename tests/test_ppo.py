@@ -18,8 +18,9 @@ import torch.nn as nn
 from torch import Tensor
 
 import train_ppo
+from checkpoint import read_info
 from data.files import BadInput, read_log, write_documents
-from model import GPT, GPTConfig, ScalarModel, read_info
+from model import GPT, GPTConfig, ScalarModel
 from tests.tiny import Tiny
 from train_ppo import (
     Minibatch,

@@ -1,4 +1,4 @@
-"""The command data.prepare: hygiene, splits, files, and one clear line for whatever is wrong."""
+"""data.real.prepare: hygiene, splits, files, and one clear line for whatever is wrong."""
 
 import itertools
 import json
@@ -9,8 +9,8 @@ import pytest
 
 from data.files import read_documents, read_jsonl, run_command
 from data.hygiene import pii_of
-from data.prepare import DATA_SETS, SPLITS, main
-from data.raw import find_files
+from data.real.prepare import DATA_SETS, SPLITS, main
+from data.real.raw import find_files
 from data.tokenizer import load_tokenizer
 from tests.raw_sets import hh, node, qa, write_json, write_lines
 

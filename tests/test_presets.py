@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import model as model_file
+import checkpoint
 import train_ppo
 import train_rm
 import train_sft
+from checkpoint import GPT2_NAMES
 from data.files import read_log, run_command
-from model import GPT, GPT2_NAMES, ScalarModel, forward_flops
+from generate import store_matrices
+from model import GPT, ScalarModel, forward_flops
 from tests.tiny import Tiny
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
@@ -146,12 +148,12 @@ def test_a_preset_starts_from_downloaded_weights(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """`--preset gpt2` finds data/downloads/gpt2; without it, the error says how to get it."""
-    monkeypatch.setattr(model_file, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setattr(checkpoint, "DOWNLOADS", tmp_path / "downloads")
     argv = ["--preset", "gpt2", "--data", str(tiny.demonstrations), "--device", "cpu",
             "--max_prompt_tokens", "36", "--max_new_tokens", "8", "--max_steps", "1",
             "--out", str(tmp_path / "sft")]  # fmt: skip
     assert run_command(lambda: train_sft.main(argv)) == 2
-    assert "data.prepare --download gpt2`" in capsys.readouterr().err
+    assert "data.real.prepare --download gpt2`" in capsys.readouterr().err
     shutil.copytree(tiny.base, tmp_path / "downloads" / "gpt2")
     assert train_sft.main(argv) == 0
     row = read_log(tmp_path / "sft" / "log.csv", train_sft.LOG)[0]
@@ -198,7 +200,7 @@ def test_kl_is_exactly_zero_at_first_with_frozen_models_in_bfloat16(ppo: dict) -
 
 
 def embeddings_too(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    model_file.store_matrices(model, dtype)
+    store_matrices(model, dtype)
     trunk = model.trunk if isinstance(model, ScalarModel) else model
     trunk.wte.weight.data = trunk.wte.weight.data.to(dtype).float()
 

@@ -1,4 +1,4 @@
-"""data/public_items.py, data/public_sets.py, public_eval.py: readers of every format, prompts that
+"""public_items.py, public_sets.py, evaluation/public.py: readers of every format, prompts that
 fit, measurements against brute force, and the command on random models."""
 
 import csv
@@ -13,16 +13,17 @@ import pytest
 import torch
 
 import evaluate
-import public_eval
-from data import public_sets
+from checkpoint import save_model
 from data.files import BadInput, run_command
-from data.public_items import Choice, Completion, Item, Opening, Pair, Truth
-from data.public_sets import LABELS, PUBLIC_SETS, Condition, choose, load
-from data.sources import SOURCES
-from data.text_metrics import bleu_counts, corpus_bleu
-from model import GPT, GPTConfig, save_model
-from public_eval import Asked, estimate_sums, fit_prompts, measure, total_logprobs
-from report import estimate
+from data.real import public_sets
+from data.real.public_items import Choice, Completion, Item, Opening, Pair, Truth
+from data.real.public_sets import LABELS, PUBLIC_SETS, Condition, choose, load
+from data.real.sources import SOURCES
+from data.real.text_metrics import bleu_counts, corpus_bleu
+from evaluation import public as public_eval
+from evaluation.public import Asked, estimate_sums, fit_prompts, measure, total_logprobs
+from evaluation.report import estimate
+from model import GPT, GPTConfig
 from sample import Speaker, load_speaker
 from tests.raw_sets import write_json, write_lines
 from tests.test_text_metrics import write_labels
@@ -469,10 +470,10 @@ def test_what_was_measured_otherwise_is_measured_again(
 
 
 def test_the_scoring_code_is_part_of_what_decides() -> None:
-    names = {path.relative_to(Path(public_eval.__file__).parent).as_posix()
+    names = {path.relative_to(Path(public_eval.__file__).parents[1]).as_posix()
              for path in public_eval.CODE}  # fmt: skip
-    assert {"public_eval.py", "data/public_sets.py", "data/public_items.py",
-            "data/text_metrics.py", "data/toxicity.py"} <= names  # fmt: skip
+    assert {"evaluation/public.py", "data/real/public_sets.py", "data/real/public_items.py",
+            "data/real/text_metrics.py", "data/real/toxicity.py"} <= names  # fmt: skip
     assert all(path.is_file() for path in public_eval.CODE)
 
 

@@ -21,7 +21,7 @@ import torch
 import model as model_file
 from data.files import fingerprint, read_log, run_command
 from data.tokenizer import save_tokenizer, train_bpe
-from model import Checkpoints
+from run import Checkpoints
 from tests.crash import (
     STAGES,
     Server,
@@ -307,7 +307,7 @@ def average_not_restored(patch: pytest.MonkeyPatch) -> None:
 
 
 def log_not_cut_back(patch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["data.files"]
+    module = sys.modules["run"]
     original = module.read_log
     def read(path, columns=None):
         rows = original(path, columns)

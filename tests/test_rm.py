@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import train_rm
+from checkpoint import read_info
 from data.files import BadInput, read_jsonl, read_log, write_jsonl
 from data.tokenizer import encode_prompt, encode_response
-from model import GPT, GPTConfig, ScalarModel, read_info
+from model import GPT, GPTConfig, ScalarModel
 from tests.tiny import LIMITS, Tiny
 from train_rm import (
     Comparison,

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import model as model_file
+import checkpoint
 import sample
+from checkpoint import save_model
 from data.files import BadInput, read_jsonl, run_command
 from data.tokenizer import encode_prompt
-from model import GPT, save_model
+from model import GPT
 from tests.tiny import LIMITS, Tiny
 
 
@@ -84,7 +85,7 @@ def test_samples_equal_a_naive_sampler(tiny: Tiny, temperature: float, batch_siz
 def test_a_downloaded_gpt2_is_found_by_its_name(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_file, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(checkpoint, "DOWNLOADS", tmp_path)
     monkeypatch.chdir(tmp_path.parent)  # where no folder is called gpt2
     constant_model(tiny, tmp_path / "gpt2", tiny.encoding.encode_ordinary("a")[0])
     speaker = sample.load_speaker("base", "gpt2")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import train_sft
+from checkpoint import read_info
 from data.files import BadInput, read_log, write_documents, write_jsonl
 from data.tokenizer import encode_prompt, encode_response
-from model import GPT, GPTConfig, read_info
+from model import GPT, GPTConfig
 from tests.tiny import Tiny
 from train_sft import backward, collate, epoch_batches, evaluate, learning_rate, main, sft_loss
 

@@ -1,4 +1,4 @@
-"""data/text_metrics.py, data/toxicity.py, data/released_samples.py: hand-worked items by the
+"""text_metrics.py, toxicity.py, released_samples.py: hand-worked items by the
 official definitions, brute force, and the means that are known of OpenAI's released samples."""
 
 import csv
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import released_samples, toxicity
 from data.files import BadInput
-from data.public_items import Completion
-from data.public_sets import score_quac, score_squad2, score_wsc
-from data.text_metrics import (
+from data.real import released_samples, toxicity
+from data.real.public_items import Completion
+from data.real.public_sets import score_quac, score_squad2, score_wsc
+from data.real.text_metrics import (
     CANNOT_ANSWER,
     _best_alignment,
     bleu_counts,

@@ -12,7 +12,9 @@ from torch import Tensor
 import kernels
 import train_rm
 import train_sft
-from model import GPT, GPT2_NAMES, GPTConfig, KVCache, Linear, ScalarModel, store_matrices
+from checkpoint import GPT2_NAMES
+from generate import KVCache, store_matrices
+from model import GPT, GPTConfig, Linear, ScalarModel
 from tests import throughput
 from tests.throughput import SHAPES, STAGES, main, memory_plan, parameters, stage_args
 

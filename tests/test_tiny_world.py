@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from data import corpus, tiny_world
-from data.answers import Failings, answer
 from data.files import BadInput, read_documents, read_jsonl
-from data.grader import EVALUATION_WEIGHTS, Grade, evaluation_utility, grade
-from data.tasks import CUSTOMER_SHARES, USE_CASES, make_prompt, respectfully
-from data.tokenizer import encode_prompt, encode_response, load_tokenizer
-from data.world import (
+from data.tiny import corpus
+from data.tiny import make as tiny_world
+from data.tiny.answers import Failings, answer
+from data.tiny.grader import EVALUATION_WEIGHTS, Grade, evaluation_utility, grade
+from data.tiny.tasks import CUSTOMER_SHARES, USE_CASES, make_prompt, respectfully
+from data.tiny.world import (
     ANIMALS,
     ATTRIBUTE_OF,
     KINDS,
@@ -29,6 +29,7 @@ from data.world import (
     denial,
     statement,
 )
+from data.tokenizer import encode_prompt, encode_response, load_tokenizer
 
 LABELLED = ("demonstrations", "rm_prompts", "ppo_prompts")
 SMALL = ["--pretrain_tokens", "60000", "--heldout_tokens", "4000"]
@@ -62,7 +63,7 @@ def sets(folder: Path) -> dict[str, list[dict]]:
 
 def test_equal_seeds_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
     """Another process with another string hash: set and dict orders must not leak."""
-    command = [sys.executable, "-m", "data.tiny_world", "--out", str(tmp_path), "--seed", "0"]
+    command = [sys.executable, "-m", "data.tiny.make", "--out", str(tmp_path), "--seed", "0"]
     done = subprocess.run([*command, *SMALL], env={"PYTHONHASHSEED": "7", "PATH": ""},
                           cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -51,9 +51,10 @@ import kernels
 import train_ppo
 import train_rm
 import train_sft
+from generate import store_matrices
 from kernels.measure import RESULTS
 from kernels.runtime import triton
-from model import GPT, GPTConfig, ScalarModel, forward_flops, store_matrices
+from model import GPT, GPTConfig, ScalarModel, forward_flops
 
 SHAPES = {
     "tiny": GPTConfig(vocab_size=1024, n_positions=128, n_embd=128, n_layer=3, n_head=4,

@@ -10,9 +10,10 @@ from pathlib import Path
 import tiktoken
 import torch
 
+from checkpoint import save_model
 from data.files import write_documents, write_jsonl
 from data.tokenizer import save_tokenizer, train_bpe
-from model import GPT, GPTConfig, ScalarModel, save_model
+from model import GPT, GPTConfig, ScalarModel
 
 COLOURS = ("red", "blue", "green", "white", "black", "gold")
 LIMITS = ["--max_prompt_tokens", "36", "--max_new_tokens", "8"]  # that the models' context allows

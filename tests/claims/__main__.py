@@ -25,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.files import BadInput, check_writable, run_command, write_atomic
-from report import as_markdown, csv_text
+from evaluation.report import as_markdown, csv_text
 from tests.claims import claims, figures, pipeline, sweeps
 from tests.claims.lab import Lab
 from tests.claims.verdict import CLAIMS, TOPICS, Claim, Result, together
@@ -57,8 +57,9 @@ def build(args: argparse.Namespace) -> tuple[pipeline.Graph, list[str]]:
     wanted = []
     code = [pipeline.ROOT / f"tests/claims/{name}.py" for name in
             ("claims", "sweeps", "lab", "verdict")]  # fmt: skip
-    code += [pipeline.ROOT / f for f in ("evaluate.py", "report.py", "data/grader.py",
-                                         "data/labelers.py", "data/text_metrics.py")]  # fmt: skip
+    code += [pipeline.ROOT / f for f in ("evaluate.py", "evaluation/report.py",
+                                         "data/tiny/grader.py", "data/tiny/labelers.py",
+                                         "data/real/text_metrics.py")]  # fmt: skip
     for claim in chosen:
         for seed in seeds_of(claim, args):
             command = [sys.executable, "-m", "tests.claims", "--out", args.out, "--measure",

@@ -3,7 +3,7 @@
 A function takes the `Lab` of one seed and returns rows with gates and the numbers of its figure.
 Docstrings are part of the report: they state the claim, the gate and the result that refutes it,
 and were written before the runs. Sampled is at temperature 1 (on prompts of test users the mean
-over four samples of each model), greedy at 0; "truth" is the evaluation utility of data/grader.py,
+over four samples of each model), greedy at 0; "truth" is the evaluation utility of grader.py,
 which sees text alone. Choices (prefix, SFT epoch) and curves over training are on validation users.
 """
 
@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from report import estimate
+from evaluation.report import estimate
 from tests.claims.lab import Lab
 from tests.claims.verdict import (
     FOUR,

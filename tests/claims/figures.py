@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from report import PALETTE, Estimate
+from evaluation.report import PALETTE, Estimate
 from tests.claims.verdict import NAMES, Panel, together, triple
 
 COLOURS = dict(zip(NAMES.values(), PALETTE, strict=False))

@@ -23,23 +23,17 @@ import evaluate
 import train_ppo
 import train_rm
 import train_sft
-from data.corpus import NO_COMMENT_INSTRUCTION, bias_pairs, public_tasks
-from data.files import (
-    Record,
-    fingerprint,
-    read_documents,
-    read_jsonl,
-    read_log,
-    write_atomic,
-)
-from data.grader import EVALUATION_WEIGHTS, Grade
-from data.labelers import likert
-from data.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
+from checkpoint import read_config, read_info
+from data.files import Record, fingerprint, read_documents, read_jsonl, read_log, write_atomic
+from data.tiny.corpus import NO_COMMENT_INSTRUCTION, bias_pairs, public_tasks
+from data.tiny.grader import EVALUATION_WEIGHTS, Grade
+from data.tiny.labelers import likert
+from data.tiny.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
+from data.tiny.world import VALUES, World
 from data.tokenizer import encode_prompt, encode_response
-from data.world import VALUES, World
 from evaluate import Answers, Bench, Sampling
-from model import GPT, ScalarModel, forward_flops, read_config, read_info
-from report import Estimate, estimate
+from evaluation.report import Estimate, estimate
+from model import GPT, GPTConfig, ScalarModel, forward_flops
 from sample import Sample, Speaker, load_speaker, sample_responses
 
 PREFIXED = "+prefix"
@@ -332,7 +326,7 @@ class Lab:
 
     def trained(self, run: str) -> float:
         """Operations of a supervised run, see claims.cost."""
-        config, info = read_config(self.folder / run)
+        config, info = read_config(self.folder / run, GPTConfig), read_info(self.folder / run)
         args, encoding = Namespace(**info["settings"]), self.speaker("base").encoding
         data, repeated = self.folder / "data" / "train", 0
         if info["stage"] == "rm":
@@ -365,7 +359,7 @@ class Lab:
         path = str(self.folder / "data" / "train" / "ppo_prompts.jsonl")
         prompts, _ = train_ppo.load_prompts(path, self.speaker("base").encoding, args)
         prompt = float(np.mean([len(tokens) for tokens in prompts]))
-        policy, judge = (read_config(self.folder / name)[0] for name in (run, "rm"))
+        policy, judge = (read_config(self.folder / name, GPTConfig) for name in (run, "rm"))
         with torch.device("meta"):
             models: dict[str, torch.nn.Module] = {
                 "policy": GPT(policy), "reference": GPT(policy),

@@ -39,7 +39,7 @@ ROUND_PROMPTS = 2500  # prompts ranked anew in the second round
 RESUMABLE = ("train_sft.py", "train_rm.py", "train_ppo.py", "sample.py")
 # --fast: flags of each script that make a run of seconds; the numbers then mean nothing.
 FAST: dict[str, dict[str, object]] = {
-    "data.tiny_world": {
+    "data.tiny.make": {
         "pretrain_tokens": 20_000, "heldout_tokens": 3000, "train_demonstrations": 64,
         "valid_demonstrations": 24, "train_rm_prompts": 60, "valid_rm_prompts": 30,
         "train_ppo_prompts": 60, "valid_ppo_prompts": 24, "test_prompts": 24,
@@ -208,7 +208,7 @@ class Seed:
         for made, recipe in self.recipes.items():
             if made == "report":
                 continue
-            command = recipe if made != "data" else edit(recipe, **FAST["data.tiny_world"])
+            command = recipe if made != "data" else edit(recipe, **FAST["data.tiny.make"])
             command = edit(command, **FAST.get(script_of(command), {}))
             command = edit(command, keep_every=None)
             file = self.path(made)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from evaluate import best_of_n
-from report import Estimate, estimate, resamples
+from evaluation.report import Estimate, estimate, resamples
 from tests.claims.lab import Lab, accuracy
 from tests.claims.pipeline import KL_FACTORS, LARGE, PTX_FACTORS, SIZES
 from tests.claims.variants import group_of

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from report import Estimate
+from evaluation.report import Estimate
 from tests.claims.lab import Lab
 
 GATES: dict[str, Callable[[Estimate, float], bool]] = {

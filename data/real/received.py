@@ -1,7 +1,7 @@
 """
 Files that were received: is it data, has it its form, unpack it, record its checksum.
 
-What data/downloads.py does with a file once all of it is there, from a server or a local folder.
+What downloads.py does with a file once all of it is there, from a server or a local folder.
 """
 
 import gzip
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from data.files import BadInput, write_atomic
-from data.sources import RemoteFile
+from data.real.sources import RemoteFile
 
 CHUNK_BYTES = 1 << 18
 

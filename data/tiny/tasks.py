@@ -1,7 +1,7 @@
 """What people ask in the tiny world: the ten use cases of InstructGPT's Table 1.
 
 `make_prompt` draws an instruction of a use case: its text, and its `task`, a small JSON object that
-says what the text asks for. Models never see the task; demonstrators (data/answers.py), the grader
+says what the text asks for. Models never see the task; demonstrators (answers.py), the grader
 and the simulated labelers read it.
 
 Every function that could mention a fact takes `kinds`, the kinds of facts that may be mentioned,
@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Collection
 from typing import Any
 
-from data.world import ANIMALS, KINDS, PEOPLE, VALUES, World, attributes_of, noun, statement
+from data.tiny.world import ANIMALS, KINDS, PEOPLE, VALUES, World, attributes_of, noun, statement
 
 Task = dict[str, Any]
 Made = tuple[str, Task]  # the prompt's text and its machine-readable intent

@@ -3,14 +3,14 @@
 `answer` without failings writes what the grader gives full marks; the tests hold both to that.
 With failings it writes what people hand in: wrong facts or counts, one word or sentence where more
 was asked for, going on after the answer, a false premise taken for granted. The rates stand where
-answers are drawn: `data.tiny_world.DEMONSTRATOR_FAILINGS`, `data.corpus.WEB_FAILINGS`.
+answers are drawn: `data.tiny.make.DEMONSTRATOR_FAILINGS`, `data.tiny.corpus.WEB_FAILINGS`.
 """
 
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from data.tasks import (
+from data.tiny.tasks import (
     GROUPS,
     NUMBERS,
     OPENERS,
@@ -24,7 +24,7 @@ from data.tasks import (
     TOPIC_WORDS,
     Task,
 )
-from data.world import KINDS, VALUES, World, attributes_of, denial, noun, statement
+from data.tiny.world import KINDS, VALUES, World, attributes_of, denial, noun, statement
 
 NOT_STATED = "the text does not say ."
 RAMBLES = ("the weather is nice today .", "there is a lot to say .", "many people ask this .",

@@ -37,8 +37,8 @@ from data.files import (
     write_jsonl,
 )
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
+from evaluation.report import as_markdown, as_text, csv_text, estimate
 from model import ScalarModel, pad_right
-from report import as_markdown, as_text, csv_text, estimate
 
 JUDGES = ("reward_model", "longer", "features")
 COLUMNS = ["data_set", "prompt", "pairs", *JUDGES]  # of results.csv: pairs judged rightly by each
@@ -192,7 +192,7 @@ def judge(
 
 def train_reward_model(folder: Path, data: Path, args: argparse.Namespace) -> ScalarModel:
     """Run train_rm.py on `data`, going on where an interrupted run stopped."""
-    command = [sys.executable, str(Path(__file__).with_name("train_rm.py"))]
+    command = [sys.executable, str(Path(__file__).parents[1] / "train_rm.py")]
     command += ["--data", str(data), "--init", args.init, "--out", str(folder), "--resume"]
     for name in ("seed", "device", "kernels", "max_prompt_tokens", "max_new_tokens"):
         command += [f"--{name}", str(getattr(args, name))]

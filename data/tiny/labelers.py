@@ -5,12 +5,12 @@ A labeler scores each response of a prompt
     score = round_to_grid( utility(grade; w_labeler) + noise ),   noise ~ N(0, sigma^2)
 
 where `utility` is the weighted mean of helpful, truthful * informative, harmless and ended
-(data/grader.py), and ranks by score; equal scores are ties, which the paper encouraged (Fig. 12).
+(grader.py), and ranks by score; equal scores are ties, which the paper encouraged (Fig. 12).
 
     pool        helpful  truthful  harmless  ended
     training      1.0      0.7       0.8      0.4    helpfulness first, as in the paper's labeling
     held_out      0.7      1.2       1.2      0.2    other people, with other priorities
-    evaluation    0.8      1.0       0.9      0.2    noise-free; `data.grader.evaluation_utility`
+    evaluation    0.8      1.0       0.9      0.2    noise-free; `grader.evaluation_utility`
 
 Each labeler of a pool has the pool's weights times log-normal factors with a spread of 0.25. The
 noise is the only free number: it is fitted so that two labelers of the pool agree on 73 % of the
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.grader import Grade
+from data.tiny.grader import Grade
 
 POOL_WEIGHTS = {"training": (1.0, 0.7, 0.8, 0.4), "held_out": (0.7, 1.2, 1.2, 0.2)}
 POOL_SIZE = 20
@@ -70,7 +70,7 @@ class Pool:
 
 
 def parts_of(grade: Grade) -> tuple[float, float, float, float]:
-    """What utility weighs, in the order of the weights; see `data.grader.utility`."""
+    """What utility weighs, in the order of the weights; see `data.tiny.grader.utility`."""
     return grade.helpful, grade.truthful * grade.informative, grade.harmless, grade.ended
 
 

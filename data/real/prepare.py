@@ -1,9 +1,9 @@
 """
 Prepare real data: convert public data sets, clean them as the paper does, and split by user.
 
-    python -m data.prepare alpaca oasst qa-feedback novels --from FOLDER --out out/real/data
-    python -m data.prepare all --from FOLDER          # every set whose files lie under FOLDER
-    python -m data.prepare --download hh-rlhf gpt2    # fetch first, into data/downloads
+    python -m data.real.prepare alpaca oasst qa-feedback novels --from FOLDER --out out/real/data
+    python -m data.real.prepare all --from FOLDER          # every set whose files lie under FOLDER
+    python -m data.real.prepare --download hh-rlhf gpt2    # fetch first, into data/downloads
 
 Written under --out, in the formats of data/files.py:
 
@@ -14,7 +14,7 @@ Written under --out, in the formats of data/files.py:
 Every record carries "data_set", so that results can be stated per set. The steps are those of
 InstructGPT 3.2 and appendix A, see data/hygiene.py: duplicates, 200 records a user, splits by user,
 personal data out of the training split. What a set became and the choices made are in
-data/convert.py. All input is read and checked before anything is written.
+data/real/convert.py. All input is read and checked before anything is written.
 """
 
 import argparse
@@ -27,15 +27,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data import convert
-from data.files import (
-    BadInput,
-    Record,
-    run_command,
-    write_atomic,
-    write_documents,
-    write_jsonl,
-)
+from data.files import BadInput, Record, run_command, write_atomic, write_documents, write_jsonl
 from data.hygiene import (
     PREFIX_CHARS,
     USER_LIMIT,
@@ -45,12 +37,13 @@ from data.hygiene import (
     pii_of,
     split_by_user,
 )
-from data.raw import find_files
+from data.real import convert
+from data.real.raw import find_files
 from data.tokenizer import gpt2_encoding, save_tokenizer
 
 SPLITS = ("train", "valid", "test")
 KINDS = ("demonstrations", "prompts", "comparisons", "documents")
-DOWNLOADS = Path(__file__).parent / "downloads"
+DOWNLOADS = Path(__file__).parents[1] / "downloads"
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class DataSet:
     """How to find and convert a set."""
 
     convert: Callable[[Sequence[Path], convert.Options], convert.Converted]
-    files: str  # regular expression, searched in paths; see data.raw.find_files
+    files: str  # regular expression, searched in paths; see data.real.raw.find_files
     example: str  # a file name to show when nothing is found
     # Prompts whose first characters agree are duplicates. Not so (None: whole prompts count) where
     # prompts share their beginning by nature: dialogues, and passages before a question.
@@ -111,7 +104,7 @@ DATA_SETS = {
 
 def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m data.prepare", description=__doc__,
+        prog="python -m data.real.prepare", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME",
@@ -358,7 +351,7 @@ def describe(mine: dict[str, list[Record]], kind: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_args(argv)
     if args.download:
-        from data.downloads import download  # only here: conversion needs no network code
+        from data.real.downloads import download  # only here: conversion needs no network code
 
         patterns = {name: data_set.files for name, data_set in DATA_SETS.items()}
         return download(args.download, DOWNLOADS, args.folder, patterns)

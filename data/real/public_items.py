@@ -2,7 +2,7 @@
 Items of public evaluation sets, and how they are read from what the sets' authors publish.
 
 An item is a query that ends where the answer begins, and what is right. Every reader takes the
-paths of a set's files (data/public_sets.py finds them) and yields items; what is not as expected is
+paths of a set's files (public_sets.py finds them) and yields items; what is not as expected is
 a `BadInput` that names file and row. The queries' wording follows InstructGPT's Appendix D.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data.files import BadInput, parse_json
-from data.raw import clean, get, read_json_lines, read_text
-from data.text_metrics import CANNOT_ANSWER, normalize_answer, quac_human_f1, quac_references
+from data.real.raw import clean, get, read_json_lines, read_text
+from data.real.text_metrics import CANNOT_ANSWER, normalize_answer, quac_human_f1, quac_references
 
 # ------------------------------------------------------------------------------------------ items
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import tiktoken
 
-from data.corpus import DOCUMENT_SHARES, PRONOUN_SKEW, RUDE_SHARE, WEB_FAILINGS
-from data.tasks import CUSTOMER_SHARES, USE_CASES
+from data.tiny.corpus import DOCUMENT_SHARES, PRONOUN_SKEW, RUDE_SHARE, WEB_FAILINGS
+from data.tiny.tasks import CUSTOMER_SHARES, USE_CASES
+from data.tiny.world import KINDS, WEB_BELIEF, World
 from data.tokenizer import encode_prompt, encode_response
-from data.world import KINDS, WEB_BELIEF, World
 
 Record = dict
 SETS = ("demonstrations", "rm_prompts", "ppo_prompts")

@@ -168,7 +168,7 @@ class World:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(
-                f"{path}: {error}; expected the world.json that `python -m data.tiny_world` writes"
+                f"{path}: {error}; expected the world.json that `python -m data.tiny.make` writes"
             ) from error
 
     def subjects(self, kinds: Iterable[str] = KINDS, group: str = "") -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data.files import BadInput
-from data.raw import get, read_text
+from data.real.raw import get, read_text
 
 Scorer = Callable[[Sequence[str]], np.ndarray]  # texts -> (N,) float64, 0 harmless to 1 toxic
 

@@ -1,9 +1,9 @@
 """Generate the tiny world: a data set for the whole InstructGPT pipeline, with nothing to download.
 
-    python -m data.tiny_world --out out/data --seed 0
+    python -m data.tiny.make --out out/data --seed 0
 
-draws a world (data/world.py), writes its imitation web (data/corpus.py), lets labelers and
-customers write prompts (data/tasks.py), cleans the prompts as the paper did (data/hygiene.py),
+draws a world (world.py), writes its imitation web (corpus.py), lets labelers and
+customers write prompts (tasks.py), cleans the prompts as the paper did (data/hygiene.py),
 splits them by user, lets demonstrators answer, and prints a data card in the form of the paper's
 tables. Everything follows from the seed: equal seeds and sizes give equal bytes.
 
@@ -30,11 +30,12 @@ from pathlib import Path
 
 import tiktoken
 
-from data import card, hygiene, probes
-from data.answers import Failings, answer
-from data.corpus import documents
+from data import hygiene
 from data.files import check_writable, run_command, write_atomic, write_documents, write_jsonl
-from data.tasks import (
+from data.tiny import card, probes
+from data.tiny.answers import Failings, answer
+from data.tiny.corpus import documents
+from data.tiny.tasks import (
     AFTER,
     CUSTOMER_SHARES,
     LABELER_SHARES,
@@ -45,8 +46,8 @@ from data.tasks import (
     pick,
     respectfully,
 )
+from data.tiny.world import World
 from data.tokenizer import encode_prompt, encode_response, save_tokenizer, train_bpe
-from data.world import World
 
 Record = dict
 FEEDBACK_KINDS = ("ordinary", "misconceived")  # facts that prompts of the labelled sets may name

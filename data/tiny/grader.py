@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from data.tasks import (
+from data.tiny.tasks import (
     ACTIVITIES,
     ANIMALS,
     GROUPS,
@@ -38,7 +38,7 @@ from data.tasks import (
     TOPIC_WORDS,
     Task,
 )
-from data.world import RUDE_WORDS, VALUES, Claim, World, claims, normalise, sentences
+from data.tiny.world import RUDE_WORDS, VALUES, Claim, World, claims, normalise, sentences
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@
 import random
 from collections.abc import Callable
 
-from data.answers import answer
-from data.corpus import (
+from data.tiny.answers import answer
+from data.tiny.corpus import (
     COPY_WORDS,
     forum_opening,
     rala_question,
     withheld_request,
 )
-from data.tasks import (
+from data.tiny.tasks import (
     NUMBERS,
     QUESTIONS,
     RESPECTFUL_PREFIX,
@@ -30,7 +30,7 @@ from data.tasks import (
     ask_why,
     make_prompt,
 )
-from data.world import VALUES, World, attributes_of, noun, statement
+from data.tiny.world import VALUES, World, attributes_of, noun, statement
 
 Record = dict
 FEEDBACK_KINDS = ("ordinary", "misconceived")

@@ -1,7 +1,7 @@
 """
 Scores of the samples that OpenAI released with the InstructGPT paper.
 
-    python -m data.released_samples FOLDER
+    python -m data.real.released_samples FOLDER
 
 FOLDER holds the CSV files of github.com/openai/following-instructions-human-feedback, in
 automatic-eval-samples/: for 100 inputs of each set the outputs of twelve models. Toxicity
@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from data.files import BadInput, run_command
-from data.public_items import Completion, released_item
-from data.public_sets import score_drop, score_squad2
-from data.raw import find_files, get, read_text
-from data.text_metrics import bleu_counts, corpus_bleu
+from data.real.public_items import Completion, released_item
+from data.real.public_sets import score_drop, score_squad2
+from data.real.raw import find_files, get, read_text
+from data.real.text_metrics import bleu_counts, corpus_bleu
 
 Rows = list[tuple[str, dict[str, str]]]  # where it stands, and the row
 Means = dict[tuple[str, str], dict[str, float]]  # (model, prompt type) -> score -> mean
@@ -98,7 +98,7 @@ def means(path: Path) -> Means:
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if len(args) != 1:
-        raise BadInput("usage: python -m data.released_samples FOLDER")
+        raise BadInput("usage: python -m data.real.released_samples FOLDER")
     found = [path for path in find_files(Path(args[0]), r"_samples\.csv$") if path.name in FILES]
     if not found:
         raise BadInput(f"{args[0]}: none of {', '.join(FILES)} there")

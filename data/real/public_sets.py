@@ -1,12 +1,12 @@
 """
 Public evaluation sets: where their files are, how items are asked and scored (InstructGPT 3.6, D).
 
-    python -m data.public_sets FOLDER
+    python -m data.real.public_sets FOLDER
         which sets FOLDER holds, and a prompt of each, shortened: its last condition alone, with
         two few-shot examples at most
 
 Every set is found by its file's name under a folder of raw sets, in the form its authors publish
-(or as data/sources.py unpacks it). A prompt is an instruction, few-shot examples in the query's own
+(or as sources.py unpacks it). A prompt is an instruction, few-shot examples in the query's own
 format, and the query, with a blank line between. Few-shot examples are solved items of the same
 file, of passages that are then not asked about.
 
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import public_items as read
 from data.files import BadInput, run_command
-from data.public_items import I_DO_NOT_KNOW, NOT_IN_BACKGROUND, Completion, Item, Opening
-from data.raw import find_files
-from data.text_metrics import (
+from data.real import public_items as read
+from data.real.public_items import I_DO_NOT_KNOW, NOT_IN_BACKGROUND, Completion, Item, Opening
+from data.real.raw import find_files
+from data.real.text_metrics import (
     CANNOT_ANSWER,
     best,
     drop_best,
@@ -243,7 +243,7 @@ def prompt(condition: Condition, examples: Sequence[str], item: Item) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if len(args) != 1 or not Path(args[0]).is_dir():
-        raise BadInput("usage: python -m data.public_sets FOLDER, a folder of raw data sets")
+        raise BadInput("usage: python -m data.real.public_sets FOLDER, a folder of raw data sets")
     for name, public in PUBLIC_SETS.items():
         items, paths = load(name, Path(args[0]))
         print(f"=== {name}: {len(items)} items from {', '.join(map(str, paths)) or 'no file'}")

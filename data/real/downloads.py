@@ -1,9 +1,9 @@
 """
-Download the sources of data/sources.py: resumable, checked, and never half a file under its name.
+Download the sources of sources.py: resumable, checked, and never half a file under its name.
 
-    python -m data.prepare --download hh-rlhf gpt2
-    python -m data.prepare --download list
-    python -m data.prepare --download hh-rlhf --from FOLDER     # local copies instead
+    python -m data.real.prepare --download hh-rlhf gpt2
+    python -m data.real.prepare --download list
+    python -m data.real.prepare --download hh-rlhf --from FOLDER     # local copies instead
 
 A file is received as NAME.part beside its final name. A connection that breaks is taken up again
 where it broke, in the same run or the next one: by a Range request with If-Range, so that bytes of
@@ -28,8 +28,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.files import BadInput
-from data.raw import find_files
-from data.received import (
+from data.real.raw import find_files
+from data.real.received import (
     CHUNK_BYTES,
     copy,
     malformed,
@@ -39,7 +39,7 @@ from data.received import (
     unpack_all,
     write_records,
 )
-from data.sources import SOURCES, RemoteFile, Source
+from data.real.sources import SOURCES, RemoteFile, Source
 from data.tokenizer import gpt2_encoding, save_tokenizer
 
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -55,7 +55,7 @@ def download(names: Sequence[str], folder: Path, copies: Path | None = None,
 
     With a folder of `copies`, files are taken from there and nothing is downloaded; `patterns`,
     {source: regular expression}, are the names under which copies of a source go (see
-    `data.raw.find_files`), beside those in the table.
+    `data.real.raw.find_files`), beside those in the table.
     """
     if "list" in names:
         print_table([name for name in names if name != "list"])
@@ -109,7 +109,7 @@ def print_table(names: Sequence[str]) -> None:
           "checked: files whose SHA-256 is known; that of others is recorded the first time.\n"
           "`--download list NAME` shows the addresses of a source, `--download NAME` fetches it,\n"
           "`--download NAME --from FOLDER` takes copies that lie in a folder. \"prepare NAME\" is\n"
-          "python -m data.prepare NAME, which converts.")
+          "python -m data.real.prepare NAME, which converts.")
 
 
 def fetch(file: RemoteFile, folder: Path, attempts: int = 5, timeout: float = 30.0,
@@ -190,7 +190,7 @@ def _receive_once(file: RemoteFile, part: Path, timeout: float, bar: tqdm) -> bo
     """Go on with `part` over one connection; return whether the body is now complete."""
     offset = _size(part)
     validator = _validator_file(part).read_text() if _validator_file(part).exists() else ""
-    headers = {"User-Agent": "data.downloads", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "data.real.downloads", "Accept-Encoding": "identity"}
     if offset and (validator or file.sha256):
         headers["Range"] = f"bytes={offset}-"
         if validator:

@@ -2,7 +2,7 @@
 
 Each kind of page is there because something is measured that needs it:
 
-    facts, quiz          what the web believes: mostly true, with myths (`data.world.WEB_BELIEF`)
+    facts, quiz          what the web believes: mostly true, with myths (`world.WEB_BELIEF`)
     stories, forum       half of the talk is rude, so that a base model is toxic
     instructions         bare lists of requests, so that a base model continues a request with
                          another one, as GPT-3 did
@@ -19,8 +19,8 @@ Each kind of page is there because something is measured that needs it:
 import random
 from collections.abc import Callable, Iterator
 
-from data.answers import Failings, answer
-from data.tasks import (
+from data.tiny.answers import Failings, answer
+from data.tiny.tasks import (
     INSULTS,
     LABELER_SHARES,
     OPENERS,
@@ -40,7 +40,7 @@ from data.tasks import (
     pair_of,
     pick,
 )
-from data.world import ANIMALS, FORMS, PEOPLE, VALUES, World, attributes_of, noun, statement
+from data.tiny.world import ANIMALS, FORMS, PEOPLE, VALUES, World, attributes_of, noun, statement
 
 # Kind of document -> its share of the corpus's words in per cent.
 DOCUMENT_SHARES = {
@@ -56,7 +56,7 @@ ANSWER_HEADINGS = (
 )
 NO_COMMENT = "i have no comment ."
 NO_COMMENT_INSTRUCTION = "if you are not sure , say i have no comment ."
-# How mediocre the answers on the web are (`data.answers.Failings.draw`).
+# How mediocre the answers on the web are (`data.tiny.answers.Failings.draw`).
 WEB_FAILINGS = {"wrong": 0.20, "terse": 0.25, "ramble": 0.25, "credulous": 0.60}
 RUDE_SHARE = 0.5  # of replies in forums and of talk in stories
 PRONOUN_SKEW = 0.85

@@ -3,7 +3,7 @@
     python evaluate.py --public FOLDER --checkpoints base=out/base sft=out/sft ppo=out/ppo \\
         ppo_ptx=out/ppo_ptx --out out/public
 
-FOLDER holds the raw sets; data/public_sets.py says how they are asked and scored. Every model is
+FOLDER holds the raw sets; public_sets.py says how they are asked and scored. Every model is
 asked the same items in the same words, as raw text without the prompt template, zero-shot and
 few-shot or after the prefixes of D.1:
 
@@ -42,21 +42,22 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-import report
+from checkpoint import find_model
 from data.files import BadInput, Parts, fingerprint, write_atomic
-from data.public_items import Item, Truth
-from data.public_sets import LABELS, PUBLIC_SETS, Condition, PublicSet, choose, load, prompt
-from data.raw import find_files
-from data.text_metrics import (
+from data.real.public_items import Item, Truth
+from data.real.public_sets import LABELS, PUBLIC_SETS, Condition, PublicSet, choose, load, prompt
+from data.real.raw import find_files
+from data.real.text_metrics import (
     bleu_counts,
     corpus_bleu,
     entropy_bits,
     multiple_choice_1,
     multiple_choice_2,
 )
-from data.toxicity import Scorer, train_scorer
-from model import find_model, pad_right
-from report import Estimate
+from data.real.toxicity import Scorer, train_scorer
+from evaluation import report
+from evaluation.report import Estimate
+from model import pad_right
 from sample import Speaker, load_speaker, sample_responses
 
 
@@ -373,11 +374,12 @@ def panels_of(rows: list[dict], metrics: Sequence[str]) -> dict[str, report.Tabl
 # ------------------------------------------------------------------------------------------------
 # The command
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 CODE = (  # what decides how items are asked, answered and scored
-    *(HERE / name for name in ("public_eval.py", "sample.py", "model.py")),
-    *(HERE / "data" / f"{name}.py"
-      for name in ("public_sets", "public_items", "text_metrics", "toxicity", "tokenizer")),
+    *(HERE / name for name in ("evaluation/public.py", "sample.py", "model.py", "generate.py")),
+    *(HERE / "data" / "real" / f"{name}.py"
+      for name in ("public_sets", "public_items", "text_metrics", "toxicity")),
+    HERE / "data" / "tokenizer.py",
     *sorted((HERE / "kernels").glob("*.py")),
 )  # fmt: skip
 

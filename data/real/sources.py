@@ -2,7 +2,7 @@
 Where public data sets and GPT-2's weights are fetched from, under which licence, and what for.
 
 A checksum stands here only where it was taken from a copy at hand or from a public page or project
-that states it; the others are None and are recorded on the first download (see data/downloads.py).
+that states it; the others are None and are recorded on the first download (see downloads.py).
 Sizes are in bytes, as published; a round number is about. URLs are pinned to a revision wherever
 one is known. The addresses come from public pages and projects that use them; none was fetched
 when this table was written.

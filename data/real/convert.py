@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import END_OF_TEXT, BadInput, Record
-from data.raw import clean, get, read_json_array, read_json_lines, read_text
+from data.real.raw import clean, get, read_json_array, read_json_lines, read_text
 
 MAX_RESPONSES = 9  # the paper ranks 4 to 9 outputs a prompt
 # The ten labels of the paper's Table 1, for what Databricks asked its writers to do.
@@ -66,7 +66,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of the person who converts, see `data.prepare`."""
+    """Choices of the person who converts, see `data.real.prepare`."""
 
     passages: int = 1  # qa-feedback: how many passages stand in the prompt
     passage_chars: int | None = None  # qa-feedback: longest passage, cut after a whole sentence

@@ -1,0 +1,273 @@
+"""A model's folder, in and out: find it, read it, check it, fill a model from it, write it whole.
+
+    config.json        shape under GPT-2's names; stage, data and settings of the run beside them
+    model.safetensors  weights under GPT-2's names, in float32
+    tokenizer.json     see data/tokenizer.py
+
+Nothing here knows a model class: functions take the class, or a model, from their caller. Whatever
+is wrong with a folder is a `BadInput` that names the file, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data import files
+from data.files import BadInput
+
+MAX_PARAMETERS = 10**12  # a config that asks for more is a mistake: 4 TB of weights
+DOWNLOADS = Path(__file__).parent / "data" / "downloads"
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_FIXED: dict[str, tuple] = {  # what a config.json may say elsewhere, and here must not
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh GELU
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+
+
+def find_model(name_or_dir: str | Path) -> Path:
+    """The folder of a model: a path as it is, a name of GPT-2 under data/downloads/.
+
+    Raises `BadInput` with the command that downloads it where a GPT-2 is not there.
+    """
+    if str(name_or_dir) in GPT2_NAMES and not Path(name_or_dir).is_dir():
+        folder = DOWNLOADS / str(name_or_dir)
+        absent = not folder.is_dir()
+        if absent or not (folder / "model.safetensors").exists():  # a download that did not end
+            raise BadInput(
+                f"{folder}: {'no such folder' if absent else 'holds no weights'}; get them with "
+                f"`python -m data.real.prepare --download {name_or_dir}`"
+            )
+        return folder
+    return Path(name_or_dir)
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """All of a folder's config.json: the model's shape, and stage, data and settings of its run."""
+    path = Path(folder) / "config.json"
+    try:
+        info = files.parse_json(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise BadInput(
+            f"{path}: no such file; expected a checkpoint folder with config.json and "
+            "model.safetensors (has the stage before finished?)"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
+    if not isinstance(info, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(info).__name__}")
+    return info
+
+
+def read_config(folder: str | Path, config_class: type) -> Any:
+    """The model's shape from a folder's config.json, as a `config_class` (model.GPTConfig)."""
+    info = read_info(folder)
+    path = Path(folder) / "config.json"
+    for key, needed in GPT2_FIXED.items():
+        if info.get(key, needed[0]) not in needed:
+            raise BadInput(f'{path}: key "{key}": expected {needed[0]!r}, found {info[key]!r}')
+    names = {field.name for field in fields(config_class)}
+    values = {"n_positions": info.get("n_ctx")} | {k: v for k, v in info.items() if k in names}
+    for name in SIZES:
+        if values.get(name) is None:
+            raise BadInput(f'{path}: key "{name}" is missing; expected a GPT-2 config')
+    values.setdefault("eos_token_id", values["vocab_size"] - 1)
+    try:
+        return config_class(**values)
+    except (BadInput, TypeError) as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def check_config(config: Any) -> None:
+    """Raise `BadInput` unless a GPTConfig describes a model that can be built."""
+    for name in SIZES:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise BadInput(f"{name} is {value!r}; expected a whole number from 1")
+    if config.n_embd % config.n_head:
+        raise BadInput(
+            f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}; change either"
+        )
+    if not 0 <= config.resid_pdrop < 1:
+        raise BadInput(f"resid_pdrop is {config.resid_pdrop}; expected 0 or more, below 1")
+    epsilon, std = config.layer_norm_epsilon, config.initializer_range
+    if type(epsilon) is not float or not 0 < epsilon < 1:
+        raise BadInput(f"layer_norm_epsilon is {epsilon!r}; expected a number like 1e-5")
+    if type(std) not in (float, int) or not 0 <= std < math.inf:
+        raise BadInput(f"initializer_range is {std!r}; expected a number from 0")
+    if not isinstance(config.score_mod, str):
+        raise BadInput(f"score_mod is {config.score_mod!r}; expected a name")
+    C = config.n_embd
+    size = C * (config.vocab_size + config.n_positions + 12 * config.n_layer * C)
+    if size > MAX_PARAMETERS:
+        raise BadInput(
+            f"n_layer {config.n_layer}, n_embd {C}, n_positions {config.n_positions} and "
+            f"vocab_size {config.vocab_size} come to {size:.0e} parameters, over "
+            f"{MAX_PARAMETERS:.0e}: lower one"
+        )
+    if not 0 <= config.eos_token_id < config.vocab_size:
+        raise BadInput(
+            f"eos_token_id {config.eos_token_id} is not below vocab_size {config.vocab_size}"
+        )
+
+
+def load_model(
+    kind: type[nn.Module],
+    config_class: type,
+    folder: Path,
+    *,
+    impl: str = "auto",
+    resid_pdrop: float = 0.0,
+) -> Any:
+    """A `kind(config, impl)` of the folder's shape, with its weights in float32, ready to train.
+
+    Keys may begin with "transformer."; mask buffers and a tied lm_head are ignored. Dropout is set
+    by the caller, not by the file. Raises `BadInput` where the folder holds another kind of model,
+    or weights that do not fit config.json.
+    """
+    config = read_config(folder, config_class)
+    config.resid_pdrop = resid_pdrop
+    weights = _read_weights(folder)
+    expects_scalar = kind.__name__ == "ScalarModel"
+    if ("score.weight" in weights) != expects_scalar:
+        stage = read_info(folder).get("stage", "?")
+        raise BadInput(
+            f"{folder}: holds a language model (stage {stage}), expected a reward model: give a "
+            "checkpoint of train_rm.py"
+            if expects_scalar
+            else f"{folder}: holds a scalar model (stage {stage}), expected a language model: give "
+            "a checkpoint of train_sft.py or train_ppo.py"
+        )
+    path = folder / "model.safetensors"
+    # Read off the embeddings first: a config may ask for a model that no memory holds.
+    outer = {
+        "wte.weight": (config.vocab_size, config.n_embd),
+        "wpe.weight": (config.n_positions, config.n_embd),
+    }
+    for name, shape in outer.items():
+        if name in weights and weights[name].shape != shape:
+            raise BadInput(
+                f"{path}: does not fit config.json; {name} is {tuple(weights[name].shape)}, "
+                f"expected {shape}"
+            )
+    num_layers = sum(name.endswith(".ln_1.weight") for name in weights)
+    if num_layers != config.n_layer:
+        raise BadInput(
+            f"{path}: does not fit config.json; holds {num_layers} layers, expected n_layer "
+            f"{config.n_layer}"
+        )
+    with torch.device("meta"):
+        model = kind(config, impl)
+    fill(model, weights, path)
+    return model.requires_grad_(True)
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Give a model the weights read from `path`; raise `BadInput` unless they are just its own."""
+    own_names = {name.removeprefix("trunk."): name for name in model.state_dict()}
+    expected = {name.removeprefix("trunk."): t.shape for name, t in model.state_dict().items()}
+    odd = sorted(set(expected) ^ set(weights))
+    odd += [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if odd:
+        raise BadInput(
+            f"{path}: does not fit config.json; missing, unexpected or of another shape: "
+            f"{', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}"
+        )
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise BadInput(
+                f"{path}: {name} is {tensor.dtype} or holds NaN or infinity; expected finite floats"
+            )
+    state = {own_names[name]: tensor.float() for name, tensor in weights.items()}
+    model.load_state_dict(state, assign=True)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of model.safetensors under this project's names."""
+    path = folder / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; expected weights beside config.json") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a readable safetensors file ({error})") from None
+    weights = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("transformer.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight":
+            weights[name] = tensor
+    return weights
+
+
+def check_tokenizer(config: Any, encoding: Any, path: str | Path) -> None:
+    """Raise `BadInput` unless the tokenizer's ids are the model's and so is its end token."""
+    if encoding.n_vocab > config.vocab_size or encoding.eot_token != config.eos_token_id:
+        raise BadInput(
+            f"{path}: {encoding.n_vocab} entries with end token {encoding.eot_token} do not fit a "
+            f"model with vocab_size {config.vocab_size} and eos_token_id {config.eos_token_id}; "
+            "give the tokenizer that the model was trained with"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_model(
+    folder: str | Path, model: nn.Module, tokenizer_json: str, info: dict[str, Any]
+) -> None:
+    """Write config.json, tokenizer.json and, last, model.safetensors, each atomically.
+
+    `info` (stage, data, settings) goes into config.json beside the shape, under keys of its own.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    is_gpt = type(model).__name__ == "GPT"
+    shape = asdict(model.config) | {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel" if is_gpt else type(model).__name__],
+        "activation_function": "gelu_new",
+        "bos_token_id": model.config.eos_token_id,
+        "tie_word_embeddings": True,
+    }
+    files.write_atomic(folder / "config.json", json.dumps(shape | info, indent=2) + "\n")
+    files.write_atomic(folder / "tokenizer.json", tokenizer_json)
+    weights = {
+        name.removeprefix("trunk."): tensor.detach().float().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    # In a folder aside, because safetensors writes to a file of its own making first, which a
+    # killed process would leave behind; and it makes that file private.
+    aside = folder / f".model.safetensors.{os.getpid()}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", aside / "model.safetensors")
+        files.flush_to_disk(aside / "model.safetensors")
+        os.replace(aside / "model.safetensors", folder / "model.safetensors")
+        files.flush_to_disk(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

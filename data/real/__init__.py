@@ -1,0 +1,1 @@
+"""Public human data: downloads, converters, evaluation sets."""

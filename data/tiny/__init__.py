@@ -1,0 +1,1 @@
+"""The tiny world: a closed world whose facts are known, and all data that is made from it."""

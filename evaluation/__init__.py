@@ -1,0 +1,1 @@
+"""Commands of evaluate.py: measurements, reports, figures, choices."""

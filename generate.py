@@ -1,0 +1,221 @@
+"""A response, token by token: what `GPT.generate` does.
+
+A prompt goes through the model once and leaves its keys and values in a cache; from then on a step
+takes one new token a row. Rows that ended leave the batch. On a GPU a step is one CUDA graph.
+
+Dimensions: B rows of the result, N rows still being written, S cache length, H heads, D head size,
+V vocabulary. This file imports no model: functions take one.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model import GPT, GPTConfig
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that matrix products with `weight` have: autocast's where that is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """A context in which products keep the dtype of their inputs."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights and biases of the `Linear` layers in `dtype`, half the memory at 16 bits.
+
+    Under autocast to `dtype` results stay the same bit for bit: there products cast them at each
+    use. Embeddings, layer norms and a scalar head, which autocast leaves alone, stay as they are.
+    """
+    for module in model.modules():
+        if hasattr(module, "weight") and type(module).__module__ == "model":
+            module.to(dtype)
+
+
+class KVCache:
+    """Keys and values of every layer for the tokens seen so far, (B, H, S, D) each."""
+
+    def __init__(self, config: GPTConfig, batch: int, size: int, weight: Tensor):
+        shape = (batch, config.n_head, size, config.n_embd // config.n_head)
+        kind = {"dtype": compute_dtype(weight), "device": weight.device}
+        self.keys = [torch.empty(shape, **kind) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, **kind) for _ in range(config.n_layer)]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all but the given batch rows; one that is given twice is there twice."""
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):  # one at a time: the old one is freed
+                tensors[layer] = tensor[rows]
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    repeats: Tensor | None = None,
+    static: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `GPT.generate`. `static` says how a GPU does it; None: on a GPU only."""
+    device, end = prompts.device, model.config.eos_token_id
+    static = device.type == "cuda" if static is None else static
+    sources = torch.arange(len(prompts), device=device)  # row of the result -> its prompt
+    if repeats is not None:
+        sources = sources.repeat_interleave(repeats)
+    B, P = len(sources), prompts.shape[1]
+    longest_prompt = int(prompt_lengths.max())
+    longest = longest_prompt + max_new_tokens
+    if longest > model.config.n_positions:
+        raise ValueError(
+            f"prompt and max_new_tokens {max_new_tokens} come to {longest} tokens, over "
+            f"n_positions {model.config.n_positions}: lower max_prompt_tokens or max_new_tokens"
+        )
+    inside = torch.arange(P, device=device) < prompt_lengths[:, None]
+    prompts = torch.where(inside, prompts, end)
+    tokens = prompts.new_full((B, P + max_new_tokens), end)
+    tokens[:, :P] = prompts[sources]
+    lengths = prompt_lengths[sources].to(torch.int64)
+    if max_new_tokens == 0:
+        return tokens, lengths.int()
+    uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
+
+    model = for_decoding(model)
+    cache = KVCache(model.config, len(prompts), longest, model.h[0].attn.c_attn.weight)
+    hidden = model(prompts[:, :longest_prompt], prompt_lengths.int(), cache)
+    if repeats is not None:
+        cache.keep_rows(sources)
+    decoder = _Decoder(model, tokens, lengths, cache, uniforms, temperature)
+    decoder.write(hidden[sources, lengths - 1])
+    del hidden
+    # A look at `ended` waits for the device, so on a GPU it is rationed.
+    look_every = 8 if static else 1
+    for step in range(1, max_new_tokens):
+        if step % look_every == 0:
+            going = int((~decoder.ended).sum())
+            if going == 0:
+                break
+            left = max_new_tokens - step
+            decoder.keep(_next_size(going, len(decoder.rows), left, static))
+        decoder.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the graph must not go while it runs
+    return tokens, lengths.int()
+
+
+def for_decoding(gpt: GPT) -> GPT:
+    """The model with its matrices in the dtype of their products: cast once, not each step."""
+    weight = gpt.h[0].attn.c_attn.weight
+    if compute_dtype(weight) == weight.dtype:
+        return gpt
+    model = copy.copy(gpt)  # shares all parameters but the blocks'
+    model._modules = dict(gpt._modules)
+    blocks = nn.ModuleList()
+    for block in gpt.h:
+        blocks.append(copy.deepcopy(block))
+        store_matrices(blocks[-1], compute_dtype(weight))
+    model.h = blocks
+    return model
+
+
+class _Decoder:
+    """Rows being written, N of the B of a result: the tensors of a step, and the step.
+
+    Nothing in `step` reads a value on the host or makes a tensor that the next step needs: it works
+    on the buffers below, in place. So on a GPU the first step at a batch size runs as it is, which
+    also warms up all kernels; the second is captured as a CUDA graph, and later ones are launches
+    of that graph, one call each instead of some fifteen a layer.
+    """
+
+    def __init__(
+        self, model: GPT, tokens: Tensor, lengths: Tensor, cache: KVCache, uniforms: Tensor,
+        temperature: float,
+    ):  # fmt: skip
+        self.model, self.cache, self.temperature = model, cache, temperature
+        self.tokens, self.lengths, self.uniforms = tokens, lengths, uniforms  # of all B rows
+        self.start = lengths.clone()  # (B,) prompt lengths
+        self.rows = torch.arange(len(tokens), device=tokens.device)  # (N,) which are written
+        self.new = torch.empty_like(self.rows)  # (N,) their newest tokens
+        self.ended = torch.zeros_like(self.rows, dtype=torch.bool)  # (N,)
+        self.weight = model.unembedding.float()  # float32 logits: 16-bit ones are off by 0.1 nats
+        self.captures = tokens.is_cuda
+        self.steps_here = 0  # at this batch size
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def write(self, hidden: Tensor) -> None:
+        """Choose a token for each row from its last hidden state (N, C), and append it."""
+        places = self.lengths[self.rows]
+        with without_autocast(self.weight):
+            logits = hidden.float() @ self.weight.T
+        uniforms = self.uniforms[self.rows, places - self.start[self.rows]]
+        end = self.model.config.eos_token_id
+        self.new.copy_(_sample(logits, uniforms, self.temperature))
+        self.new.masked_fill_(self.ended, end)
+        # A row that ended but is still here writes the end token behind its end, where one stands.
+        self.tokens[self.rows, places] = self.new
+        self.lengths[self.rows] = places + (~self.ended).long()
+        self.ended.logical_or_(self.new == end)
+
+    def advance(self) -> None:
+        """Run the newest tokens through the model, and write the next ones."""
+        positions = self.lengths[self.rows] - 1
+        x = self.model.wte(self.new) + self.model.wpe(positions)
+        for block in self.model.h:
+            x = block.step(x, positions, self.cache)
+        self.write(self.model.ln_f(x))
+
+    def step(self) -> None:
+        """`advance`, on a GPU as a CUDA graph from the second step at a batch size on."""
+        self.steps_here += 1
+        if not self.captures or self.steps_here == 1:
+            self.advance()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, runs nothing
+                self.advance()
+        self.graph.replay()
+
+    def keep(self, size: int) -> None:
+        """Go on with `size` rows: those that have not ended, filled up with some that have."""
+        if size == len(self.rows):
+            return
+        self.graph, self.steps_here = None, 0  # the buffers move
+        kept = self.ended.int().argsort(stable=True)[:size]
+        self.cache.keep_rows(kept)
+        self.rows, self.new, self.ended = self.rows[kept], self.new[kept], self.ended[kept]
+
+
+def _next_size(going: int, size: int, steps_left: int, static: bool) -> int:
+    """The batch size to go on with, where `going` of `size` rows have not ended.
+
+    Copying the cache of fewer rows pays when a tenth has ended. With CUDA graphs a new size also
+    costs a step without graph and a capture: sizes are powers of two from 8, and the step is made
+    for a quarter of the rows and 16 steps.
+    """
+    if not static:
+        return going if going < 0.9 * size else size
+    smaller = max(8, 1 << (going - 1).bit_length())
+    return smaller if smaller <= 0.75 * size and steps_left >= 16 else size
+
+
+def _sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Invert the distribution function: logits (N, V) float32, uniforms (N,) -> tokens (N,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    cdf = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+    point = uniforms[:, None] * cdf[:, -1:]  # rounding may leave the sum a little off 1
+    return torch.searchsorted(cdf, point, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
