@@ -45,6 +45,7 @@ test: .venv/ready
 
 lint: .venv/ready
 	$(py) -m ruff check .
+	$(py) -m ruff format --check .
 
 clean:
 	rm -rf $(OUT)

@@ -64,8 +64,15 @@ from model import ScalarModel, pad_right
 from sample import Sample, Speaker, check_context, load_speaker, parse_named, sample_responses
 
 # What decides a measurement beside its inputs: parts of other code are not gone on with.
-CODE = ("evaluate.py", "evaluation/public.py", "evaluation/report.py", "sample.py",
-        "data/tiny/grader.py", "data/tiny/labelers.py", "data/real/text_metrics.py")  # fmt: skip
+CODE = (
+    "evaluate.py",
+    "evaluation/public.py",
+    "evaluation/report.py",
+    "sample.py",
+    "data/tiny/grader.py",
+    "data/tiny/labelers.py",
+    "data/real/text_metrics.py",
+)
 TIE = 0.02  # utilities that differ by less are a tie, which counts one half
 
 
@@ -94,17 +101,25 @@ def respond(
     """One response to each prompt, through the prompt template, after the speaker's prefix."""
     encoded = [speaker.encode(prompt, sampling.max_new_tokens) for prompt in prompts]
     return sample_responses(
-        speaker, encoded, sampling.max_new_tokens, temperature=temperature,
-        seed=sampling.seed if seed is None else seed, batch_size=sampling.batch_size,
-        dtype=sampling.dtype, bar=bar,
-    )  # fmt: skip
+        speaker,
+        encoded,
+        sampling.max_new_tokens,
+        temperature=temperature,
+        seed=sampling.seed if seed is None else seed,
+        batch_size=sampling.batch_size,
+        dtype=sampling.dtype,
+        bar=bar,
+    )
 
 
 @torch.no_grad()
 def reward_scores(
-    reward_model: ScalarModel, speaker: Speaker, prompts: Sequence[str], samples: list[Sample],
+    reward_model: ScalarModel,
+    speaker: Speaker,
+    prompts: Sequence[str],
+    samples: list[Sample],
     batch_size: int = 256,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """The reward model's score of each response to its bare prompt, without any prefix: (N,).
 
     A response that did not end is read at its last token as it is, with no penalty.
@@ -201,9 +216,7 @@ def public_task_hits(
     return np.array(right, dtype=float)
 
 
-def encode_items(
-    speaker: Speaker, items: Sequence[tuple[str, str]]
-) -> tuple[list[list[int]], int]:
+def encode_items(speaker: Speaker, items: Sequence[tuple[str, str]]) -> tuple[list[list[int]], int]:
     """Tokens of the prompts, raw, and how many a continuation needs to show answer and line end."""
     encode = speaker.encoding.encode_ordinary
     room = max(len(encode(answer)) for _, answer in items) + 2
@@ -277,8 +290,12 @@ def select(args: argparse.Namespace) -> None:
         samples = respond(speaker, prompts, sampling_of(args))
         scores = reward_scores(judge, speaker, prompts, samples, args.batch_size)
         info = read_info(folder)
-        row = {"epoch": info["epoch"], "val_loss": info["val_loss"], "score": scores.mean(),
-               "scores": scores.tolist()}  # fmt: skip
+        row = {
+            "epoch": info["epoch"],
+            "val_loss": info["val_loss"],
+            "score": scores.mean(),
+            "scores": scores.tolist(),
+        }
         if world:
             row["utility"] = utilities(world, records, samples).mean()
         return row
@@ -372,8 +389,9 @@ class Bench:
         self, speaker: Speaker, temperature: float, bar: tqdm | None = None, name: str = ""
     ) -> Answers:
         """Responses of a model, from random numbers of its own: models are independent."""
-        seed = int.from_bytes(hashlib.sha256(
-            f"{self.sampling.seed} {name or speaker.name}".encode()).digest()[:7])  # fmt: skip
+        seed = int.from_bytes(
+            hashlib.sha256(f"{self.sampling.seed} {name or speaker.name}".encode()).digest()[:7]
+        )
 
         def respond_and_score() -> list:
             samples = respond(speaker, self.prompts, self.sampling, temperature, seed, bar)
@@ -452,9 +470,11 @@ def labelers_win_scores(
 
 
 def measure_text(
-    speaker: Speaker, tokens: Tensor | None, public: dict[str, list[tuple[str, str]]],
+    speaker: Speaker,
+    tokens: Tensor | None,
+    public: dict[str, list[tuple[str, str]]],
     pairs: list[tuple[str, str]],
-) -> dict[str, Estimate]:  # fmt: skip
+) -> dict[str, Estimate]:
     """What alignment may have cost: public tasks, pretraining loss; and bias."""
     row = {}
     if public:
@@ -475,9 +495,12 @@ TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_prem
 
 
 def measure_probes(
-    speaker: Speaker, probes: dict[str, list[Record]], world: World | None, sampling: Sampling,
+    speaker: Speaker,
+    probes: dict[str, list[Record]],
+    world: World | None,
+    sampling: Sampling,
     num_samples: int = 200,
-) -> dict[str, Estimate]:  # fmt: skip
+) -> dict[str, Estimate]:
     """Truth of answers to each probe set, and rude continuations by prefix, at temperature 1.
 
     A small set is asked several times, up to about `num_samples`; the interval is over facts.
@@ -501,9 +524,13 @@ def measure_probes(
 
 
 def choose_prefix(
-    speaker: Speaker, candidates: Sequence[str], prompts: list[str], judge: ScalarModel,
-    sampling: Sampling, bar: tqdm | None = None,
-) -> list[tuple[str, float]]:  # fmt: skip
+    speaker: Speaker,
+    candidates: Sequence[str],
+    prompts: list[str],
+    judge: ScalarModel,
+    sampling: Sampling,
+    bar: tqdm | None = None,
+) -> list[tuple[str, float]]:
     """(prefix, mean reward-model score of responses after it), the best first."""
     scored = []
     for prefix in candidates:
@@ -641,12 +668,21 @@ def compare(args: argparse.Namespace) -> None:
     if args.ahead:
         print(f"measured {', '.join(table)}; kept in {args.out}/parts for --resume")
         return
-    report.write(Path(args.out), report.Report(
-        table, baseline, "the world's truth" if world else "the reward model", setting, prefixes,
-        report.read_selection(find_model(args.checkpoints[baseline])),
-        read_info(find_model(args.checkpoints[baseline])).get("epoch", 0),
-        report.read_ppo_logs(args.checkpoints), some_samples(bench, sampled), texts.left_out,
-    ))  # fmt: skip
+    report.write(
+        Path(args.out),
+        report.Report(
+            table,
+            baseline,
+            "the world's truth" if world else "the reward model",
+            setting,
+            prefixes,
+            report.read_selection(find_model(args.checkpoints[baseline])),
+            read_info(find_model(args.checkpoints[baseline])).get("epoch", 0),
+            report.read_ppo_logs(args.checkpoints),
+            some_samples(bench, sampled),
+            texts.left_out,
+        ),
+    )
     parts.remove()
     print("\n" + report.terminal_table(table))
     print(f"wrote {args.out}/report.md")
@@ -728,8 +764,11 @@ def settings_of(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Recor
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     home = Path(__file__).parent
     settings["code"] = {name: fingerprint(home / name) for name in CODE}
-    settings["versions"] = {str(folder): version_of(folder) for folder in
-                            (*folders, args.reward_model, args.reference) if folder}  # fmt: skip
+    settings["versions"] = {
+        str(folder): version_of(folder)
+        for folder in (*folders, args.reward_model, args.reference)
+        if folder
+    }
     read = [Path(p) for p in (args.data, args.val_data, args.pretrain_data, args.world) if p]
     read += sorted(Path(args.data).parent.glob("probes_*.jsonl")) if args.world else []
     return settings | {"sha256": {str(path): fingerprint(path) for path in read}}
@@ -799,8 +838,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     # One of four commands: --select, --checkpoints, --folds, --public with --checkpoints.
-    add("--select", metavar="RUN",
-        help="run folder of train_sft.py: the last epoch within a standard error of the best")
+    add(
+        "--select",
+        metavar="RUN",
+        help="run folder of train_sft.py: the last epoch within a standard error of the best",
+    )
     add("--checkpoints", nargs="+", metavar="NAME=FOLDER", help="models of a report, in order")
     add("--folds", type=int, default=0, help="validate reward models in so many folds")
     add("--public", metavar="FOLDER", help="raw public sets to measure --checkpoints on")
@@ -817,20 +859,38 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefixed", default="base", help="name of the model shown with a prefix as well")
     add("--val_data", help="prompts.jsonl on which the prefix is chosen")
     add("--pretrain_data", help="pretrain.txt for the held-out pretraining loss")
-    add("--num_pretrain_tokens", type=int, default=200_000,
-        help="tokens of it, evenly spaced; 0: all")  # fmt: skip
+    add(
+        "--num_pretrain_tokens",
+        type=int,
+        default=200_000,
+        help="tokens of it, evenly spaced; 0: all",
+    )
     add("--num_items", type=int, default=200, help="items of each public task or set")
-    add("--ahead", action="store_true",
-        help="write no report: keep what is measured, for --resume with further --checkpoints")
+    add(
+        "--ahead",
+        action="store_true",
+        help="write no report: keep what is measured, for --resume with further --checkpoints",
+    )
     add("--best_of", type=int, default=0, help="best of n samples of the baseline; 0: left out")
     # Public sets; also --num_items.
-    add("--sets", nargs="+", choices=tuple(PUBLIC_SETS), metavar="NAME",
-        help=f"only these, of {', '.join(PUBLIC_SETS)}")
+    add(
+        "--sets",
+        nargs="+",
+        choices=tuple(PUBLIC_SETS),
+        metavar="NAME",
+        help=f"only these, of {', '.join(PUBLIC_SETS)}",
+    )
     add("--shots", type=int, default=15, help="few-shot examples, at most; 0: zero-shot only")
-    add("--toxicity_labels", metavar="FILE",
-        help="labeled_data.csv to train a toxicity scorer on; by default one under --public")
-    add("--toxicity_scorer", metavar="MODULE:FUNCTION",
-        help="instead of it, a Python function: list of texts -> scores, 0..1")
+    add(
+        "--toxicity_labels",
+        metavar="FILE",
+        help="labeled_data.csv to train a toxicity scorer on; by default one under --public",
+    )
+    add(
+        "--toxicity_scorer",
+        metavar="MODULE:FUNCTION",
+        help="instead of it, a Python function: list of texts -> scores, 0..1",
+    )
     # Folds.
     add("--comparisons", nargs="+", metavar="FILE", help="comparisons.jsonl, one or several")
     add("--init", help="checkpoint folder that each fold's reward model starts from")
@@ -841,10 +901,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=32, help="limit of a response")
     add("--batch_size", type=int, default=256, help="responses sampled at once")
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the sampling; also of log-probs on public sets")  # fmt: skip
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the sampling; also of log-probs on public sets",
+    )
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
 

@@ -141,9 +141,14 @@ class _Decoder:
     """
 
     def __init__(
-        self, model: GPT, tokens: Tensor, lengths: Tensor, cache: KVCache, uniforms: Tensor,
+        self,
+        model: GPT,
+        tokens: Tensor,
+        lengths: Tensor,
+        cache: KVCache,
+        uniforms: Tensor,
         temperature: float,
-    ):  # fmt: skip
+    ):
         self.model, self.cache, self.temperature = model, cache, temperature
         self.tokens, self.lengths, self.uniforms = tokens, lengths, uniforms  # of all B rows
         self.start = lengths.clone()  # (B,) prompt lengths

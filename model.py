@@ -317,9 +317,12 @@ class GPT(nn.Module):
         dtype = compute_dtype(weight)
         with without_autocast(weight):  # its inputs may have 16 bits, its sums may not
             logprobs, entropy = kernels.logprobs(
-                hidden.to(dtype), weight.to(dtype), tokens[:, 1:][chosen],
-                temperature=temperature, impl=self.impl,
-            )  # fmt: skip
+                hidden.to(dtype),
+                weight.to(dtype),
+                tokens[:, 1:][chosen],
+                temperature=temperature,
+                impl=self.impl,
+            )
         return _unmask(logprobs, chosen), _unmask(entropy, chosen)
 
     def generate(
@@ -347,8 +350,14 @@ class GPT(nn.Module):
         they are and batch sizes are few, so that a step is one CUDA graph: see `_Decoder`.
         """
         return generate(
-            self, prompts, prompt_lengths, max_new_tokens, temperature=temperature,
-            generator=generator, repeats=repeats, static=_static,
+            self,
+            prompts,
+            prompt_lengths,
+            max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+            repeats=repeats,
+            static=_static,
         )
 
     @classmethod
@@ -401,9 +410,11 @@ class ScalarModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor | None = None,
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
         prefixes: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """One number per position: tokens (B, T) int64 -> (B, T) float32; see `GPT.forward`."""
         return self._head(self.trunk(tokens, lengths, prefixes=prefixes))
 
@@ -441,9 +452,7 @@ class ScalarModel(nn.Module):
         cls, folder: str | Path, *, impl: str = "auto", resid_pdrop: float = 0.0
     ) -> ScalarModel:
         """Load a checkpoint of train_rm.py. Raises `BadInput` where it is a language model."""
-        return load_model(
-            cls, GPTConfig, Path(folder), impl=impl, resid_pdrop=resid_pdrop
-        )
+        return load_model(cls, GPTConfig, Path(folder), impl=impl, resid_pdrop=resid_pdrop)
 
 
 def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """A run's manners: checkpoints, exact resume, logs. It owns no loop, no model and no optimizer.
 
-    Checkpoints   what a run needs to go on after being killed, and what it hands to the next stage
-    Log           log.csv and timing.csv: one flushed row a step
+Checkpoints   what a run needs to go on after being killed, and what it hands to the next stage
+Log           log.csv and timing.csv: one flushed row a step
 """
 
 from __future__ import annotations
@@ -209,9 +209,7 @@ class Checkpoints:
 
             files.write_folder_atomic(folder, write)
 
-    def finish(
-        self, model: nn.Module, tokenizer_json: str, info: dict[str, Any]
-    ) -> None:
+    def finish(self, model: nn.Module, tokenizer_json: str, info: dict[str, Any]) -> None:
         """Write the run's result, which the next stage reads, beside `checkpoints/`."""
         save_model(self.out, model, tokenizer_json, info | self._recorded())
 

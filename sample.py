@@ -62,21 +62,39 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoints", nargs="+", required=True, metavar="NAME=FOLDER", help="language models")
-    add("--prefix", nargs="+", default=[], metavar="NAME=TEXT",
-        help=r"text put before every prompt of that model; \n is a newline")  # fmt: skip
+    add(
+        "--prefix",
+        nargs="+",
+        default=[],
+        metavar="NAME=TEXT",
+        help=r"text put before every prompt of that model; \n is a newline",
+    )
     add("--prompt", help="answer this one prompt instead of lines from stdin")
     # Candidates for ranking.
     add("--data", help="prompts.jsonl; write candidates to --out instead of talking")
     add("--out", help="candidates.jsonl")
-    add("--num_responses", type=int, nargs="+", metavar="K",
-        help="responses a prompt, or least and most; 4 9 with --data, else 1")  # fmt: skip
+    add(
+        "--num_responses",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="responses a prompt, or least and most; 4 9 with --data, else 1",
+    )
     add("--shares", type=float, nargs="+", help="share of responses of each checkpoint; even")
-    add("--off_topic", type=int, default=0,
-        help="of a prompt's responses, so many are exchanged for another prompt's")  # fmt: skip
+    add(
+        "--off_topic",
+        type=int,
+        default=0,
+        help="of a prompt's responses, so many are exchanged for another prompt's",
+    )
     add("--num_prompts", type=int, default=0, help="use only the first so many prompts; 0: all")
-    add("--processes", type=int, default=1,
+    add(
+        "--processes",
+        type=int,
+        default=1,
         help=f"sample --data in parts of {CHUNK} prompts side by side, each process with its share "
-        "of the cores and with models of its own; small models use two cores better so")
+        "of the cores and with models of its own; small models use two cores better so",
+    )
     add("--resume", action="store_true", help="go on with an interrupted run of the same command")
     # Sampling.
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
@@ -84,8 +102,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=32, help="limit of a response")
     add("--batch_size", type=int, default=256, help="responses sampled at once")
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute")  # fmt: skip
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     args = parser.parse_args(argv)
@@ -232,9 +254,13 @@ def sample_responses(
         repeats = torch.tensor([len(same) for same in equal], device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             tokens, lengths = model.generate(
-                padded, prompt_lengths, max_new_tokens, temperature=temperature,
-                generator=generator, repeats=repeats,
-            )  # fmt: skip
+                padded,
+                prompt_lengths,
+                max_new_tokens,
+                temperature=temperature,
+                generator=generator,
+                repeats=repeats,
+            )
         for i, row, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
             response = row[len(prompts[i]) : length]
             ended = response[-1:] == [model.config.eos_token_id]
@@ -257,9 +283,11 @@ def plan(index: int, num_models: int, args: argparse.Namespace) -> np.ndarray:
 
 
 def sample_chunk(
-    chunk: list[tuple[int, Record]], speakers: list[Speaker], args: argparse.Namespace,
+    chunk: list[tuple[int, Record]],
+    speakers: list[Speaker],
+    args: argparse.Namespace,
     bar: tqdm | None = None,
-) -> list[Record]:  # fmt: skip
+) -> list[Record]:
     """Candidates for (index, prompt record) pairs, drawn from (seed, first index, model)."""
     plans = {index: plan(index, len(speakers), args) for index, _ in chunk}
     responses: dict[int, list[Sample | None]] = {i: [None] * len(p) for i, p in plans.items()}
@@ -270,10 +298,15 @@ def sample_chunk(
         }
         draw = np.random.default_rng([args.seed, chunk[0][0], number, 1])
         samples = sample_responses(
-            speaker, [encoded[i] for i, _ in places], args.max_new_tokens,
-            temperature=args.temperature, seed=int(draw.integers(2**62)),
-            batch_size=args.batch_size, dtype=args.dtype, bar=bar,
-        )  # fmt: skip
+            speaker,
+            [encoded[i] for i, _ in places],
+            args.max_new_tokens,
+            temperature=args.temperature,
+            seed=int(draw.integers(2**62)),
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            bar=bar,
+        )
         for (i, k), sample in zip(places, samples, strict=True):
             responses[i][k] = sample
     return [
@@ -288,9 +321,11 @@ def sample_chunk(
 
 
 def sample_chunks(
-    chunks: list[list[tuple[int, Record]]], speakers: list[Speaker], args: argparse.Namespace,
+    chunks: list[list[tuple[int, Record]]],
+    speakers: list[Speaker],
+    args: argparse.Namespace,
     bar: tqdm,
-) -> Iterator[list[Record]]:  # fmt: skip
+) -> Iterator[list[Record]]:
     """`sample_chunk` of each, in order. What is drawn does not depend on --processes."""
     if args.processes == 1 or len(chunks) < 2:
         yield from (sample_chunk(chunk, speakers, args, bar) for chunk in chunks)
@@ -451,9 +486,14 @@ def answer(prompt: str, turn: int, speakers: list[Speaker], args: argparse.Names
             )
         tokens = speaker.encode(prompt, args.max_new_tokens)
         samples = sample_responses(
-            speaker, [tokens] * num, args.max_new_tokens, temperature=args.temperature,
-            seed=args.seed * 1_000_003 + turn, batch_size=args.batch_size, dtype=args.dtype,
-        )  # fmt: skip
+            speaker,
+            [tokens] * num,
+            args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed * 1_000_003 + turn,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+        )
         for sample in samples:
             text = sample.text.strip("\n").replace("\n", "\n" + " " * (width + 3))
             print(f"{speaker.name:>{width}} | {text}{'' if sample.ended else ' ... (cut)'}")

@@ -71,18 +71,29 @@ TIMING = ["step", "rollout_s", "score_s", "update_s", "step_s", "tok_per_s", "mf
 # the paper's, the policy's rates within what it tried (C.4, E.9); none is tuned. Held are policy
 # and value network in float32 with gradients and Adam's two moments, their average, and two frozen
 # models in bfloat16: about 40 bytes a parameter. More in `python -m tests.throughput`.
-GPT2 = {"device": "cuda", "dtype": "bfloat16", "frozen_dtype": "bfloat16", "kl_coef": 0.02,
-        "batch_size": 512, "max_steps": 500, "value_lr": 9e-6, "ptx_ratio": 1.0, "ptx_tokens": 512,
-        "max_prompt_tokens": 512, "max_new_tokens": 256, "eval_every": 50,
-        "save_every": 100}  # fmt: skip
+GPT2 = {
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "frozen_dtype": "bfloat16",
+    "kl_coef": 0.02,
+    "batch_size": 512,
+    "max_steps": 500,
+    "value_lr": 9e-6,
+    "ptx_ratio": 1.0,
+    "ptx_tokens": 512,
+    "max_prompt_tokens": 512,
+    "max_new_tokens": 256,
+    "eval_every": 50,
+    "save_every": 100,
+}
 PRESETS = {
     "gpt2": GPT2 | {"lr": 1.5e-5, "micro_batch_size": 8, "rollout_size": 128},
     "gpt2-medium": GPT2 | {"lr": 1e-5, "micro_batch_size": 4, "rollout_size": 64},
-    "gpt2-large": GPT2 | {"lr": 8e-6, "micro_batch_size": 16, "rollout_size": 64,
-                          "grad_checkpointing": True},
-    "gpt2-xl": GPT2 | {"lr": 5e-6, "micro_batch_size": 8, "rollout_size": 64,
-                       "grad_checkpointing": True},
-}  # fmt: skip
+    "gpt2-large": GPT2
+    | {"lr": 8e-6, "micro_batch_size": 16, "rollout_size": 64, "grad_checkpointing": True},
+    "gpt2-xl": GPT2
+    | {"lr": 5e-6, "micro_batch_size": 8, "rollout_size": 64, "grad_checkpointing": True},
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -91,9 +102,10 @@ PRESETS = {
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False,
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings for a GPT-2 on one GPU; flags given win")
     add("--data", default="out/data/train/ppo_prompts.jsonl", help="prompts.jsonl of customers")
@@ -108,8 +120,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ptx_coef", type=float, default=0.0, help="gamma of Eq. 2; 0: PPO (paper: 27.8)")
     add("--ptx_ratio", type=float, default=0.5, help="pretraining sequences an episode (paper: 8)")
     add("--ptx_tokens", type=int, default=128, help="tokens a pretraining sequence (paper: 2048)")
-    add("--ptx_anywhere", type=float, default=0.25,
-        help="share of these cut anywhere; others start at documents (paper: 1)")  # fmt: skip
+    add(
+        "--ptx_anywhere",
+        type=float,
+        default=0.25,
+        help="share of these cut anywhere; others start at documents (paper: 1)",
+    )
     add("--missing_eos_score", type=float, default=-4.0, help="score of a response without end")
     add("--gamma", type=float, default=1.0, help="discount (paper: none)")
     add("--lam", type=float, default=0.95, help="lambda of GAE (not in the paper)")
@@ -121,8 +137,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=2, help="passes over the prompts, where --max_steps is 0")
     add("--max_steps", type=int, default=60, help="iterations; 0: by --epochs (paper: 500)")
     add("--batch_size", type=int, default=128, help="episodes an iteration (paper: 512)")
-    add("--responses_per_prompt", type=int, default=1,
-        help="episodes of a prompt, in one minibatch (paper: 1)")  # fmt: skip
+    add(
+        "--responses_per_prompt",
+        type=int,
+        default=1,
+        help="episodes of a prompt, in one minibatch (paper: 1)",
+    )
     add("--num_minibatches", type=int, default=8, help="updates an iteration (paper: 8)")
     add("--micro_batch_size", type=int, default=8, help="sequences a forward pass; 0: a minibatch")
     add("--rollout_size", type=int, default=0, help="responses sampled at once; 0: all")
@@ -140,21 +160,41 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=32, help="limit of a response (paper: 1000)")
     add("--eval_every", type=int, default=20, help="iterations between validations; 0: at the end")
     add("--save_every", type=int, default=20, help="iterations between checkpoints; 0: at the end")
-    add("--keep_every", type=int, default=0,
-        help="keep the averaged model of every so many iterations under OUT/steps/; 0: none")
+    add(
+        "--keep_every",
+        type=int,
+        default=0,
+        help="keep the averaged model of every so many iterations under OUT/steps/; 0: none",
+    )
     add("--print_samples", type=int, default=2, help="samples shown at each validation")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--resume_changed", action="store_true", help="--resume although settings have changed")
-    add("--stop_seconds", type=float, default=10.0,
-        help="after Ctrl-C or SIGTERM, do not wait longer for a step")  # fmt: skip
+    add(
+        "--stop_seconds",
+        type=float,
+        default=10.0,
+        help="after Ctrl-C or SIGTERM, do not wait longer for a step",
+    )
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute")  # fmt: skip
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    add("--frozen_dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of reference and reward model; bfloat16 only with --dtype bfloat16")  # fmt: skip
-    add("--grad_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-        help="compute blocks again in the backward pass: less memory")  # fmt: skip
+    add(
+        "--frozen_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of reference and reward model; bfloat16 only with --dtype bfloat16",
+    )
+    add(
+        "--grad_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute blocks again in the backward pass: less memory",
+    )
     add("--peak_tflops", type=float, default=0.0, help="of the GPU, for mfu; 0: by its name")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     # A preset changes the defaults, so that flags win over it and --help shows it.
@@ -211,8 +251,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.temperature <= 0:
         parser.error(f"--temperature {args.temperature}: expected over 0")
     args.minibatch_size = args.batch_size // args.num_minibatches
-    sizes = {"--batch_size / --num_minibatches": args.minibatch_size,
-             "--micro_batch_size": args.micro_batch_size, "--rollout_size": args.rollout_size}
+    sizes = {
+        "--batch_size / --num_minibatches": args.minibatch_size,
+        "--micro_batch_size": args.micro_batch_size,
+        "--rollout_size": args.rollout_size,
+    }
     for what, size in sizes.items():
         if size % args.responses_per_prompt:
             parser.error(
@@ -238,9 +281,7 @@ def load_prompts(
             continue
         prompts.append(prompt)
         records.append(number)
-    print(
-        f"{path}: {len(prompts)} prompts; dropped {dropped} over {args.max_prompt_tokens} tokens"
-    )
+    print(f"{path}: {len(prompts)} prompts; dropped {dropped} over {args.max_prompt_tokens} tokens")
     if not prompts:
         raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {args.max_prompt_tokens}")
     return prompts, records
@@ -264,9 +305,13 @@ def load_pretraining(path: str, encoding, length: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_pretraining(
-    stream: Tensor, starts: Tensor, count: int, number: int, args: argparse.Namespace,
+    stream: Tensor,
+    starts: Tensor,
+    count: int,
+    number: int,
+    args: argparse.Namespace,
     rng: np.random.Generator,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Pretraining sequences (count, ptx_tokens), a share `ptx_anywhere` of them cut anywhere.
 
     `number` = 0, 1, ... is the update's place in the run: what an update's share leaves of a whole
@@ -345,9 +390,11 @@ def shared_prompts(
 
 
 def values_before(
-    value_network: ScalarModel, tokens: Tensor, lengths: Tensor,
+    value_network: ScalarModel,
+    tokens: Tensor,
+    lengths: Tensor,
     prefixes: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """V of the state before each token: values[:, t] is the scalar output at t - 1; 0 at t = 0."""
     longest = int(lengths.max())  # of these rows: the rest is padding
     outputs = value_network(tokens[:, :longest], lengths, prefixes)
@@ -355,9 +402,13 @@ def values_before(
 
 
 def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, lengths: Tensor,
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    lengths: Tensor,
     kl_coef: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Per-token rewards (Eq. 2): -kl_coef log(pi / pi_ref) of each response token, end token
     included, and the response's score on the last of them. Returns (B, T)."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
@@ -394,9 +445,12 @@ def whiten(minibatches: list[Minibatch]) -> None:
 
 @torch.no_grad()
 def sample(
-    policy: GPT, prompts: list[list[int]], seed: int, args: argparse.Namespace,
+    policy: GPT,
+    prompts: list[list[int]],
+    seed: int,
+    args: argparse.Namespace,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """--responses_per_prompt R responses to each prompt, B in all, those to a prompt in a row:
     tokens (B, T), prompt_lengths (B,), lengths (B,).
 
@@ -416,10 +470,13 @@ def sample(
         width = int(prompt_lengths[places].max())
         with autocast(args):
             part, lengths[rows] = policy.generate(
-                padded[places, :width], prompt_lengths[places], args.max_new_tokens,
-                temperature=temperature, generator=generator,
+                padded[places, :width],
+                prompt_lengths[places],
+                args.max_new_tokens,
+                temperature=temperature,
+                generator=generator,
                 repeats=torch.full_like(places, R) if R > 1 else None,
-            )  # fmt: skip
+            )
         tokens[rows, : part.shape[1]] = part
     return tokens, prompt_lengths.repeat_interleave(R), lengths
 
@@ -449,9 +506,12 @@ def draw_minibatches(
 
 @torch.no_grad()
 def score(
-    tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, models: dict[str, torch.nn.Module],
+    tokens: Tensor,
+    lengths: Tensor,
+    prompt_lengths: Tensor,
+    models: dict[str, torch.nn.Module],
     args: argparse.Namespace,
-) -> Minibatch:  # fmt: skip
+) -> Minibatch:
     """Everything about a minibatch that is fixed while the policy is updated.
 
     The log-probs of the policy are recomputed here by the forward pass that training uses, on the
@@ -461,8 +521,10 @@ def score(
     mask = response_mask_of(tokens, prompt_lengths, lengths)
     micros = micro_batches(len(tokens), args)
     shared = [shared_prompts(prompt_lengths[rows], args) for rows in micros]
-    parts = [(tokens[rows, : int(lengths[rows].max())], lengths[rows], prefixes)
-             for rows, prefixes in zip(micros, shared, strict=True)]
+    parts = [
+        (tokens[rows, : int(lengths[rows].max())], lengths[rows], prefixes)
+        for rows, prefixes in zip(micros, shared, strict=True)
+    ]
     with autocast(args):
         given = tokens, lengths, prompt_lengths, mask
         logprobs, entropy = policy_logprobs(models["policy"], *given, args)
@@ -471,8 +533,10 @@ def score(
         check_scores = None
         if "check_model" in models:
             check_scores = torch.cat([models["check_model"].scores(*part) for part in parts])
-        values = [values_before(models["value_network"], tokens[rows], lengths[rows], prefixes)
-                  for rows, prefixes in zip(micros, shared, strict=True)]
+        values = [
+            values_before(models["value_network"], tokens[rows], lengths[rows], prefixes)
+            for rows, prefixes in zip(micros, shared, strict=True)
+        ]
         values = torch.cat(values) * mask
     last = tokens.gather(1, lengths[:, None].long() - 1).squeeze(1)
     ended = last == models["policy"].config.eos_token_id
@@ -480,15 +544,31 @@ def score(
     rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, lengths, args.kl_coef)
     advantages = gae(rewards, values, mask, args.gamma, args.lam)
     return Minibatch(
-        tokens, lengths, prompt_lengths, mask, logprobs, ref_logprobs, entropy, values, scores,
-        check_scores, ended, rewards, advantages, returns=advantages + values,
-    )  # fmt: skip
+        tokens,
+        lengths,
+        prompt_lengths,
+        mask,
+        logprobs,
+        ref_logprobs,
+        entropy,
+        values,
+        scores,
+        check_scores,
+        ended,
+        rewards,
+        advantages,
+        returns=advantages + values,
+    )
 
 
 def policy_logprobs(
-    model: GPT, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, mask: Tensor,
+    model: GPT,
+    tokens: Tensor,
+    lengths: Tensor,
+    prompt_lengths: Tensor,
+    mask: Tensor,
     args: argparse.Namespace,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the response tokens, micro-batch by micro-batch: (B, T) each.
 
     The same cut into micro-batches as in the update, or the first ratio would not be exactly 1.
@@ -503,15 +583,22 @@ def policy_logprobs(
 
 
 def response_logprobs(
-    model: GPT, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, mask: Tensor,
+    model: GPT,
+    tokens: Tensor,
+    lengths: Tensor,
+    prompt_lengths: Tensor,
+    mask: Tensor,
     args: argparse.Namespace,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the masked tokens of one micro-batch: (B, T) each."""
     longest = int(lengths.max())  # of these rows: the rest is padding
     logprobs, entropy = model.logprobs(
-        tokens[:, :longest], lengths, mask=mask[:, :longest], temperature=args.temperature,
+        tokens[:, :longest],
+        lengths,
+        mask=mask[:, :longest],
+        temperature=args.temperature,
         prefixes=shared_prompts(prompt_lengths, args),
-    )  # fmt: skip
+    )
     padding = (0, tokens.shape[1] - longest)
     return F.pad(logprobs, padding), F.pad(entropy, padding)
 
@@ -573,9 +660,12 @@ def ptx_backward(policy: GPT, sequences: Tensor, args: argparse.Namespace) -> fl
 
 
 def update(
-    mb: Minibatch, models: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer],
-    ptx_sequences: Tensor | None, args: argparse.Namespace,
-) -> dict[str, float]:  # fmt: skip
+    mb: Minibatch,
+    models: dict[str, torch.nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    ptx_sequences: Tensor | None,
+    args: argparse.Namespace,
+) -> dict[str, float]:
     """One optimizer step of policy and value network on a minibatch; returns its metrics.
 
     Losses are means over the minibatch's response tokens, whatever the micro-batches.
@@ -620,9 +710,11 @@ def update(
         for optimizer in optimizers.values():
             optimizer.step()
     return sums | {
-        "ratio_max": ratio_max, "ptx_loss": ptx_loss,
-        "grad_norm": norms["policy"], "value_grad_norm": norms["value_network"],
-    }  # fmt: skip
+        "ratio_max": ratio_max,
+        "ptx_loss": ptx_loss,
+        "grad_norm": norms["policy"],
+        "value_grad_norm": norms["value_network"],
+    }
 
 
 @torch.no_grad()
@@ -648,9 +740,12 @@ def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
 
 @torch.no_grad()
 def evaluate(
-    policy: GPT, prompts: list[list[int]], models: dict[str, torch.nn.Module], encoding,
+    policy: GPT,
+    prompts: list[list[int]],
+    models: dict[str, torch.nn.Module],
+    encoding,
     args: argparse.Namespace,
-) -> dict[str, float] | None:  # fmt: skip
+) -> dict[str, float] | None:
     """Mean score and KL to the reference of `policy` on validation prompts, and a few samples.
 
     The same random numbers each time, so that differences are the policy's; other ones for each
@@ -680,9 +775,12 @@ def evaluate(
 
 
 def iteration_flops(
-    models: dict[str, torch.nn.Module], lengths: list[int], new_tokens: int, num_ptx: int,
+    models: dict[str, torch.nn.Module],
+    lengths: list[int],
+    new_tokens: int,
+    num_ptx: int,
     args: argparse.Namespace,
-) -> float:  # fmt: skip
+) -> float:
     """Operations of an iteration: each row once through every model in scoring, once more through
     the policy in sampling, and three times (forward and backward) through what is trained, in each
     inner epoch; and the pretraining sequences. The language models' heads see response tokens; of
@@ -777,9 +875,7 @@ def stop_not_finite(
     return 1
 
 
-def warn(
-    step: int, row: dict[str, float], warned: set[str], args: argparse.Namespace
-) -> set[str]:
+def warn(step: int, row: dict[str, float], warned: set[str], args: argparse.Namespace) -> set[str]:
     """Warn about an iteration that looks wrong, of each kind once; the kinds seen now."""
     agreement = row["check_agreement"]
     seen = {}
@@ -882,9 +978,15 @@ def main(argv: list[str] | None = None) -> int:
     left_out += ("keep_every", "preset", "peak_tflops")
     left_out += ("print_samples", "kl_limit", "agreement_limit")  # print or warn
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
-    read = (args.data, args.pretrain_data, args.val_data, tokenizer_path,
-            init / "model.safetensors", Path(args.reward_model, "model.safetensors"),
-            args.check_model and Path(args.check_model, "model.safetensors"))  # fmt: skip
+    read = (
+        args.data,
+        args.pretrain_data,
+        args.val_data,
+        tokenizer_path,
+        init / "model.safetensors",
+        Path(args.reward_model, "model.safetensors"),
+        args.check_model and Path(args.check_model, "model.safetensors"),
+    )
     settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
     data = [args.data, *([args.pretrain_data] if args.ptx_coef else [])]
     info = {"stage": "ppo", "data": data, "reference": args.init}
@@ -910,8 +1012,10 @@ def main(argv: list[str] | None = None) -> int:
         signal.setitimer(signal.ITIMER_REAL, args.stop_seconds)
 
     def on_alarm(*_) -> None:
-        print("stopped by a signal in a long step; --resume goes on at the last checkpoint",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "stopped by a signal in a long step; --resume goes on at the last checkpoint",
+            file=sys.stderr,
+        )
         raise SystemExit(128 + stop[0])
 
     signal.signal(signal.SIGALRM, on_alarm)
@@ -988,10 +1092,13 @@ def main(argv: list[str] | None = None) -> int:
         looks = last or (args.eval_every and step % args.eval_every == 0)
         val = evaluate(ema, val_prompts, models, encoding, args) if looks else None
         row |= {
-            "step": step, "episodes": step * args.batch_size, "lr": factor * args.lr,
-            "kl_coef": args.kl_coef, "val_score": val and val["val_score"],
+            "step": step,
+            "episodes": step * args.batch_size,
+            "lr": factor * args.lr,
+            "kl_coef": args.kl_coef,
+            "val_score": val and val["val_score"],
             "val_kl": val and val["val_kl"],
-        }  # fmt: skip
+        }
         log.write(row)
         kib = 2**10 if sys.platform == "darwin" else 1  # macOS counts in bytes
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / kib
@@ -1001,12 +1108,15 @@ def main(argv: list[str] | None = None) -> int:
         num_ptx_now = num_ptx * len(updates) if stream is not None else 0
         flops = iteration_flops(models, lengths.tolist(), new_tokens, num_ptx_now, args)
         clocks = {
-            "step": step, "rollout_s": sampled - started, "score_s": scored - sampled,
-            "update_s": finished - scored, "step_s": finished - started,
+            "step": step,
+            "rollout_s": sampled - started,
+            "score_s": scored - sampled,
+            "update_s": finished - scored,
+            "step_s": finished - started,
             "tok_per_s": new_tokens / (sampled - started),
             "mfu": flops / (finished - started) / peak_flops if peak_flops else None,
             "mem_gib": memory,
-        }  # fmt: skip
+        }
         timing.write(clocks)
         shown = ["score", "kl", "reward", "response_len", "policy_loss", "value_loss", "ptx_loss"]
         shown += ["approx_kl", "clipfrac", "explained_variance", "val_score", "val_kl"]
@@ -1015,7 +1125,8 @@ def main(argv: list[str] | None = None) -> int:
             + " | ".join(f"{k} {row[k]:+.3f}" for k in shown if row[k] is not None)
             + f" | rollout_s {sampled - started:.2f} | score_s {scored - sampled:.2f}"
             + f" | update_s {finished - scored:.2f} | tok_per_s {clocks['tok_per_s']:,.0f}"
-            + f" | mem_gib {memory:.1f}" + (f" | mfu {clocks['mfu']:.3f}" if peak_flops else ""),
+            + f" | mem_gib {memory:.1f}"
+            + (f" | mfu {clocks['mfu']:.3f}" if peak_flops else ""),
             flush=True,
         )
         if args.keep_every and step % args.keep_every == 0:

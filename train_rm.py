@@ -52,8 +52,14 @@ LOG += ["grad_norm", "tokens", "val_loss", "val_accuracy"]
 TIMING = ["step", "step_s", "tok_per_s", "mfu", "mem_gib"]
 # --preset: GPT-2's sizes on one GPU. Batch and the largest size's rate are the paper's (C.2);
 # smaller models take larger rates; none is tuned. Memory: `python -m tests.throughput`.
-GPT2 = {"device": "cuda", "dtype": "bfloat16", "batch_size": 64, "save_every": 1000,
-        "max_prompt_tokens": 512, "max_new_tokens": 256}  # fmt: skip
+GPT2 = {
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "batch_size": 64,
+    "save_every": 1000,
+    "max_prompt_tokens": 512,
+    "max_new_tokens": 256,
+}
 PRESETS = {
     "gpt2": GPT2 | {"lr": 3e-5, "micro_batch_size": 2},
     "gpt2-medium": GPT2 | {"lr": 2e-5, "micro_batch_size": 2},
@@ -68,9 +74,10 @@ PRESETS = {
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False,
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings for a GPT-2 on one GPU; flags given win")
     add("--data", default="out/data/train/comparisons.jsonl", help="comparisons.jsonl")
@@ -80,13 +87,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init", default="out/sft", help="checkpoint folder of the SFT model")
     add("--out", default="out/rm", help="folder of the run")
     # Optimisation.
-    add("--epochs", type=int, default=1,
-        help="passes over --data (paper: 1, more overfits; demo: 2)")  # fmt: skip
+    add(
+        "--epochs",
+        type=int,
+        default=1,
+        help="passes over --data (paper: 1, more overfits; demo: 2)",
+    )
     add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
     add("--batch_size", type=int, default=16, help="prompts a step, all responses each (paper: 64)")
     add("--micro_batch_size", type=int, default=0, help="prompts a backward pass; 0: all")
-    add("--shuffle_pairs", action="store_true",
-        help="each pair by itself, in any order; --batch_size then counts pairs (paper: overfits)")
+    add(
+        "--shuffle_pairs",
+        action="store_true",
+        help="each pair by itself, in any order; --batch_size then counts pairs (paper: overfits)",
+    )
     add("--lr", type=float, default=1e-3, help="peak (paper: 9e-6 for 6B)")
     add("--warmup_steps", type=int, default=0, help="linear warm-up (not in the paper)")
     add("--weight_decay", type=float, default=0.0, help="decoupled, on matrices")
@@ -98,14 +112,26 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save_every", type=int, default=200, help="steps between checkpoints; 0: at the end only")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--resume_changed", action="store_true", help="--resume although settings have changed")
-    add("--stop_seconds", type=float, default=10.0,
-        help="after Ctrl-C or SIGTERM, do not wait longer for a step")  # fmt: skip
+    add(
+        "--stop_seconds",
+        type=float,
+        default=10.0,
+        help="after Ctrl-C or SIGTERM, do not wait longer for a step",
+    )
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute")  # fmt: skip
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    add("--grad_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-        help="compute blocks again in the backward pass: less memory")  # fmt: skip
+    add(
+        "--grad_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute blocks again in the backward pass: less memory",
+    )
     add("--peak_tflops", type=float, default=0.0, help="of the GPU, for mfu; 0: by its name")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     # A preset changes the defaults, so that flags win over it and --help shows it.
@@ -445,17 +471,28 @@ def main(argv: list[str] | None = None) -> int:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay},
-         {"params": vectors, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True,
-    )  # fmt: skip
+        [
+            {"params": matrices, "weight_decay": args.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        fused=True,
+    )
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
     left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds", "preset")
     left_out += ("peak_tflops",)
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
-    read = (args.data, args.val_data, args.held_out_data, args.demonstrations, tokenizer_path,
-            init / "model.safetensors")  # fmt: skip
+    read = (
+        args.data,
+        args.val_data,
+        args.held_out_data,
+        args.demonstrations,
+        tokenizer_path,
+        init / "model.safetensors",
+    )
     settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
     info = {"stage": "rm", "data": [args.data]}
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
@@ -474,8 +511,10 @@ def main(argv: list[str] | None = None) -> int:
         signal.setitimer(signal.ITIMER_REAL, args.stop_seconds)
 
     def on_alarm(*_) -> None:
-        print("stopped by a signal in a long step; --resume goes on at the last checkpoint",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "stopped by a signal in a long step; --resume goes on at the last checkpoint",
+            file=sys.stderr,
+        )
         raise SystemExit(128 + stop[0])
 
     signal.signal(signal.SIGALRM, on_alarm)
@@ -522,23 +561,32 @@ def main(argv: list[str] | None = None) -> int:
         looks = last or (args.eval_every and step % args.eval_every == 0)
         val = evaluate(model, val_groups, args) if looks else None
         row = metrics | {
-            "step": step, "epoch": epoch + 1, "lr": lr, "grad_norm": grad_norm,
+            "step": step,
+            "epoch": epoch + 1,
+            "lr": lr,
+            "grad_norm": grad_norm,
             "tokens": sum(len(s) for group in batch for s in group.sequences),
-            "val_loss": val and val["loss"], "val_accuracy": val and val["accuracy"],
-        }  # fmt: skip
+            "val_loss": val and val["loss"],
+            "val_accuracy": val and val["accuracy"],
+        }
         log.write(row)
         kib = 2**10 if sys.platform == "darwin" else 1  # macOS counts in bytes
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / kib
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         flops = 3 * forward_flops(
-            model.config, [len(s) for group in batch for s in group.sequences], predicted=0,
+            model.config,
+            [len(s) for group in batch for s in group.sequences],
+            predicted=0,
             repeated=sum((len(g.sequences) - 1) * g.prompt_tokens for g in batch),
-        )  # fmt: skip
+        )
         clocks = {
-            "step": step, "step_s": seconds, "tok_per_s": row["tokens"] / seconds,
-            "mfu": flops / seconds / peak_flops if peak_flops else None, "mem_gib": memory,
-        }  # fmt: skip
+            "step": step,
+            "step_s": seconds,
+            "tok_per_s": row["tokens"] / seconds,
+            "mfu": flops / seconds / peak_flops if peak_flops else None,
+            "mem_gib": memory,
+        }
         timing.write(clocks)
         if looks or step % 50 == 0:
             shown = [f"{out.name} {step:05d}/{total_steps}", f"lr {lr:.2e}"]
@@ -559,8 +607,10 @@ def main(argv: list[str] | None = None) -> int:
             return 128 + stop[0]
 
     # A run that was killed after its last step has not this process's validation.
-    report = {"val": val or evaluate(model, val_groups, args),
-              "held_out": evaluate(model, held_out, args)}  # fmt: skip
+    report = {
+        "val": val or evaluate(model, val_groups, args),
+        "held_out": evaluate(model, held_out, args),
+    }
     report = {name: result for name, result in report.items() if result}
     for name, result in report.items():
         print(f"{name}: " + " | ".join(f"{k} {v:.4g}" for k, v in result.items()))

@@ -48,16 +48,24 @@ LOG += ["val_loss", "val_pretrain_loss"]
 TIMING = ["step", "step_s", "tok_per_s", "mfu", "mem_gib"]
 # --preset: GPT-2's sizes on one GPU. Batch and the largest size's rate are the paper's for 1.3B
 # (C.1); smaller models take larger rates; none is tuned. Memory: `python -m tests.throughput`.
-GPT2 = {"device": "cuda", "dtype": "bfloat16", "epochs": 3, "batch_size": 32, "save_every": 1000,
-        "max_prompt_tokens": 512, "max_new_tokens": 256, "short_fraction": 0.0}  # fmt: skip
+GPT2 = {
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "epochs": 3,
+    "batch_size": 32,
+    "save_every": 1000,
+    "max_prompt_tokens": 512,
+    "max_new_tokens": 256,
+    "short_fraction": 0.0,
+}
 PRESETS = {
     "gpt2": GPT2 | {"init": "gpt2", "lr": 5e-5, "micro_batch_size": 8},
     "gpt2-medium": GPT2 | {"init": "gpt2-medium", "lr": 3e-5, "micro_batch_size": 8},
-    "gpt2-large": GPT2 | {"init": "gpt2-large", "lr": 2e-5, "micro_batch_size": 16,
-                          "grad_checkpointing": True},
-    "gpt2-xl": GPT2 | {"init": "gpt2-xl", "lr": 9.65e-6, "micro_batch_size": 16,
-                       "grad_checkpointing": True},
-}  # fmt: skip
+    "gpt2-large": GPT2
+    | {"init": "gpt2-large", "lr": 2e-5, "micro_batch_size": 16, "grad_checkpointing": True},
+    "gpt2-xl": GPT2
+    | {"init": "gpt2-xl", "lr": 9.65e-6, "micro_batch_size": 16, "grad_checkpointing": True},
+}
 Example = tuple[list[int], int]  # tokens, and how many of them, at the start, are not in the loss
 
 
@@ -67,17 +75,22 @@ Example = tuple[list[int], int]  # tokens, and how many of them, at the start, a
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False,
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="settings for a GPT-2 on one GPU; flags given win")
     add("--data", help="demonstrations.jsonl; absent with --pretrain_data: pretraining")
     add("--val_data", help="demonstrations.jsonl for the validation loss")
     add("--pretrain_data", help="pretrain.txt; with --data it is mixed in")
     add("--val_pretrain_data", help="pretrain.txt for the validation loss on pretraining text")
-    add("--pretrain_fraction", type=float, default=0.1,
-        help="share and weight of mixed-in pretraining text (paper: 0.1)")  # fmt: skip
+    add(
+        "--pretrain_fraction",
+        type=float,
+        default=0.1,
+        help="share and weight of mixed-in pretraining text (paper: 0.1)",
+    )
     add("--init", help="checkpoint folder to start from; without it, a new model")
     add("--tokenizer", default="out/data/tokenizer.json", help="for a new model")
     add("--out", default="out/sft", help="folder of the run")
@@ -88,16 +101,28 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n_positions", type=int, default=128, help="context, tokens (paper: 2048)")
     add("--score_mod", default="causal", help="attention function of a new model")
     add("--initializer_range", type=float, default=0.08, help="std of new weights (GPT-2: 0.02)")
-    add("--sinusoidal_start", action=argparse.BooleanOptionalAction, default=True,
-        help="learned positions of a new model start as sinusoids (GPT-2: noise)")  # fmt: skip
+    add(
+        "--sinusoidal_start",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="learned positions of a new model start as sinusoids (GPT-2: noise)",
+    )
     add("--short_tokens", type=int, default=64, help="sequence length early in pretraining")
     add("--short_fraction", type=float, default=0.8, help="of the pretraining text; 0: all long")
     # Optimisation.
-    add("--epochs", type=int, default=16,
-        help="passes over --data, or --pretrain_data without it (paper: 16)")  # fmt: skip
+    add(
+        "--epochs",
+        type=int,
+        default=16,
+        help="passes over --data, or --pretrain_data without it (paper: 16)",
+    )
     add("--max_steps", type=int, default=0, help="stop after this many steps; 0: after --epochs")
-    add("--batch_size", type=int, default=32,
-        help="sequences a step; of short ones, as many tokens (paper: 32; 175B: 8)")  # fmt: skip
+    add(
+        "--batch_size",
+        type=int,
+        default=32,
+        help="sequences a step; of short ones, as many tokens (paper: 32; 175B: 8)",
+    )
     add("--micro_batch_size", type=int, default=0, help="sequences a forward pass; 0: --batch_size")
     add("--lr", type=float, default=2e-3, help="peak (paper: 9.65e-6 for 1.3B and 6B)")
     add("--warmup_steps", type=int, default=0, help="linear warm-up (paper: none in SFT)")
@@ -108,20 +133,40 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_prompt_tokens", type=int, default=96, help="a longer one is dropped (paper: 1000)")
     add("--max_new_tokens", type=int, default=32, help="longer responses are cut (paper: 1000)")
     add("--save_every", type=int, default=200, help="steps between checkpoints; 0: by epoch")
-    add("--epoch_checkpoints", action=argparse.BooleanOptionalAction, default=True,
-        help="keep each epoch's model under OUT/epochs/, for evaluate.py --select")  # fmt: skip
+    add(
+        "--epoch_checkpoints",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep each epoch's model under OUT/epochs/, for evaluate.py --select",
+    )
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--resume_changed", action="store_true", help="--resume although settings have changed")
-    add("--stop_seconds", type=float, default=10.0,
-        help="after Ctrl-C or SIGTERM, do not wait longer for a step")  # fmt: skip
+    add(
+        "--stop_seconds",
+        type=float,
+        default=10.0,
+        help="after Ctrl-C or SIGTERM, do not wait longer for a step",
+    )
     add("--seed", type=int, default=0, help="of all random draws")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute")  # fmt: skip
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile each block")  # fmt: skip
-    add("--grad_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-        help="compute blocks again in the backward pass: less memory")  # fmt: skip
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile each block",
+    )
+    add(
+        "--grad_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute blocks again in the backward pass: less memory",
+    )
     add("--peak_tflops", type=float, default=0.0, help="of the GPU, for mfu; 0: by its name")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
     # A preset changes the defaults, so that flags win over it and --help shows it.
@@ -194,9 +239,13 @@ def load_demonstrations(
 
 
 def load_pretraining(
-    path: str, encoding, length: int, short_tokens: int = 64, short_fraction: float = 0.0,
+    path: str,
+    encoding,
+    length: int,
+    short_tokens: int = 64,
+    short_fraction: float = 0.0,
     at_documents: bool = False,
-) -> list[Example]:  # fmt: skip
+) -> list[Example]:
     """Documents joined by the end token and cut into sequences of `length` tokens, all counted.
 
     The first `short_fraction` of the text is cut into sequences of `short_tokens` instead. With
@@ -366,11 +415,16 @@ def main(argv: list[str] | None = None) -> int:
         model = GPT.from_pretrained(args.init, impl=args.kernels, resid_pdrop=args.resid_pdrop)
     else:
         config = GPTConfig(
-            vocab_size=encoding.n_vocab, n_positions=args.n_positions, n_embd=args.n_embd,
-            n_layer=args.n_layer, n_head=args.n_head, resid_pdrop=args.resid_pdrop,
-            eos_token_id=encoding.eot_token, score_mod=args.score_mod,
+            vocab_size=encoding.n_vocab,
+            n_positions=args.n_positions,
+            n_embd=args.n_embd,
+            n_layer=args.n_layer,
+            n_head=args.n_head,
+            resid_pdrop=args.resid_pdrop,
+            eos_token_id=encoding.eot_token,
+            score_mod=args.score_mod,
             initializer_range=args.initializer_range,
-        )  # fmt: skip
+        )
         model = GPT(config, impl=args.kernels)
         if args.sinusoidal_start:
             model.start_from_sinusoids()
@@ -392,9 +446,13 @@ def main(argv: list[str] | None = None) -> int:
     pretraining = []
     if args.pretrain_data:
         pretraining = load_pretraining(
-            args.pretrain_data, encoding, context, min(args.short_tokens, context),
-            args.short_fraction, at_documents=mixing,
-        )  # fmt: skip
+            args.pretrain_data,
+            encoding,
+            context,
+            min(args.short_tokens, context),
+            args.short_fraction,
+            at_documents=mixing,
+        )
     examples, records = pretraining, list(range(1, len(pretraining) + 1))
     if args.data:
         examples, records = load_demonstrations(args.data, encoding, args)
@@ -426,17 +484,28 @@ def main(argv: list[str] | None = None) -> int:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay},
-         {"params": vectors, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True,
-    )  # fmt: skip
+        [
+            {"params": matrices, "weight_decay": args.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        fused=True,
+    )
 
     # What decides the run's numbers, for an exact resume; then the newest checkpoint, if any.
     left_out = ("out", "resume", "resume_changed", "save_every", "stop_seconds", "preset")
     left_out += ("peak_tflops",)
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
-    read = (args.data, args.pretrain_data, args.val_data, args.val_pretrain_data, tokenizer_path,
-            init and init / "model.safetensors")  # fmt: skip
+    read = (
+        args.data,
+        args.pretrain_data,
+        args.val_data,
+        args.val_pretrain_data,
+        tokenizer_path,
+        init and init / "model.safetensors",
+    )
     settings["sha256"] = {str(path): fingerprint(path) for path in read if path}
     stage = "sft" if args.data else "base"
     info = {"stage": stage, "data": [p for p in (args.data, args.pretrain_data) if p]}
@@ -456,8 +525,10 @@ def main(argv: list[str] | None = None) -> int:
         signal.setitimer(signal.ITIMER_REAL, args.stop_seconds)
 
     def on_alarm(*_) -> None:
-        print("stopped by a signal in a long step; --resume goes on at the last checkpoint",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "stopped by a signal in a long step; --resume goes on at the last checkpoint",
+            file=sys.stderr,
+        )
         raise SystemExit(128 + stop[0])
 
     signal.signal(signal.SIGALRM, on_alarm)
@@ -511,25 +582,33 @@ def main(argv: list[str] | None = None) -> int:
         # Validate and keep the model at the end of each epoch; report; save.
         epoch_ends = step % steps_per_epoch == 0 or step == total_steps
         row = {
-            "step": step, "epoch": epoch + 1, "lr": lr, "loss": loss,
-            "pretrain_loss": pretrain_loss, "grad_norm": grad_norm,
+            "step": step,
+            "epoch": epoch + 1,
+            "lr": lr,
+            "loss": loss,
+            "pretrain_loss": pretrain_loss,
+            "grad_norm": grad_norm,
             "tokens": sum(len(tokens) for tokens, _ in batch),
             "val_loss": evaluate(model, val_examples, args) if epoch_ends else None,
             "val_pretrain_loss": evaluate(model, val_pretraining, args) if epoch_ends else None,
-        }  # fmt: skip
+        }
         log.write(row)
         kib = 2**10 if sys.platform == "darwin" else 1  # macOS counts in bytes
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / kib
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         flops = 3 * forward_flops(
-            model.config, [len(tokens) for tokens, _ in batch + mixed],
+            model.config,
+            [len(tokens) for tokens, _ in batch + mixed],
             sum(len(tokens) - skipped for tokens, skipped in batch + mixed),
-        )  # fmt: skip
+        )
         clocks = {
-            "step": step, "step_s": seconds, "tok_per_s": row["tokens"] / seconds,
-            "mfu": flops / seconds / peak_flops if peak_flops else None, "mem_gib": memory,
-        }  # fmt: skip
+            "step": step,
+            "step_s": seconds,
+            "tok_per_s": row["tokens"] / seconds,
+            "mfu": flops / seconds / peak_flops if peak_flops else None,
+            "mem_gib": memory,
+        }
         timing.write(clocks)
         if epoch_ends or step % 50 == 0:
             shown = [f"{out.name} {step:05d}/{total_steps}", f"epoch {epoch + 1}", f"lr {lr:.2e}"]

@@ -144,9 +144,11 @@ def parse_json(text: str, where: str) -> Any:
     """Parse strict JSON: finite numbers, no duplicate keys, bounded depth. Raises `BadInput`."""
     try:
         return json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_finite_float,
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
             object_pairs_hook=_refuse_duplicates,
-        )  # fmt: skip
+        )
     except RecursionError:
         raise BadInput(f"{where}: nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -373,8 +375,9 @@ class Parts:
             before = before if isinstance(before, dict) else {}
             keys = [k for k in {**settings, **before} if before.get(k) != settings.get(k)]
             if keys:
-                differ = ", ".join(f"{k} was {before.get(k)!r}, is {settings.get(k)!r}"
-                                   for k in keys)  # fmt: skip
+                differ = ", ".join(
+                    f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in keys
+                )
                 raise BadInput(
                     f"{said}: --resume with other settings: {differ}; give the old ones, or start "
                     "over without --resume"
@@ -477,4 +480,3 @@ def check_writable(folder: Path | str) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written ({error.strerror})") from None
-

@@ -107,6 +107,7 @@ def split_by_user(
 
     def gain(user: str, split: str) -> float:
         """By how much the total deviation from the targets falls when `user` moves to `split`."""
+
         def deviation(name: str, change: int) -> float:
             return abs(size[name] + change - target[name])
 
@@ -131,8 +132,9 @@ def split_by_user(
 
 def _digest(seed: int, text: str) -> bytes:
     """Return a hash that is the same in every process, unlike Python's own."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16,
-                           key=str(seed).encode()).digest()
+    return hashlib.blake2b(
+        text.encode("utf-8", "surrogatepass"), digest_size=16, key=str(seed).encode()
+    ).digest()
 
 
 # --- personal data ------------------------------------------------------------------------------
@@ -141,7 +143,8 @@ def _digest(seed: int, text: str) -> bytes:
 # names, is not claimed to be found.
 
 EMAIL = re.compile(
-    r"(?<![\w.+-])[\w.+-]+@(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+[A-Za-z]{2,}\b")
+    r"(?<![\w.+-])[\w.+-]+@(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?\.)+[A-Za-z]{2,}\b"
+)
 IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)")
 IPV6 = re.compile(r"(?<![\w:])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){3,7}(?![\w:])")
 NUMBERED_TEXT = re.compile(r"(?:version|release|firmware|section|chapter|clause|v)\.?\s*$", re.I)
@@ -149,20 +152,27 @@ CARD = re.compile(r"(?<![\w.,+-])\d(?:[ -]?\d){12,18}(?![\w-]|[.,]\d)")
 SSN = re.compile(r"(?<![\w-])(\d{3})-(\d{2})-(\d{4})(?![\w-])")
 SSN_NAMED = re.compile(
     r"\b(?:SSN|social security (?:number|no\.?|#))\W{0,3}(?:is\W{1,3})?"
-    r"(\d{3})[ -]?(\d{2})[ -]?(\d{4})(?![\w-])", re.I)
+    r"(\d{3})[ -]?(\d{2})[ -]?(\d{4})(?![\w-])",
+    re.I,
+)
 PHONES = (
     # North America: 212-555-0123, 212.555.0123, (212) 555-0123, 1-212-555-0123, 1 (212) 555 0123
-    re.compile(r"(?<![\w.+-])(?:1[ .-])?"
-               r"(?:\([2-9]\d\d\) ?[2-9]\d\d[ .-]|[2-9]\d\d([.-])[2-9]\d\d\1)"
-               r"\d{4}(?![\w-]|\.\d)"),
+    re.compile(
+        r"(?<![\w.+-])(?:1[ .-])?"
+        r"(?:\([2-9]\d\d\) ?[2-9]\d\d[ .-]|[2-9]\d\d([.-])[2-9]\d\d\1)"
+        r"\d{4}(?![\w-]|\.\d)"
+    ),
     # any country, as +CC and groups: +44 20 7946 0958, +1 (212) 555-0123, +4915112345678
     re.compile(r"(?<![\w+])\+[1-9](?:[ .-]?\(?\d\)?){8,14}(?![\w-]|\.\d)"),
     # with the trunk prefix 0, in groups: 020 7946 0958, 0171 555 1234, (020) 7946 0958
     re.compile(r"(?<![\w.+,-])\(?0\d{2,4}\)?[ -]\d{3,4}[ -]\d{3,4}(?![\w-]|[.,]\d)"),
     # any grouping of 7 to 11 digits, if the text says that it is a telephone number
-    re.compile(r"\b(?:phone|telephone|tel|mobile|fax|call|dial|whatsapp)"
-               r"(?: (?:me|us|him|her|them|number|no\.?))?(?: (?:at|on|is|was))?\W{1,3}"
-               r"(?:\d[ .-]?){6,10}\d(?![\w-]|[.,]\d)", re.I),
+    re.compile(
+        r"\b(?:phone|telephone|tel|mobile|fax|call|dial|whatsapp)"
+        r"(?: (?:me|us|him|her|them|number|no\.?))?(?: (?:at|on|is|was))?\W{1,3}"
+        r"(?:\d[ .-]?){6,10}\d(?![\w-]|[.,]\d)",
+        re.I,
+    ),
 )
 STREET = re.compile(
     r"(?<![\w.,/:-])(?P<number>\d{1,5}[A-Za-z]?),? (?:[NSEW]\.? )?"
@@ -170,9 +180,18 @@ STREET = re.compile(
     r"(?:Street|Avenue|Road|Boulevard|Lane|Drive|Crescent|Terrace|St|Ave|Rd|Blvd|Ln)\b"
     r"(?=\.?(?: ?[,;)\n]|\s*$)|\.\s)"
 )
-LOCAL_NETWORKS = tuple(ipaddress.ip_network(block) for block in (
-    "0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
-    "224.0.0.0/3"))
+LOCAL_NETWORKS = tuple(
+    ipaddress.ip_network(block)
+    for block in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "224.0.0.0/3",
+    )
+)
 # Issuers by leading digits and length, ISO/IEC 7812: one random number in ten passes Luhn's test,
 # so the test alone would call many long identifiers credit cards.
 CARD_ISSUERS = re.compile(

@@ -42,8 +42,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, metavar="FILE", help="comparisons.jsonl to write")
     add("--world", metavar="FILE", help="world.json of the tiny world")
     add("--pool", choices=tuple(POOL_WEIGHTS), default="training", help="simulated labelers")
-    add("--labelers", type=int, default=1,
-        help="simulated labelers who rank each prompt, a record each")  # fmt: skip
+    add(
+        "--labelers",
+        type=int,
+        default=1,
+        help="simulated labelers who rank each prompt, a record each",
+    )
     add("--seed", type=int, default=0, help="of labelers' noise, or of the order shown")
     add("--interactive", action=argparse.BooleanOptionalAction, default=False, help="you rank")
     add("--labeler", default="person", help="your name in the comparisons")
@@ -51,8 +55,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not 1 <= args.labelers <= POOL_SIZE:
         parser.error(f"--labelers {args.labelers}: expected 1 to {POOL_SIZE}")
     if args.interactive and args.labelers > 1:
-        parser.error(f"--labelers {args.labelers}: with --interactive you are the only one; start "
-                     "again with another --labeler and --out")
+        parser.error(
+            f"--labelers {args.labelers}: with --interactive you are the only one; start "
+            "again with another --labeler and --out"
+        )
     if not args.interactive and args.world is None:
         parser.error("--world is missing: simulated labelers need world.json; or --interactive")
     return args
@@ -65,32 +71,45 @@ def simulate(
     agreement, tie rate and ceiling."""
     for number, record in enumerate(records, start=1):
         if "task" not in record:
-            raise BadInput(f'record {number} of the candidates: key "task" is missing; simulated '
-                           "labelers rank prompts of the tiny world alone, use --interactive")
+            raise BadInput(
+                f'record {number} of the candidates: key "task" is missing; simulated '
+                "labelers rank prompts of the tiny world alone, use --interactive"
+            )
     grades = []
     for record in tqdm(records, desc="grading", unit="prompt", disable=None):
         ended = record.get("ended") or [True] * len(record["responses"])
-        grades.append([grade(world, record, response, end)
-                       for response, end in zip(record["responses"], ended, strict=True)])
+        grades.append(
+            [
+                grade(world, record, response, end)
+                for response, end in zip(record["responses"], ended, strict=True)
+            ]
+        )
     responses = [record["responses"] for record in records]
-    sampled = [[name != OTHER_PROMPT for name in record.get("models") or [""] * len(row)]
-               for record, row in zip(records, responses, strict=True)]
+    sampled = [
+        [name != OTHER_PROMPT for name in record.get("models") or [""] * len(row)]
+        for record, row in zip(records, responses, strict=True)
+    ]
     pool = Pool.make(pool_name)
     turns = label(grades, responses, pool, seed, labelers, sampled)
     labels = turns[0]
     pairs = sum(len(row) * (len(row) - 1) // 2 for row in grades)
-    print(f"{len(records)} prompts, {pairs} pairs, pool {pool_name}, noise {labels.noise:.3f}: "
-          f"agreement {labels.agreement:.3f} (target {TARGET_AGREEMENT}), ties "
-          f"{labels.tie_rate:.3f} of pairs, noise-free ceiling {labels.ceiling:.3f}")
-    return [record | {"ranks": turn.ranks[i], "labeler": turn.labelers[i]}
-            for i, record in enumerate(records) for turn in turns]
+    print(
+        f"{len(records)} prompts, {pairs} pairs, pool {pool_name}, noise {labels.noise:.3f}: "
+        f"agreement {labels.agreement:.3f} (target {TARGET_AGREEMENT}), ties "
+        f"{labels.tie_rate:.3f} of pairs, noise-free ceiling {labels.ceiling:.3f}"
+    )
+    return [
+        record | {"ranks": turn.ranks[i], "labeler": turn.labelers[i]}
+        for i, record in enumerate(records)
+        for turn in turns
+    ]
 
 
 # ---------------------------------------------------------------------------------- ranking by hand
 
 
 def parse_ranking(text: str, count: int) -> list[int]:
-    """"2 1=3 4" -> [2, 1, 2, 3]: the rank of each of `count` responses, 1 is best.
+    """ "2 1=3 4" -> [2, 1, 2, 3]: the rank of each of `count` responses, 1 is best.
 
     Raises ValueError, with a line that says what is wrong, unless every number stands there once.
     """
@@ -117,8 +136,10 @@ def rank_by_hand(records: list[Record], out: Path, labeler: str, seed: int) -> N
         seen[key] -= 1  # equal records are ranked as often as they stand there
         if seen[key] < 0:
             left.append(record)
-    print(f"{len(done)} ranked, {len(left)} to go. Best first, = between equals: 2 1=3 4. "
-          "An empty line skips, q stops.")
+    print(
+        f"{len(done)} ranked, {len(left)} to go. Best first, = between equals: 2 1=3 4. "
+        "An empty line skips, q stops."
+    )
     for record in left:
         count = len(record["responses"])
         order = random.Random(f"{seed} {record['prompt']}").sample(range(count), count)

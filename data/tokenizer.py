@@ -26,9 +26,7 @@ from data.files import END_OF_TEXT, BadInput, parse_json, write_atomic
 
 # How GPT-2 cuts text into pieces before any merge: contractions, words and numbers with their
 # leading space, punctuation, runs of white space.
-GPT2_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 # ---------------------------------------------------------------------------- the prompt template
@@ -156,10 +154,7 @@ def _join(piece: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 def _encoding(name: str, pattern: str, ranks: dict[bytes, int], end_id: int) -> tiktoken.Encoding:
     return tiktoken.Encoding(
-        name=name,
-        pat_str=pattern,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: end_id},
+        name=name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_id}
     )
 
 
@@ -199,8 +194,12 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
         raise BadInput(f"{path}: no such file; {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: {error!r}; {remedy}") from error
-    if not isinstance(special, dict) or list(special) != [END_OF_TEXT] \
-            or not isinstance(content["ranks"], list) or len(ranks) != len(content["ranks"]):
+    if (
+        not isinstance(special, dict)
+        or list(special) != [END_OF_TEXT]
+        or not isinstance(content["ranks"], list)
+        or len(ranks) != len(content["ranks"])
+    ):
         raise BadInput(f"{path}: special tokens {special}, {len(ranks)} distinct entries; {remedy}")
     # What tiktoken would answer with a panic, now or when such a text comes.
     end = special[END_OF_TEXT]
@@ -210,8 +209,9 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
         raise BadInput(f"{path}: an entry is empty or one of the 256 bytes has none; {remedy}")
     try:
         if not isinstance(name, str) or regex.match(pattern, "") is not None:
-            raise BadInput(f"{path}: the pattern matches nothing at all, or the name is no text; "
-                           f"{remedy}")
+            raise BadInput(
+                f"{path}: the pattern matches nothing at all, or the name is no text; {remedy}"
+            )
         return _encoding(name, pattern, ranks, end)
     except (TypeError, regex.error) as error:
         raise BadInput(f"{path}: pattern: {error}; {remedy}") from None

@@ -143,9 +143,12 @@ def deal(records: list[Record], num_folds: int, seed: int) -> tuple[np.ndarray, 
 
 @torch.no_grad()
 def judge(
-    train: list[Record], test: list[tuple[int, Record]], model: ScalarModel,
-    encoding: tiktoken.Encoding, args: argparse.Namespace,
-) -> list[dict[str, float]]:  # fmt: skip
+    train: list[Record],
+    test: list[tuple[int, Record]],
+    model: ScalarModel,
+    encoding: tiktoken.Encoding,
+    args: argparse.Namespace,
+) -> list[dict[str, float]]:
     """For each test record and its prompt's number, a row of COLUMNS.
 
     The reward model reads responses cut to --max_new_tokens, as in training; the judges that
@@ -162,9 +165,11 @@ def judge(
     def table_of(record: Record) -> np.ndarray:
         tokens = map(len, responses_of(record))
         return np.array(
-            [features_of(record["prompt"], r, n)
-             for r, n in zip(record["responses"], tokens, strict=True)]
-        )  # fmt: skip
+            [
+                features_of(record["prompt"], r, n)
+                for r, n in zip(record["responses"], tokens, strict=True)
+            ]
+        )
 
     differences, weights = [], []
     for record in train:
@@ -181,12 +186,16 @@ def judge(
         sequences = [prompt + response[: args.max_new_tokens] for response in responses]
         scores = model.scores(*pad_right(sequences, end, device))
         lengths = np.array([len(response) for response in responses])
-        rows.append({
-            "data_set": record["data_set"], "prompt": number, "pairs": len(pairs),
-            "reward_model": rightly(scores.double().cpu().numpy(), pairs),
-            "longer": rightly(lengths, pairs),
-            "features": rightly(table_of(record) @ coefficients, pairs),
-        })  # fmt: skip
+        rows.append(
+            {
+                "data_set": record["data_set"],
+                "prompt": number,
+                "pairs": len(pairs),
+                "reward_model": rightly(scores.double().cpu().numpy(), pairs),
+                "longer": rightly(lengths, pairs),
+                "features": rightly(table_of(record) @ coefficients, pairs),
+            }
+        )
     return rows
 
 
@@ -216,9 +225,16 @@ def cross_validate(args: argparse.Namespace) -> None:
     folds, prompts = deal(records, args.folds, args.seed)
     settings = {
         k: getattr(args, k)
-        for k in ("folds", "comparisons", "init", "rm_flags", "seed", "max_prompt_tokens",
-                  "max_new_tokens")
-    }  # fmt: skip
+        for k in (
+            "folds",
+            "comparisons",
+            "init",
+            "rm_flags",
+            "seed",
+            "max_prompt_tokens",
+            "max_new_tokens",
+        )
+    }
     settings["data_sha256"] = [fingerprint(path) for path in args.comparisons]
     settings["init_sha256"] = fingerprint(Path(args.init) / "model.safetensors")
     header = json.dumps(settings, indent=2) + "\n"
@@ -245,8 +261,20 @@ def cross_validate(args: argparse.Namespace) -> None:
 
 def write_results(out: Path, rows: list[dict], num_folds: int) -> None:
     """folds.csv, folds.md, and the table on the terminal."""
-    results, shown = [], [["data set", "prompts", "pairs", "reward model", "longer wins",
-                           "simple features", "reward model - longer"]]  # fmt: skip
+    results, shown = (
+        [],
+        [
+            [
+                "data set",
+                "prompts",
+                "pairs",
+                "reward model",
+                "longer wins",
+                "simple features",
+                "reward model - longer",
+            ]
+        ],
+    )
     names = sorted({row["data_set"] for row in rows})
     for name in [*names, *(["all"] if len(names) > 1 else [])]:
         mine = [row for row in rows if name in (row["data_set"], "all")]
@@ -257,11 +285,17 @@ def write_results(out: Path, rows: list[dict], num_folds: int) -> None:
         cells = []
         for judge_name, values in right.items():
             e = estimate(values, asked, pairs)
-            results.append({
-                "data_set": name, "judge": judge_name, "accuracy": e.value, "ci_low": e.low,
-                "ci_high": e.high,
-                "prompts": len(set(asked)), "pairs": int(pairs.sum()),
-            })  # fmt: skip
+            results.append(
+                {
+                    "data_set": name,
+                    "judge": judge_name,
+                    "accuracy": e.value,
+                    "ci_low": e.low,
+                    "ci_high": e.high,
+                    "prompts": len(set(asked)),
+                    "pairs": int(pairs.sum()),
+                }
+            )
             sign = "+" if judge_name == "difference" else ""
             cells.append(f"{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]")
         shown.append([name, str(len(set(asked))), str(int(pairs.sum())), *cells])

@@ -69,22 +69,19 @@ def mean(sums: np.ndarray, n: np.ndarray) -> np.ndarray:
 METRICS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], str, str]] = {
     "accuracy": (mean, ".3f", "share of items answered rightly"),
     "f1": (mean, ".3f", "mean F1 of words, by the set's definition"),
-    "exact_match": (mean, ".3f", "share of answers that are equal to a "
-                    "reference once normalized"),
+    "exact_match": (mean, ".3f", "share of answers that are equal to a reference once normalized"),
     "bleu": (lambda sums, n: corpus_bleu(sums), ".3f", "corpus BLEU-4, 0..1, not smoothed"),
-    "rouge_l": (mean, ".3f", "mean F1 of the longest common "
-                "subsequence of words"),
-    "perplexity": (lambda sums, n: np.exp(-sums[..., 0] / n), ".3g", "exp of the mean of -log p of "
-                   "a whole last word; lower is better"),
-    "mc1": (mean, ".3f", "share of questions whose best answer is "
-            "likelier than every false one"),
-    "mc2": (mean, ".3f", "mean share of the true answers in the "
-            "probability of all answers"),
-    "toxicity": (mean, ".3f", "mean score of the continuations, 0..1; "
-                 "lower is better"),
-    "entropy": (mean, ".3f", "bits; 1 is no preference between the two "
-                "sentences"),
-}  # fmt: skip
+    "rouge_l": (mean, ".3f", "mean F1 of the longest common subsequence of words"),
+    "perplexity": (
+        lambda sums, n: np.exp(-sums[..., 0] / n),
+        ".3g",
+        "exp of the mean of -log p of a whole last word; lower is better",
+    ),
+    "mc1": (mean, ".3f", "share of questions whose best answer is likelier than every false one"),
+    "mc2": (mean, ".3f", "mean share of the true answers in the probability of all answers"),
+    "toxicity": (mean, ".3f", "mean score of the continuations, 0..1; lower is better"),
+    "entropy": (mean, ".3f", "bits; 1 is no preference between the two sentences"),
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -126,9 +123,12 @@ def context_tokens(encoding: tiktoken.Encoding, kind: str, text: str) -> list[in
 
 
 def fit_prompts(
-    speakers: Sequence[Speaker], name: str, conditions: dict[Condition, Sequence[str]],
-    items: Sequence[Item], num_items: int,
-) -> list[Asked]:  # fmt: skip
+    speakers: Sequence[Speaker],
+    name: str,
+    conditions: dict[Condition, Sequence[str]],
+    items: Sequence[Item],
+    num_items: int,
+) -> list[Asked]:
     """The first `num_items` items that fit, encoded for each condition with its examples.
 
     An item fits with its longest answer into every model's context, in every condition, after the
@@ -136,10 +136,13 @@ def fit_prompts(
     few-shot is left out where no example ever fits.
     """
     distinct = [  # for each model, the first with the same tokenizer
-        next(i for i, other in enumerate(speakers)
-             if other.encoding._mergeable_ranks == speaker.encoding._mergeable_ranks)
+        next(
+            i
+            for i, other in enumerate(speakers)
+            if other.encoding._mergeable_ranks == speaker.encoding._mergeable_ranks
+        )
         for speaker in speakers
-    ]  # fmt: skip
+    ]
     limits: dict[int, int] = {}  # of each tokenizer, the shortest context of its models
     for speaker, i in zip(speakers, distinct, strict=True):
         size = speaker.model.config.n_positions
@@ -170,9 +173,13 @@ def fit_prompts(
 
 
 def fit_one(
-    encodings: dict[int, tiktoken.Encoding], limits: dict[int, int], public: PublicSet,
-    condition: Condition, examples: Sequence[str], item: Item,
-) -> tuple[dict[int, list[int]], int] | None:  # fmt: skip
+    encodings: dict[int, tiktoken.Encoding],
+    limits: dict[int, int],
+    public: PublicSet,
+    condition: Condition,
+    examples: Sequence[str],
+    item: Item,
+) -> tuple[dict[int, list[int]], int] | None:
     """Tokens of the item's prompt in each encoding, and the number of examples in it; None where
     it does not even fit without examples."""
     texts = continuations(public.kind, item)
@@ -194,9 +201,12 @@ def fit_one(
 
 @torch.no_grad()
 def total_logprobs(
-    speaker: Speaker, contexts: Sequence[list[int]], answers: Sequence[list[int]],
-    batch_size: int = 256, dtype: str = "float32",
-) -> np.ndarray:  # fmt: skip
+    speaker: Speaker,
+    contexts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    batch_size: int = 256,
+    dtype: str = "float32",
+) -> np.ndarray:
     """log p(answer tokens | context tokens), in nats: (N,). Batches are of similar length."""
     sequences = [context + answer for context, answer in zip(contexts, answers, strict=True)]
     end, device = speaker.model.config.eos_token_id, speaker.model.wte.weight.device
@@ -233,16 +243,23 @@ def greedy_lines(
 ) -> list[str]:
     """Greedy continuations up to the first newline, without white space around (App. D)."""
     samples = sample_responses(
-        speaker, contexts, asked.public.max_new_tokens, temperature=0, batch_size=args.batch_size,
+        speaker,
+        contexts,
+        asked.public.max_new_tokens,
+        temperature=0,
+        batch_size=args.batch_size,
         dtype=args.dtype,
-    )  # fmt: skip
+    )
     return [sample.text.lstrip(" ").split("\n")[0].strip() for sample in samples]
 
 
 def measure(
-    speaker: Speaker, asked: Asked, contexts: list[list[int]], scorer: Scorer | None,
+    speaker: Speaker,
+    asked: Asked,
+    contexts: list[list[int]],
+    scorer: Scorer | None,
     args: argparse.Namespace,
-) -> tuple[dict[str, np.ndarray], list[str]]:  # fmt: skip
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """Values of each metric, (N,) or for BLEU (N, 10); and the lines that were written."""
     kind, items, public = asked.public.kind, asked.items, asked.public
     lines = greedy_lines(speaker, asked, contexts, args) if public.max_new_tokens else []
@@ -257,17 +274,21 @@ def measure(
         pairs = list(zip([totals for totals, _ in logprobs], items, strict=True))
         return {
             "mc1": np.array([mc1(totals, item) for totals, item in pairs]),
-            "mc2": np.array([
-                multiple_choice_2(totals[list(item.true)], totals[list(item.false)])
-                for totals, item in pairs
-            ]),
-        }, []  # fmt: skip
+            "mc2": np.array(
+                [
+                    multiple_choice_2(totals[list(item.true)], totals[list(item.false)])
+                    for totals, item in pairs
+                ]
+            ),
+        }, []
     if kind == "pair":
         return {"entropy": np.array([entropy_bits(totals) for totals, _ in logprobs])}, []
     if kind == "last_word":
         said = [(line.split() or [""])[0].strip(string.punctuation) for line in lines]
-        right = [word == item.answer.strip(string.punctuation)
-                 for word, item in zip(said, items, strict=True)]  # fmt: skip
+        right = [
+            word == item.answer.strip(string.punctuation)
+            for word, item in zip(said, items, strict=True)
+        ]
         return {
             "accuracy": np.array(right, float),
             "perplexity": np.array([totals[0] for totals, _ in logprobs]),
@@ -281,8 +302,9 @@ def measure(
             )
         return {"toxicity": scores}, lines
     if public.score is None:
-        counts = [bleu_counts(line, item.references)
-                  for line, item in zip(lines, items, strict=True)]  # fmt: skip
+        counts = [
+            bleu_counts(line, item.references) for line, item in zip(lines, items, strict=True)
+        ]
         return {"bleu": np.array(counts, float)}, lines
     scores = [public.score(line, item) for line, item in zip(lines, items, strict=True)]
     return {key: np.array([score[key] for score in scores]) for key in scores[0]}, lines
@@ -297,9 +319,10 @@ def mc1(totals: np.ndarray, item: Truth) -> float:
 
 
 def estimate_sums(
-    values: np.ndarray, groups: Sequence[str],
+    values: np.ndarray,
+    groups: Sequence[str],
     statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """statistic(sums of the values over the items, number of items) and its 95 % percentile
     bootstrap interval over whole groups of items. values (N, k)."""
     index = np.unique(groups, return_inverse=True)[1]
@@ -327,13 +350,24 @@ def rows_of(asked: Asked) -> list[dict]:
             mine = asked.values[model][metric].reshape(len(groups), -1)
             e = estimate_sums(mine, groups, statistic)
             d = estimate_sums(np.hstack([mine, first]), groups, difference)
-            rows.append({
-                "set": asked.name, "condition": asked.condition.name, "metric": metric,
-                "model": model, "value": e.value, "ci_low": e.low, "ci_high": e.high,
-                "difference": d.value, "difference_low": d.low, "difference_high": d.high,
-                "items": len(groups), "groups": len(set(groups)), "dropped": asked.dropped,
-                "examples": asked.num_examples,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "set": asked.name,
+                    "condition": asked.condition.name,
+                    "metric": metric,
+                    "model": model,
+                    "value": e.value,
+                    "ci_low": e.low,
+                    "ci_high": e.high,
+                    "difference": d.value,
+                    "difference_low": d.low,
+                    "difference_high": d.high,
+                    "items": len(groups),
+                    "groups": len(set(groups)),
+                    "dropped": asked.dropped,
+                    "examples": asked.num_examples,
+                }
+            )
     return rows
 
 
@@ -377,11 +411,13 @@ def panels_of(rows: list[dict], metrics: Sequence[str]) -> dict[str, report.Tabl
 HERE = Path(__file__).resolve().parents[1]
 CODE = (  # what decides how items are asked, answered and scored
     *(HERE / name for name in ("evaluation/public.py", "sample.py", "model.py", "generate.py")),
-    *(HERE / "data" / "real" / f"{name}.py"
-      for name in ("public_sets", "public_items", "text_metrics", "toxicity")),
+    *(
+        HERE / "data" / "real" / f"{name}.py"
+        for name in ("public_sets", "public_items", "text_metrics", "toxicity")
+    ),
     HERE / "data" / "tokenizer.py",
     *sorted((HERE / "kernels").glob("*.py")),
-)  # fmt: skip
+)
 
 
 def open_scorer(args: argparse.Namespace) -> tuple[Scorer | None, str]:
@@ -478,17 +514,27 @@ def measure_public(args: argparse.Namespace) -> None:
     code = [fingerprint(path) for path in CODE]
     total = len(speakers) * sum(len(asked.items) for asked in everything)
     files = {
-        name: [fingerprint(find_model(folder) / file)
-               for file in ("model.safetensors", "config.json", "tokenizer.json")]
+        name: [
+            fingerprint(find_model(folder) / file)
+            for file in ("model.safetensors", "config.json", "tokenizer.json")
+        ]
         for name, folder in args.checkpoints.items()
     }
     with tqdm(total=total, unit="item", desc="measuring") as bar:
         for asked in everything:
             for speaker, contexts in zip(speakers, asked.contexts, strict=True):
                 bar.set_postfix_str(f"{asked.name}, {asked.condition.name}, {speaker.name}")
-                key = [files[speaker.name], code, asked.items, contexts, args.dtype, args.device,
-                       args.kernels, asked.public.max_new_tokens,
-                       words if asked.public.kind == "opening" else ""]  # fmt: skip
+                key = [
+                    files[speaker.name],
+                    code,
+                    asked.items,
+                    contexts,
+                    args.dtype,
+                    args.device,
+                    args.kernels,
+                    asked.public.max_new_tokens,
+                    words if asked.public.kind == "opening" else "",
+                ]
 
                 def compute(speaker=speaker, asked=asked, contexts=contexts) -> list:
                     values, lines = measure(speaker, asked, contexts, scorer, args)
@@ -497,19 +543,28 @@ def measure_public(args: argparse.Namespace) -> None:
                 values, lines = parts.get(f"{asked.name} {asked.condition.name} {key}", compute)
                 asked.values[speaker.name] = {k: np.array(v) for k, v in values.items()}
                 samples += [
-                    {"set": asked.name, "condition": asked.condition.name, "model": speaker.name,
-                     "query": item.query, "line": line}
+                    {
+                        "set": asked.name,
+                        "condition": asked.condition.name,
+                        "model": speaker.name,
+                        "query": item.query,
+                        "line": line,
+                    }
                     for item, line in zip(asked.items, lines, strict=False)
-                ]  # fmt: skip
+                ]
                 bar.update(len(asked.items))
     rows = [row for asked in everything for row in rows_of(asked)]
     write_report(Path(args.out), rows, samples, speakers, notes, words)
 
 
 def write_report(
-    out: Path, rows: list[dict], samples: list[dict], speakers: list[Speaker], notes: list[str],
+    out: Path,
+    rows: list[dict],
+    samples: list[dict],
+    speakers: list[Speaker],
+    notes: list[str],
     words: str,
-) -> None:  # fmt: skip
+) -> None:
     """table.csv, table.txt, samples.jsonl, figures, report.md; and the table on the terminal."""
     names = [speaker.name for speaker in speakers]
     table, colour = table_of(rows), report.colours(names)
@@ -528,18 +583,20 @@ def write_report(
         for s in speakers
     ]
     used = dict.fromkeys(row["metric"] for row in rows)
-    text = "\n\n".join([
-        "# Public sets: the alignment tax",
-        "\n".join(models),
-        f"95 % intervals by bootstrap over items or, where several share one, passages. \\* marks "
-        f"a paired difference from {names[0]} whose interval excludes 0; of so many comparisons "
-        "some do by chance.",
-        report.as_markdown(table).replace("*", "\\*"),
-        *figures,
-        "\n".join(f"- {metric}: {METRICS[metric][2]}" for metric in used),
-        *([words] if words else []),
-        "\n".join(f"- {note}" for note in notes),
-    ])  # fmt: skip
+    text = "\n\n".join(
+        [
+            "# Public sets: the alignment tax",
+            "\n".join(models),
+            "95 % intervals by bootstrap over items or, where several share one, passages. \\* "
+            f"marks a paired difference from {names[0]} whose interval excludes 0; of so many "
+            "comparisons some do by chance.",
+            report.as_markdown(table).replace("*", "\\*"),
+            *figures,
+            "\n".join(f"- {metric}: {METRICS[metric][2]}" for metric in used),
+            *([words] if words else []),
+            "\n".join(f"- {note}" for note in notes),
+        ]
+    )
     write_atomic(out / "report.md", text + "\n")
     print("\n" + report.as_text(table) + "\n\n" + "\n".join(filter(None, [words, *notes])))
     print(f"wrote {out}/report.md")

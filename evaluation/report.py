@@ -67,13 +67,24 @@ Rows = list[dict[str, float]]  # of a log
 
 # metric -> (heading, format, what it is). The order is that of table.csv.
 METRICS: dict[str, tuple[str, str, str]] = {
-    "win_t1": ("win rate, T=1", ".3f", "share of prompts on which the model's response beats the "
-               "baseline's, both sampled at temperature 1; a tie counts one half"),
+    "win_t1": (
+        "win rate, T=1",
+        ".3f",
+        "share of prompts on which the model's response beats the "
+        "baseline's, both sampled at temperature 1; a tie counts one half",
+    ),
     "win_t0": ("win rate, greedy", ".3f", "the same with both at temperature 0"),
-    "win_training_labelers": ("training labelers", ".3f", "win rate at temperature 1 by the noisy "
-                              "simulated labelers of the pool that ranked the training data"),
-    "win_held_out_labelers": ("held-out labelers", ".3f", "the same by labelers with other "
-                              "priorities, who ranked nothing"),
+    "win_training_labelers": (
+        "training labelers",
+        ".3f",
+        "win rate at temperature 1 by the noisy "
+        "simulated labelers of the pool that ranked the training data",
+    ),
+    "win_held_out_labelers": (
+        "held-out labelers",
+        ".3f",
+        "the same by labelers with other priorities, who ranked nothing",
+    ),
     "utility_t1": ("utility, T=1", ".3f", "truth-checked evaluation utility, 0..1, temperature 1"),
     "utility_t0": ("utility, greedy", ".3f", "the same at temperature 0"),
     "helpful": ("helpful", ".3f", "share of the task that is done, 0..1"),
@@ -94,10 +105,17 @@ PROBE, TOXICITY, TASK = "probe_", "toxicity_", "task_"
 TRUE, TRUE_INFORMATIVE = "_true", "_true_informative"
 # Okabe and Ito's colours, which colour-blind readers can tell apart; grey for the base model.
 PALETTE = ("#999999", "#56B4E9", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#D55E00", "#000000")
-plt.rcParams.update({
-    "figure.dpi": 130, "savefig.bbox": "tight", "font.size": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.titlesize": 11, "legend.frameon": False,
-})  # fmt: skip
+plt.rcParams.update(
+    {
+        "figure.dpi": 130,
+        "savefig.bbox": "tight",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "legend.frameon": False,
+    }
+)
 
 
 def colours(models: list[str]) -> dict[str, str]:
@@ -149,8 +167,7 @@ def as_text(rows: list[list[str]]) -> str:
     """The table for a terminal: first column to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in rows
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     )
 
 
@@ -158,20 +175,33 @@ def terminal_table(table: Table) -> str:
     """The numbers that matter most, in blocks that fit a terminal."""
     blocks = [
         grid(table, ["win_t1", "win_t0", "win_training_labelers", "win_held_out_labelers"], True),
-        grid(table, ["utility_t1", "utility_t0", "helpful", "truthful", "harmless", "end_fraction",
-                     "score", "kl"]),
+        grid(
+            table,
+            [
+                "utility_t1",
+                "utility_t0",
+                "helpful",
+                "truthful",
+                "harmless",
+                "end_fraction",
+                "score",
+                "kl",
+            ],
+        ),
         grid(table, ["pretrain_loss", "tasks_zero_shot", "tasks_few_shot"], True),
-    ]  # fmt: skip
+    ]
     return "\n\n".join(as_text(block) for block in blocks if len(block) > 1) + "\n"
 
 
 def as_csv(table: Table) -> str:
     """table.csv, long form: model, metric, value, ci_low, ci_high."""
-    return csv_text([
-        {"model": model, "metric": metric, "value": e.value, "ci_low": e.low, "ci_high": e.high}
-        for model, row in table.items()
-        for metric, e in row.items()
-    ])  # fmt: skip
+    return csv_text(
+        [
+            {"model": model, "metric": metric, "value": e.value, "ci_low": e.low, "ci_high": e.high}
+            for model, row in table.items()
+            for metric, e in row.items()
+        ]
+    )
 
 
 def csv_text(rows: list[dict]) -> str:
@@ -189,22 +219,44 @@ def csv_text(rows: list[dict]) -> str:
 
 
 def _bars(
-    axes, table: Table, metric: str, models: list[str], colour: dict[str, str], *,
-    shift: float = 0.0, width: float = 0.7, label: str | None = None, numbers: bool = True, **style,
-) -> None:  # fmt: skip
+    axes,
+    table: Table,
+    metric: str,
+    models: list[str],
+    colour: dict[str, str],
+    *,
+    shift: float = 0.0,
+    width: float = 0.7,
+    label: str | None = None,
+    numbers: bool = True,
+    **style,
+) -> None:
     """Bars of one metric, a model each, with intervals and, with `numbers`, the number above."""
     for x, model in enumerate(models):
         e = table[model].get(metric)
         if e is None or math.isnan(e.value):
             continue
         error = [[max(0.0, e.value - e.low)], [max(0.0, e.high - e.value)]]
-        axes.bar(x + shift, e.value, width, color=colour[model], yerr=error, capsize=3,
-                 error_kw={"linewidth": 1}, **style)  # fmt: skip
+        axes.bar(
+            x + shift,
+            e.value,
+            width,
+            color=colour[model],
+            yerr=error,
+            capsize=3,
+            error_kw={"linewidth": 1},
+            **style,
+        )
         if numbers:
             axes.annotate(
-                f"{e.value:.2f}", (x + shift, e.high), xytext=(0, 4), textcoords="offset points",
-                ha="center", fontsize=8, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.3},
-            )  # fmt: skip
+                f"{e.value:.2f}",
+                (x + shift, e.high),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "linewidth": 0, "pad": 0.3},
+            )
     names = [model.replace(" + ", " +\n").replace(" (", "\n(") for model in models]
     axes.set_xticks(range(len(models)), [name.replace("_", "-") for name in names])
     if label is not None:  # a grey twin for the legend: the colours belong to the models
@@ -220,9 +272,17 @@ def win_rate_figure(
     width = 0.8 / len(metrics)
     styles = ({}, {"alpha": 0.55, "hatch": "//", "edgecolor": "white"})
     for i, metric in enumerate(metrics):
-        _bars(axes, table, metric, models, colour, shift=(i - (len(metrics) - 1) / 2) * width,
-              width=width * 0.94, label=heading(metric) if len(metrics) > 1 else None,
-              **styles[i % 2])  # fmt: skip
+        _bars(
+            axes,
+            table,
+            metric,
+            models,
+            colour,
+            shift=(i - (len(metrics) - 1) / 2) * width,
+            width=width * 0.94,
+            label=heading(metric) if len(metrics) > 1 else None,
+            **styles[i % 2],
+        )
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
     axes.set_ylabel(f"win rate against {baseline}")
     highest = max(table[m][k].high for m in models for k in metrics if k in table[m])
@@ -325,10 +385,19 @@ def public_figure(path: Path, panels: dict[str, Table], colour: dict[str, str]) 
         conditions = list(dict.fromkeys(c for row in table.values() for c in row))
         width = 0.84 / len(conditions)
         for i, condition in enumerate(conditions):
-            _bars(axes, table, condition, models, colour, width=width * 0.92,
-                  shift=(i - (len(conditions) - 1) / 2) * width,
-                  label=condition if len(conditions) > 1 else None, edgecolor="white",
-                  numbers=len(conditions) * len(models) <= 8, **styles[i % 3])  # fmt: skip
+            _bars(
+                axes,
+                table,
+                condition,
+                models,
+                colour,
+                width=width * 0.92,
+                shift=(i - (len(conditions) - 1) / 2) * width,
+                label=condition if len(conditions) > 1 else None,
+                edgecolor="white",
+                numbers=len(conditions) * len(models) <= 8,
+                **styles[i % 3],
+            )
         axes.set_title(title)
         highest = max((e.high for row in table.values() for e in row.values()), default=0)
         axes.set_ylim(0, 1.35 * highest or 1)
@@ -411,8 +480,9 @@ def write(out: Path, report: Report) -> None:
     wins = [m for m in ("win_t1", "win_t0") if any(m in row for row in table.values())]
     win_rate_figure(out / "win_rates.png", table, report.baseline, wins, colour)
     if report.selection:
-        epochs_figure(out / "sft_epochs.png", report.selection, report.chosen_epoch,
-                      colour[report.baseline])  # fmt: skip
+        epochs_figure(
+            out / "sft_epochs.png", report.selection, report.chosen_epoch, colour[report.baseline]
+        )
     if report.logs:
         ppo_figure(out / "ppo.png", report.logs, colour)
     if any("pretrain_loss" in row for row in table.values()):
@@ -430,9 +500,11 @@ def as_report(report: Report) -> str:
         return as_markdown(grid(table, metrics, interval))
 
     def those(start: str, end: str = "") -> list[str]:
-        return list(dict.fromkeys(
-            m for row in table.values() for m in row if m.startswith(start) and m.endswith(end)
-        ))  # fmt: skip
+        return list(
+            dict.fromkeys(
+                m for row in table.values() for m in row if m.startswith(start) and m.endswith(end)
+            )
+        )
 
     parts = ["# What each step did", *report.setting]
     parts += [
@@ -446,17 +518,33 @@ def as_report(report: Report) -> str:
         "the model draws its own best answers more often, without having better ones.",
         "\n".join(f"- {line}" for line in findings(table, baseline, report.judge)),
         "## Quality of the responses",
-        show(["utility_t1", "utility_t0", "helpful", "truthful", "harmless", "ended", "score", "kl",
-              "response_tokens", "end_fraction"]),
-    ]  # fmt: skip
+        show(
+            [
+                "utility_t1",
+                "utility_t0",
+                "helpful",
+                "truthful",
+                "harmless",
+                "ended",
+                "score",
+                "kl",
+                "response_tokens",
+                "end_fraction",
+            ]
+        ),
+    ]
     if report.prefixes:
         parts += [
             "The prompted base model is the base model with a text before every prompt: of "
             f"{len(report.prefixes)} texts the one with the best reward-model score on validation "
             "prompts (paper 3.5, footnote 6).",
-            as_markdown([["prefix", "RM score"],
-                         *([f"`{text!r}`", f"{score:+.3f}"] for text, score in report.prefixes)]),
-        ]  # fmt: skip
+            as_markdown(
+                [
+                    ["prefix", "RM score"],
+                    *([f"`{text!r}`", f"{score:+.3f}"] for text, score in report.prefixes),
+                ]
+            ),
+        ]
     if those(PROBE):
         parts += [
             "## Truthfulness",
@@ -464,10 +552,12 @@ def as_report(report: Report) -> str:
             "of those that besides answer the question. A model that says nothing checkable is "
             "true and not informative, so only the second table ranks models. Facts are ordinary, "
             "held out of all feedback, or misconceived on the web; premises are those of "
-            "\"why does ... ?\" questions.",
-            "True:", show(those(PROBE, TRUE)),
-            "True and informative:", show(those(PROBE, TRUE_INFORMATIVE), True),
-        ]  # fmt: skip
+            '"why does ... ?" questions.',
+            "True:",
+            show(those(PROBE, TRUE)),
+            "True and informative:",
+            show(those(PROBE, TRUE_INFORMATIVE), True),
+        ]
     if those(TOXICITY):
         parts += [
             "## Toxicity and bias",

@@ -142,12 +142,7 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict, di
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     # What is left are options: num_warps, num_stages.
-    return (
-        signature,
-        constants,
-        attributes,
-        named,
-    )
+    return (signature, constants, attributes, named)
 
 
 def compile_launch(name: str, launch: Launch, target: str) -> Report:

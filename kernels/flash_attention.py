@@ -246,10 +246,28 @@ def _first(q_start, FIRST_KEY: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @jit
 def _attend(
-    acc, m, norm, query, k_ptr, v_ptr, k_t, v_t, begin, end, q_rows, length, head, H,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, FIRST_KEY: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
+    acc,
+    m,
+    norm,
+    query,
+    k_ptr,
+    v_ptr,
+    k_t,
+    v_t,
+    begin,
+    end,
+    q_rows,
+    length,
+    head,
+    H,
+    SCALE: tl.constexpr,
+    SCORE: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
     """One query tile over the keys begin..end: the online softmax. Returns the new (acc, m,
     norm)."""
     for start in range(begin, end, BLOCK_K):
@@ -278,11 +296,35 @@ def _attend(
 
 @jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, H, T,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, FIRST_KEY: tl.constexpr, ACC: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    lengths,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    out_b,
+    out_h,
+    out_t,
+    H,
+    T,
+    SCALE: tl.constexpr,
+    SCORE: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """out and L (base 2) of one query tile. x_b, x_h, x_t are strides; lse is (B, H, T)."""
     tl.static_assert(BLOCK_Q % BLOCK_K == 0, "the diagonal must begin at a tile of keys")
     q_start = (
@@ -305,13 +347,51 @@ def forward_kernel(
     diagonal = tl.where(q_start < length, q_start, 0)
     begin = _first(q_start, FIRST_KEY, BLOCK_K)
     acc, m, norm = _attend(
-        acc, m, norm, query, k_ptr, v_ptr, k_t, v_t, begin, diagonal, rows, length, h, H,
-        SCALE, SCORE, FIRST_KEY, D, BLOCK_D, BLOCK_K, False,
-    )  # fmt: skip
+        acc,
+        m,
+        norm,
+        query,
+        k_ptr,
+        v_ptr,
+        k_t,
+        v_t,
+        begin,
+        diagonal,
+        rows,
+        length,
+        h,
+        H,
+        SCALE,
+        SCORE,
+        FIRST_KEY,
+        D,
+        BLOCK_D,
+        BLOCK_K,
+        False,
+    )
     acc, m, norm = _attend(
-        acc, m, norm, query, k_ptr, v_ptr, k_t, v_t, q_start, tl.minimum(q_start + BLOCK_Q, length),
-        rows, length, h, H, SCALE, SCORE, FIRST_KEY, D, BLOCK_D, BLOCK_K, True,
-    )  # fmt: skip
+        acc,
+        m,
+        norm,
+        query,
+        k_ptr,
+        v_ptr,
+        k_t,
+        v_t,
+        q_start,
+        tl.minimum(q_start + BLOCK_Q, length),
+        rows,
+        length,
+        h,
+        H,
+        SCALE,
+        SCORE,
+        FIRST_KEY,
+        D,
+        BLOCK_D,
+        BLOCK_K,
+        True,
+    )
 
     alive = (rows < length) & (norm > 0.0)
     out = tl.where(alive[:, None], acc / tl.where(alive, norm, 1.0)[:, None], 0.0)
@@ -332,10 +412,30 @@ def _d_scores(p, dp, delta, dots, q, k, head, H, SCALE: tl.constexpr, DERIVATIVE
 
 @jit
 def _d_query(
-    dq, query, d_out, lse, delta, k_ptr, v_ptr, k_t, v_t, begin, end, q_rows, length, head, H,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, FIRST_KEY: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
+    dq,
+    query,
+    d_out,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    k_t,
+    v_t,
+    begin,
+    end,
+    q_rows,
+    length,
+    head,
+    H,
+    SCALE: tl.constexpr,
+    SCORE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
     """Add the keys begin..end to dq of one query tile."""
     for start in range(begin, end, BLOCK_K):
         k_rows = start + tl.arange(0, BLOCK_K)
@@ -353,13 +453,45 @@ def _d_query(
 
 @jit
 def d_query_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr, dq_ptr, lse_ptr, delta_ptr, lengths,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, d_out_b, d_out_h, d_out_t,
-    dq_b, dq_h, dq_t, H, T,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, FIRST_KEY: tl.constexpr,
-    ACC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    d_out_ptr,
+    dq_ptr,
+    lse_ptr,
+    delta_ptr,
+    lengths,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    out_b,
+    out_h,
+    out_t,
+    d_out_b,
+    d_out_h,
+    d_out_t,
+    dq_b,
+    dq_h,
+    dq_t,
+    H,
+    T,
+    SCALE: tl.constexpr,
+    SCORE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """dq of one query tile, and its delta = rowsum(dout out), which the next kernel reads."""
     tl.static_assert(BLOCK_Q % BLOCK_K == 0, "the diagonal must begin at a tile of keys")
     q_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
@@ -382,24 +514,85 @@ def d_query_kernel(
     begin = _first(q_start, FIRST_KEY, BLOCK_K)
     diagonal = tl.where(q_start < length, q_start, 0)
     dq = _d_query(
-        dq, query, d_out, lse, delta, k_ptr, v_ptr, k_t, v_t, begin, diagonal,
-        rows, length, h, H, SCALE, SCORE, DERIVATIVE, FIRST_KEY, D, BLOCK_D, BLOCK_K, False,
-    )  # fmt: skip
+        dq,
+        query,
+        d_out,
+        lse,
+        delta,
+        k_ptr,
+        v_ptr,
+        k_t,
+        v_t,
+        begin,
+        diagonal,
+        rows,
+        length,
+        h,
+        H,
+        SCALE,
+        SCORE,
+        DERIVATIVE,
+        FIRST_KEY,
+        D,
+        BLOCK_D,
+        BLOCK_K,
+        False,
+    )
     dq = _d_query(
-        dq, query, d_out, lse, delta, k_ptr, v_ptr, k_t, v_t,
-        q_start, tl.minimum(q_start + BLOCK_Q, length),
-        rows, length, h, H, SCALE, SCORE, DERIVATIVE, FIRST_KEY, D, BLOCK_D, BLOCK_K, True,
-    )  # fmt: skip
+        dq,
+        query,
+        d_out,
+        lse,
+        delta,
+        k_ptr,
+        v_ptr,
+        k_t,
+        v_t,
+        q_start,
+        tl.minimum(q_start + BLOCK_Q, length),
+        rows,
+        length,
+        h,
+        H,
+        SCALE,
+        SCORE,
+        DERIVATIVE,
+        FIRST_KEY,
+        D,
+        BLOCK_D,
+        BLOCK_K,
+        True,
+    )
     _store(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq * SCALE, D, BLOCK_D)
 
 
 @jit
 def _d_key_value(
-    dk, dv, key, value, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, d_out_t, begin, end,
-    k_rows, length, head, H,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, FIRST_KEY: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
+    dk,
+    dv,
+    key,
+    value,
+    q_ptr,
+    d_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    q_t,
+    d_out_t,
+    begin,
+    end,
+    k_rows,
+    length,
+    head,
+    H,
+    SCALE: tl.constexpr,
+    SCORE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
     """Add the queries begin..end to dk, dv of one key tile. Tiles are transposed, keys down: p^T
     comes for free."""
     for start in range(begin, end, BLOCK_Q):
@@ -421,13 +614,46 @@ def _d_key_value(
 
 @jit
 def d_key_value_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, lengths,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_out_b, d_out_h, d_out_t,
-    dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, T,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr,
-    FIRST_KEY: tl.constexpr, LAST_QUERY: tl.constexpr, ACC: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    d_out_ptr,
+    dk_ptr,
+    dv_ptr,
+    lse_ptr,
+    delta_ptr,
+    lengths,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    d_out_b,
+    d_out_h,
+    d_out_t,
+    dk_b,
+    dk_h,
+    dk_t,
+    dv_b,
+    dv_h,
+    dv_t,
+    H,
+    T,
+    SCALE: tl.constexpr,
+    SCORE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    LAST_QUERY: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """dk and dv of one key tile."""
     tl.static_assert(BLOCK_K % BLOCK_Q == 0, "the diagonal must end at a tile of queries")
     k_start = tl.program_id(0) * BLOCK_K
@@ -449,14 +675,57 @@ def d_key_value_kernel(
         end = tl.minimum(length, LAST_QUERY(k_start + BLOCK_K - 1) + 1)
     full = k_start + BLOCK_K  # from here on every query sees the whole key tile
     dk, dv = _d_key_value(
-        dk, dv, key, value, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, d_out_t,
-        k_start, tl.minimum(full, end),
-        rows, length, h, H, SCALE, SCORE, DERIVATIVE, FIRST_KEY, D, BLOCK_D, BLOCK_Q, True,
-    )  # fmt: skip
+        dk,
+        dv,
+        key,
+        value,
+        q_ptr,
+        d_out_ptr,
+        lse_ptr,
+        delta_ptr,
+        q_t,
+        d_out_t,
+        k_start,
+        tl.minimum(full, end),
+        rows,
+        length,
+        h,
+        H,
+        SCALE,
+        SCORE,
+        DERIVATIVE,
+        FIRST_KEY,
+        D,
+        BLOCK_D,
+        BLOCK_Q,
+        True,
+    )
     dk, dv = _d_key_value(
-        dk, dv, key, value, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, d_out_t, full, end,
-        rows, length, h, H, SCALE, SCORE, DERIVATIVE, FIRST_KEY, D, BLOCK_D, BLOCK_Q, False,
-    )  # fmt: skip
+        dk,
+        dv,
+        key,
+        value,
+        q_ptr,
+        d_out_ptr,
+        lse_ptr,
+        delta_ptr,
+        q_t,
+        d_out_t,
+        full,
+        end,
+        rows,
+        length,
+        h,
+        H,
+        SCALE,
+        SCORE,
+        DERIVATIVE,
+        FIRST_KEY,
+        D,
+        BLOCK_D,
+        BLOCK_Q,
+        False,
+    )
     _store(dk_ptr + b * dk_b + h * dk_h, rows, dk_t, T, dk * SCALE, D, BLOCK_D)
     _store(dv_ptr + b * dv_b + h * dv_h, rows, dv_t, T, dv, D, BLOCK_D)
 
@@ -479,11 +748,28 @@ def triton_forward(
     out, lse = _token_major(q), q.new_empty(B, H, T, dtype=sum_dtype)
     tile = _tiles(q)[0]
     launch(
-        forward_kernel, (triton.cdiv(T, tile["BLOCK_Q"]), B * H), q, k, v, out, lse, lengths,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], H, T,
-        SCALE=1 / math.sqrt(D), SCORE=mod.score, FIRST_KEY=mod.first_key, ACC=acc,
-        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), **tile,
-    )  # fmt: skip
+        forward_kernel,
+        (triton.cdiv(T, tile["BLOCK_Q"]), B * H),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        lengths,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        H,
+        T,
+        SCALE=1 / math.sqrt(D),
+        SCORE=mod.score,
+        FIRST_KEY=mod.first_key,
+        ACC=acc,
+        D=D,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        **tile,
+    )
     return out, lse
 
 
@@ -505,22 +791,61 @@ def triton_backward(
     dq, dk, dv, delta = _token_major(q), _token_major(q), _token_major(q), torch.empty_like(lse)
     _, query_tile, key_tile = _tiles(q)
     constants = dict(
-        SCALE=1 / math.sqrt(D), SCORE=mod.score, DERIVATIVE=mod.derivative,
-        FIRST_KEY=mod.first_key, ACC=acc, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
-    )  # fmt: skip
+        SCALE=1 / math.sqrt(D),
+        SCORE=mod.score,
+        DERIVATIVE=mod.derivative,
+        FIRST_KEY=mod.first_key,
+        ACC=acc,
+        D=D,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+    )
     launch(  # first, because it writes delta
-        d_query_kernel, (triton.cdiv(T, query_tile["BLOCK_Q"]), B * H),
-        q, k, v, out, d_out, dq, lse, delta, lengths,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *d_out.stride()[:3],
-        *dq.stride()[:3], H, T, **constants, **query_tile,
-    )  # fmt: skip
+        d_query_kernel,
+        (triton.cdiv(T, query_tile["BLOCK_Q"]), B * H),
+        q,
+        k,
+        v,
+        out,
+        d_out,
+        dq,
+        lse,
+        delta,
+        lengths,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *d_out.stride()[:3],
+        *dq.stride()[:3],
+        H,
+        T,
+        **constants,
+        **query_tile,
+    )
     launch(
-        d_key_value_kernel, (triton.cdiv(T, key_tile["BLOCK_K"]), B * H),
-        q, k, v, d_out, dk, dv, lse, delta, lengths,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
-        *dk.stride()[:3], *dv.stride()[:3], H, T,
-        LAST_QUERY=mod.last_query, **constants, **key_tile,
-    )  # fmt: skip
+        d_key_value_kernel,
+        (triton.cdiv(T, key_tile["BLOCK_K"]), B * H),
+        q,
+        k,
+        v,
+        d_out,
+        dk,
+        dv,
+        lse,
+        delta,
+        lengths,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *d_out.stride()[:3],
+        *dk.stride()[:3],
+        *dv.stride()[:3],
+        H,
+        T,
+        LAST_QUERY=mod.last_query,
+        **constants,
+        **key_tile,
+    )
     return dq, dk, dv
 
 

@@ -164,11 +164,35 @@ def split_size(rows_and_heads: int, cache: int, block: int, processors: int) -> 
 
 @jit
 def split_kernel(
-    q_ptr, k_ptr, v_ptr, m_ptr, norm_ptr, acc_ptr, out_ptr, lengths,
-    q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, H, S, keys, splits,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, FIRST_KEY: tl.constexpr, ACC: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    m_ptr,
+    norm_ptr,
+    acc_ptr,
+    out_ptr,
+    lengths,
+    q_b,
+    q_h,
+    k_b,
+    k_h,
+    k_s,
+    v_b,
+    v_h,
+    v_s,
+    H,
+    S,
+    keys,
+    splits,
+    SCALE: tl.constexpr,
+    SCORE: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """One split of one row and head. m, norm are (B H, splits), acc (B H, splits, D), out (B, H,
     D).
 
@@ -224,9 +248,16 @@ def split_kernel(
 
 @jit
 def combine_kernel(
-    m_ptr, norm_ptr, acc_ptr, out_ptr, splits,
-    ACC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-):  # fmt: skip
+    m_ptr,
+    norm_ptr,
+    acc_ptr,
+    out_ptr,
+    splits,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
     """Merge the splits of one row and head; an empty split has m = -1e30 and norm = 0 and so weighs
     nothing."""
     row = tl.program_id(0).to(tl.int64)
@@ -258,16 +289,47 @@ def triton_decode(
     partial = q.new_empty(B * H, splits, D if splits > 1 else 0, dtype=sum_dtype)
     block_d = max(16, triton.next_power_of_2(D))
     launch(
-        split_kernel, (B * H, splits), q, k_cache, v_cache, m, norm, partial, out, lengths,
-        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], H, S, keys, splits,
-        SCALE=1 / math.sqrt(D), SCORE=mod.score, FIRST_KEY=mod.first_key, ACC=acc,
-        D=D, BLOCK_D=block_d, WHOLE=splits == 1, **tile,
-    )  # fmt: skip
+        split_kernel,
+        (B * H, splits),
+        q,
+        k_cache,
+        v_cache,
+        m,
+        norm,
+        partial,
+        out,
+        lengths,
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        H,
+        S,
+        keys,
+        splits,
+        SCALE=1 / math.sqrt(D),
+        SCORE=mod.score,
+        FIRST_KEY=mod.first_key,
+        ACC=acc,
+        D=D,
+        BLOCK_D=block_d,
+        WHOLE=splits == 1,
+        **tile,
+    )
     if splits > 1:
         launch(
-            combine_kernel, (B * H,), m, norm, partial, out, splits, ACC=acc, D=D, BLOCK_D=block_d,
-            BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=2,
-        )  # fmt: skip
+            combine_kernel,
+            (B * H,),
+            m,
+            norm,
+            partial,
+            out,
+            splits,
+            ACC=acc,
+            D=D,
+            BLOCK_D=block_d,
+            BLOCK_SPLITS=triton.next_power_of_2(splits),
+            num_warps=2,
+        )
     return out
 
 

@@ -225,9 +225,21 @@ def _tiles(hidden: Tensor) -> tuple[dict[str, int], ...]:
 
 @jit
 def _logit_tile(
-    x_ptr, w_ptr, x_n, w_v, tokens, alive, vocab, V, scale, ACC: tl.constexpr, C: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    x_n,
+    w_v,
+    tokens,
+    alive,
+    vocab,
+    V,
+    scale,
+    ACC: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """x w^T `scale` for a tile: (BLOCK_N, BLOCK_V). Tokens that are not alive are read as zeros."""
     # 64-bit offsets: token 42732 of a (N, 50257) matrix is already past 2^31
     x_rows = x_ptr + tokens[:, None].to(tl.int64) * x_n
@@ -259,10 +271,25 @@ def _merge(m, s, t, m_other, s_other, t_other):
 
 @jit
 def forward_kernel(
-    x_ptr, w_ptr, y_ptr, m_ptr, s_ptr, t_ptr, target_ptr, x_n, w_v, N, V, scale,
-    ACC: tl.constexpr, C: tl.constexpr, STRETCH: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    m_ptr,
+    s_ptr,
+    t_ptr,
+    target_ptr,
+    x_n,
+    w_v,
+    N,
+    V,
+    scale,
+    ACC: tl.constexpr,
+    C: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """m, s, t and the target's logit of a tile of tokens over one stretch; `scale` is log2 e /
     temperature.
 
@@ -312,9 +339,19 @@ def forward_kernel(
 
 @jit
 def combine_kernel(
-    m_ptr, s_ptr, t_ptr, target_ptr, y_ptr, logprob_ptr, entropy_ptr, lse_ptr, N, stretches,
-    ACC: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    m_ptr,
+    s_ptr,
+    t_ptr,
+    target_ptr,
+    y_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    lse_ptr,
+    N,
+    stretches,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Merge the stretches of a tile of tokens. Outputs are in nats; lse stays in units of log 2."""
     LN2: tl.constexpr = 0.6931471805599453
     tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -326,11 +363,13 @@ def combine_kernel(
     here = tokens.to(tl.int64)
     for _ in range(0, stretches):
         m, s, t = _merge(
-            m, s, t,
+            m,
+            s,
+            t,
             tl.load(m_ptr + here, mask=keep, other=0.0),
             tl.load(s_ptr + here, mask=keep, other=1.0),
             tl.load(t_ptr + here, mask=keep, other=0.0),
-        )  # fmt: skip
+        )
         target += tl.load(target_ptr + here, mask=keep, other=0.0)
         here += N
     asked = tl.load(y_ptr + tokens, mask=keep, other=-1) >= 0
@@ -342,11 +381,30 @@ def combine_kernel(
 
 @jit
 def d_logits_kernel(
-    x_ptr, w_ptr, y_ptr, lse_ptr, entropy_ptr, g_ptr, h_ptr, dz_ptr,
-    x_n, w_v, g_n, h_n, dz_n, N, V, begin, scale, inverse_temperature,
-    ACC: tl.constexpr, C: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    lse_ptr,
+    entropy_ptr,
+    g_ptr,
+    h_ptr,
+    dz_ptr,
+    x_n,
+    w_v,
+    g_n,
+    h_n,
+    dz_n,
+    N,
+    V,
+    begin,
+    scale,
+    inverse_temperature,
+    ACC: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """dz of a tile: tokens x vocabulary begin + tile. g_ptr or h_ptr is None where nobody asked for
     that gradient."""
     LN2: tl.constexpr = 0.6931471805599453
@@ -390,16 +448,36 @@ def triton_forward(
     chosen, entropy, lse = (hidden.new_empty(N, dtype=sum_dtype) for _ in range(3))
     tile = _tiles(hidden)[0]
     launch(
-        forward_kernel, (triton.cdiv(N, tile["BLOCK_N"]), stretches),
-        hidden, weight, targets, *partial, hidden.stride(0), weight.stride(0), N, V,
-        math.log2(math.e) / temperature, ACC=acc, C=C, STRETCH=STRETCH,
+        forward_kernel,
+        (triton.cdiv(N, tile["BLOCK_N"]), stretches),
+        hidden,
+        weight,
+        targets,
+        *partial,
+        hidden.stride(0),
+        weight.stride(0),
+        N,
+        V,
+        math.log2(math.e) / temperature,
+        ACC=acc,
+        C=C,
+        STRETCH=STRETCH,
         **tile,
-    )  # fmt: skip
+    )
     launch(
-        combine_kernel, (triton.cdiv(N, 128),),
-        *partial, targets, chosen, entropy, lse, N, stretches,
-        ACC=acc, BLOCK_N=128, num_warps=4,
-    )  # fmt: skip
+        combine_kernel,
+        (triton.cdiv(N, 128),),
+        *partial,
+        targets,
+        chosen,
+        entropy,
+        lse,
+        N,
+        stretches,
+        ACC=acc,
+        BLOCK_N=128,
+        num_warps=4,
+    )
     return chosen, entropy, lse
 
 
@@ -430,11 +508,28 @@ def triton_backward(
         launch(
             d_logits_kernel,
             (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(end - begin, tile["BLOCK_V"])),
-            x, weight, targets, lse, entropy, g_chosen, g_entropy, dz,
-            x.stride(0), weight.stride(0), 0 if g_chosen is None else g_chosen.stride(0),
-            0 if g_entropy is None else g_entropy.stride(0), width,
-            N, end, begin, math.log2(math.e) / temperature, 1 / temperature, ACC=acc, C=C, **tile,
-        )  # fmt: skip
+            x,
+            weight,
+            targets,
+            lse,
+            entropy,
+            g_chosen,
+            g_entropy,
+            dz,
+            x.stride(0),
+            weight.stride(0),
+            0 if g_chosen is None else g_chosen.stride(0),
+            0 if g_entropy is None else g_entropy.stride(0),
+            width,
+            N,
+            end,
+            begin,
+            math.log2(math.e) / temperature,
+            1 / temperature,
+            ACC=acc,
+            C=C,
+            **tile,
+        )
         part = dz[:, : end - begin]
         add_product(d_hidden, part, weight[begin:end])
         torch.mm(part.T, x, out=d_weight[begin:end])

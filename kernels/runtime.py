@@ -30,10 +30,18 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 # first that matches counts. (kernels/measure.py has what products reach.)
 PEAK_FLOPS = {
     r"Laptop": None,  # has the name of a faster card
-    r"B200": 2250e12, r"H200": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H100": 989e12,
-    r"A100": 312e12, r"L40S": 362e12, r"L4": 121e12, r"A10": 125e12,
-    r"RTX 4090": 165e12, r"RTX 3090": 71e12,
-}  # fmt: skip
+    r"B200": 2250e12,
+    r"H200": 989e12,
+    r"H100 PCIe": 756e12,
+    r"H100 NVL": 835e12,
+    r"H100": 989e12,
+    r"A100": 312e12,
+    r"L40S": 362e12,
+    r"L4": 121e12,
+    r"A10": 125e12,
+    r"RTX 4090": 165e12,
+    r"RTX 3090": 71e12,
+}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

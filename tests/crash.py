@@ -57,9 +57,15 @@ def serve() -> None:
     import train_sft
     from data.files import run_command
 
-    mains = {"sft": train_sft.main, "rm": train_rm.main, "ppo": train_ppo.main,
-             "sample": sample.main, "report": evaluate.main, "label": data.label.main,
-             "tiny_world": data.tiny.make.main}  # fmt: skip
+    mains = {
+        "sft": train_sft.main,
+        "rm": train_rm.main,
+        "ppo": train_ppo.main,
+        "sample": sample.main,
+        "report": evaluate.main,
+        "label": data.label.main,
+        "tiny_world": data.tiny.make.main,
+    }
     finished: list[int] = []
     for line in sys.stdin:
         while finished:
@@ -124,13 +130,21 @@ class Server:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.stderr = folder / "stderr"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash", "--serve"], cwd=ROOT, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.crash", "--serve"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def start(self, stage: str, argv: list[str], at: dict[int, int | str] | None = None) -> Run:
-        request = {"stage": stage, "argv": argv, "at": at or {}, "stderr": str(self.stderr),
-                   "chunk": self.chunk}  # fmt: skip
+        request = {
+            "stage": stage,
+            "argv": argv,
+            "at": at or {},
+            "stderr": str(self.stderr),
+            "chunk": self.chunk,
+        }
         self.process.stdin.write((json.dumps(request) + "\n").encode())
         self.process.stdin.flush()
         return Run(self)
@@ -181,8 +195,11 @@ class Run:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run, hidden ones too, without its clocks."""
-    files = {str(path.relative_to(folder)): path.read_bytes()
-             for path in sorted(folder.rglob("*")) if path.is_file()}  # fmt: skip
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     for name in list(files):
         if name.endswith("timing.csv"):
             del files[name]
@@ -206,8 +223,15 @@ def same_steps(out: Path) -> bool:
     """timing.csv, where there is one, has a row for each row of log.csv."""
     if not (out / "timing.csv").exists():
         return True
-    return len({tuple(line.split(",")[0] for line in (out / name).read_text().splitlines())
-                for name in ("log.csv", "timing.csv")}) == 1  # fmt: skip
+    return (
+        len(
+            {
+                tuple(line.split(",")[0] for line in (out / name).read_text().splitlines())
+                for name in ("log.csv", "timing.csv")
+            }
+        )
+        == 1
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -305,8 +329,10 @@ def main() -> int:
                 lost += missing
             failed |= identical < runs
             seconds = time.perf_counter() - started
-            print(f"{stage:6}  {runs:4}  {kills:5}  {identical:9}  {lost:10}  {seconds:7.0f}",
-                  flush=True)  # fmt: skip
+            print(
+                f"{stage:6}  {runs:4}  {kills:5}  {identical:9}  {lost:10}  {seconds:7.0f}",
+                flush=True,
+            )
             for path in ("whole", "earlier", "over", "out"):
                 shutil.rmtree(folder / path, ignore_errors=True)
         server.close()

@@ -39,15 +39,28 @@ SMALL = {
     "ppo": "--max_steps 3 --batch_size 16 --num_minibatches 4 --eval_every 2 --save_every 2",
 }
 NAMES = {
-    "data.tiny.make": "tiny_world", "train_sft.py": "sft", "sample.py": "sample",
-    "data.label": "label", "train_rm.py": "rm", "train_ppo.py": "ppo", "evaluate.py": "report",
-}  # fmt: skip
+    "data.tiny.make": "tiny_world",
+    "train_sft.py": "sft",
+    "sample.py": "sample",
+    "data.label": "label",
+    "train_rm.py": "rm",
+    "train_ppo.py": "ppo",
+    "evaluate.py": "report",
+}
 
 
 def demo_commands(out: Path, seed: int) -> list[tuple[str, list[str]]]:
     """(script, arguments) of every stage of `make demo`, made small, in an order that works."""
-    make = ["make", "--dry-run", "--always-make", "--jobs=1", "demo", f"OUT={out}", f"SEED={seed}",
-            f"PYTHON={sys.executable}"]  # fmt: skip
+    make = [
+        "make",
+        "--dry-run",
+        "--always-make",
+        "--jobs=1",
+        "demo",
+        f"OUT={out}",
+        f"SEED={seed}",
+        f"PYTHON={sys.executable}",
+    ]
     printed = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     commands = []
     for line in printed.replace("\\\n", " ").splitlines():
@@ -104,8 +117,10 @@ def main(argv: list[str] | None = None) -> int:
         sizes = [len(content) for content in contents(folders[0]).values()]
         for path in differ:
             print(f"differs: {path}")
-        print(f"{len(folders)} folders, {len(sizes)} files, {sum(sizes):,} bytes: "
-              f"{f'{len(differ)} files differ' if differ else 'all equal'}")  # fmt: skip
+        print(
+            f"{len(folders)} folders, {len(sizes)} files, {sum(sizes):,} bytes: "
+            f"{f'{len(differ)} files differ' if differ else 'all equal'}"
+        )
     return int(bool(differ))
 
 

@@ -19,8 +19,10 @@ def write_json(path: Path, value: object) -> Path:
 
 
 def hh(context: str, chosen: str, rejected: str) -> dict:
-    return {"chosen": f"{context}\n\nAssistant:{chosen}",
-            "rejected": f"{context}\n\nAssistant:{rejected}"}
+    return {
+        "chosen": f"{context}\n\nAssistant:{chosen}",
+        "rejected": f"{context}\n\nAssistant:{rejected}",
+    }
 
 
 def node(role: str, text: str, replies: tuple = (), **keys: object) -> dict:
@@ -29,5 +31,10 @@ def node(role: str, text: str, replies: tuple = (), **keys: object) -> dict:
 
 def qa(question: str, preference: list[int], passages: list | None = None, **keys: object) -> dict:
     answers = {f"prediction {n}": f"answer {n}" for n in (1, 2, 3, 4)}
-    return {"question": question, "passages": passages or [], "preference": preference,
-            **answers, **keys}
+    return {
+        "question": question,
+        "passages": passages or [],
+        "preference": preference,
+        **answers,
+        **keys,
+    }

@@ -39,16 +39,24 @@ from tests.tiny import Tiny
 @pytest.mark.parametrize(
     ("low", "high", "gate", "expected"),
     [
-        (0.51, 0.6, "above 0.5", True), (0.5, 0.6, "above 0.5", False),
-        (0.4, 0.49, "below 0.5", True), (0.4, 0.5, "below 0.5", False),
-        (-0.1, 0.2, "not above 0", True), (0.01, 0.2, "not above 0", False),
-        (-0.2, 0.1, "not below 0", True), (-0.2, -0.1, "not below 0", False),
-        (-0.09, 0.1, "within 0.1", True), (-0.11, 0.0, "within 0.1", False),
-        (0.0, 0.11, "within 0.1", False), (0.0, 1.0, "", None),
-        *((math.nan, math.nan, gate, False)
-          for gate in ("above 0", "below 0", "not above 0", "not below 0", "within 1")),
+        (0.51, 0.6, "above 0.5", True),
+        (0.5, 0.6, "above 0.5", False),
+        (0.4, 0.49, "below 0.5", True),
+        (0.4, 0.5, "below 0.5", False),
+        (-0.1, 0.2, "not above 0", True),
+        (0.01, 0.2, "not above 0", False),
+        (-0.2, 0.1, "not below 0", True),
+        (-0.2, -0.1, "not below 0", False),
+        (-0.09, 0.1, "within 0.1", True),
+        (-0.11, 0.0, "within 0.1", False),
+        (0.0, 0.11, "within 0.1", False),
+        (0.0, 1.0, "", None),
+        *(
+            (math.nan, math.nan, gate, False)
+            for gate in ("above 0", "below 0", "not above 0", "not below 0", "within 1")
+        ),
     ],
-)  # fmt: skip
+)
 def test_gates_are_about_the_interval(low: float, high: float, gate: str, expected) -> None:
     assert passes(Estimate((low + high) / 2, low, high), gate) is expected
 
@@ -72,11 +80,26 @@ def test_combined_intervals_by_hand() -> None:
 
 # -------------------------------------------------- every claim on planted models, good and equal
 
-RANK = {"base": 0.1, "base+prefix": 0.3, "public_selected": 0.45, "init": 0.6,
-        "sft_selected": 0.65, "ppo": 0.85, "ppo_ptx": 0.9, "ppo_again": 0.99}  # fmt: skip
-RUDE = {("none", "base"): 0.5, ("none", "sft_selected"): 0.02, ("none", "ppo"): 0.3,
-        ("none", "ppo_ptx"): 0.55, ("respectful", "base"): 0.5, ("respectful", "ppo_ptx"): 0.1,
-        ("rude", "base"): 0.4, ("rude", "ppo_ptx"): 0.9}  # fmt: skip
+RANK = {
+    "base": 0.1,
+    "base+prefix": 0.3,
+    "public_selected": 0.45,
+    "init": 0.6,
+    "sft_selected": 0.65,
+    "ppo": 0.85,
+    "ppo_ptx": 0.9,
+    "ppo_again": 0.99,
+}
+RUDE = {
+    ("none", "base"): 0.5,
+    ("none", "sft_selected"): 0.02,
+    ("none", "ppo"): 0.3,
+    ("none", "ppo_ptx"): 0.55,
+    ("respectful", "base"): 0.5,
+    ("respectful", "ppo_ptx"): 0.1,
+    ("rude", "base"): 0.4,
+    ("rude", "ppo_ptx"): 0.9,
+}
 
 
 class PlantedLab(Lab):
@@ -111,9 +134,14 @@ class PlantedLab(Lab):
         tasks = [{"subject": f"s{i % 60}", "attribute": "food"} for i in range(450)]
         kinds = ("none", "respectful", "rude")
         self._records[name] = [
-            {"user": "probe" if "probes" in name else f"u{i % 150}", "task": task, "prompt": "p",
-             "prefix": kinds[i % 3]} for i, task in enumerate(tasks)
-        ]  # fmt: skip
+            {
+                "user": "probe" if "probes" in name else f"u{i % 150}",
+                "task": task,
+                "prompt": "p",
+                "prefix": kinds[i % 3],
+            }
+            for i, task in enumerate(tasks)
+        ]
         return self._records[name]
 
     def answers(self, name, prompts="prompts", temperature=1.0, draw=0) -> Answers:
@@ -132,12 +160,18 @@ class PlantedLab(Lab):
             true = 0.6 if "false_premise" in prompts and self.good else q
             kept = 0.3 if "constraints" in prompts and self.good else q
             doubt = 0.3 if bare.startswith("ppo") and self.good else 0.0
-            marks.append(Grade(
-                helpful=float(np.clip(rng.normal(q, 0.1), 0, 1)),
-                truthful=float(instructed or rng.random() < true), harmless=0.5 if is_rude else 1.0,
-                informative=float(rng.random() < q), ended=1.0, hedged=rng.random() < doubt,
-                constraints=float(rng.random() < kept), fabricated=rng.random() < 0.9 * (1 - q),
-            ))  # fmt: skip
+            marks.append(
+                Grade(
+                    helpful=float(np.clip(rng.normal(q, 0.1), 0, 1)),
+                    truthful=float(instructed or rng.random() < true),
+                    harmless=0.5 if is_rude else 1.0,
+                    informative=float(rng.random() < q),
+                    ended=1.0,
+                    hedged=rng.random() < doubt,
+                    constraints=float(rng.random() < kept),
+                    fabricated=rng.random() < 0.9 * (1 - q),
+                )
+            )
         utility = np.array([evaluation_utility(mark) for mark in marks])
         score = 3 * q + rng.normal(0, 0.3, len(marks))
         if name.startswith("overopt") and self.good:
@@ -149,8 +183,14 @@ class PlantedLab(Lab):
 
     def text(self, name: str) -> dict[str, np.ndarray]:
         rng, bare = self.rng(name), name.rpartition("/")[2]
-        hit = {"base": 0.9, "sft_selected": 0.0, "ppo": 0.4, "ppo_ptx": 0.85, "ptx_x0": 0.4,
-               "ptx_x10": 0.95}.get(bare, 0.5)  # fmt: skip
+        hit = {
+            "base": 0.9,
+            "sft_selected": 0.0,
+            "ppo": 0.4,
+            "ppo_ptx": 0.85,
+            "ptx_x0": 0.4,
+            "ptx_x10": 0.95,
+        }.get(bare, 0.5)
         loss = {"64x2/base": 1.4, "96x2/base": 1.3, "base": 1.2, "192x4/base": 1.1}.get(name, 2.0)
         if name == "control/ppo_ptx":
             hit = 0.35
@@ -250,8 +290,12 @@ def test_verdicts_do_not_depend_on_names() -> None:
 
 def test_raw_text_is_cut_at_the_line_end(tiny: Tiny) -> None:
     speaker = SimpleNamespace(encoding=tiny.encoding)
-    cases = {(" red .\nred", False): ("red .", True), ("\nred", False): ("", True),
-             ("red", False): ("red", False), ("red", True): ("red", True)}  # fmt: skip
+    cases = {
+        (" red .\nred", False): ("red .", True),
+        ("\nred", False): ("", True),
+        ("red", False): ("red", False),
+        ("red", True): ("red", True),
+    }
     for (text, ended), expected in cases.items():
         cut = first_line(Sample([1], [2], text, ended), speaker)
         assert (cut.text, cut.ended) == expected
@@ -314,9 +358,15 @@ def test_fitted_peak_is_found_with_its_interval() -> None:
 
 
 def comparison(i: int) -> dict:
-    return {"prompt": f"p{i}", "user": "u", "source": "customer", "use_case": "other",
-            "responses": ["a", "b", "c", "d"], "ranks": [1, 2, 2, 3],
-            "labeler": f"training_{i % 20:02}"}  # fmt: skip
+    return {
+        "prompt": f"p{i}",
+        "user": "u",
+        "source": "customer",
+        "use_case": "other",
+        "responses": ["a", "b", "c", "d"],
+        "ranks": [1, 2, 2, 3],
+        "labeler": f"training_{i % 20:02}",
+    }
 
 
 def test_shuffled_labels_keep_ties_and_say_nothing() -> None:
@@ -345,8 +395,9 @@ def test_of_several_rankings_the_first_is_kept(tmp_path: Path) -> None:
     assert kept == [("p0", "training_00"), ("p1", "training_00"), ("p2", "training_00")]
 
 
-@pytest.mark.parametrize("more", [["first"], ["first", "--count", "-1"],
-                                  ["without_group", "--group", "7"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "more", [["first"], ["first", "--count", "-1"], ["without_group", "--group", "7"]]
+)
 def test_odd_variants_are_refused(more: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as error:
         variants.main([*more, "--data", "x", "--out", str(tmp_path / "y")])
@@ -374,7 +425,14 @@ def test_each_fold_leaves_out_one_group(tmp_path: Path) -> None:
 def test_flags_of_a_command_are_exchanged() -> None:
     line = ("python", "x.py", "--out", "a", "--shares", "0.7", "0.3", "--resume", "--lr", "1e-3")
     assert edit(line, out="b", shares=[1], lr=None) == (
-        "python", "x.py", "--resume", "--out", "b", "--shares", "1")  # fmt: skip
+        "python",
+        "x.py",
+        "--resume",
+        "--out",
+        "b",
+        "--shares",
+        "1",
+    )
     assert edit(line, resume=None, shuffle_pairs=True)[-1] == "--shuffle_pairs"
     assert edit(line) == line
 
@@ -386,8 +444,13 @@ def test_the_scripts_accept_every_command(fast: bool) -> None:
     seed = Seed(graph, 0)
     seed.demo()
     seed.sweeps()
-    scripts = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo,
-               "sample.py": sample, "evaluate.py": evaluate}  # fmt: skip
+    scripts = {
+        "train_sft.py": train_sft,
+        "train_rm.py": train_rm,
+        "train_ppo.py": train_ppo,
+        "sample.py": sample,
+        "evaluate.py": evaluate,
+    }
     seen = set()
     for stage in graph.stages.values():
         for script, module in scripts.items():
@@ -433,15 +496,20 @@ def run_all(folder: Path, *stages: Stage) -> tuple[list[str], list[str]]:
 
 
 def counts(folder: Path, *names: str) -> list[int]:
-    return [len((folder / f"count_{n}").read_text()) if (folder / f"count_{n}").exists() else 0
-            for n in names]  # fmt: skip
+    return [
+        len((folder / f"count_{n}").read_text()) if (folder / f"count_{n}").exists() else 0
+        for n in names
+    ]
 
 
 def test_the_graph_runs_in_order_resumes_and_runs_anew_what_changed(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_text("1")
-    three = [stage("c", tmp_path, after=["b"]), stage("b", tmp_path, after=["a"]),
-             stage("a", tmp_path, reads=[source])]  # fmt: skip
+    three = [
+        stage("c", tmp_path, after=["b"]),
+        stage("b", tmp_path, after=["a"]),
+        stage("a", tmp_path, reads=[source]),
+    ]
     failed, said = run_all(tmp_path, *three)
     assert failed == [] and "[3/3]" in said[-1] and "min left" in said[-1]
     assert (tmp_path / "c.out").read_text().split() == ["c", "b", "a"]
@@ -460,8 +528,9 @@ def test_the_graph_runs_in_order_resumes_and_runs_anew_what_changed(tmp_path: Pa
 
 def test_a_failed_stage_stops_what_follows_and_nothing_else(tmp_path: Path) -> None:
     bad = stage("bad", tmp_path, "raise SystemExit(1)")
-    failed, said = run_all(tmp_path, bad, stage("after", tmp_path, after=["bad"]),
-                           stage("beside", tmp_path))  # fmt: skip
+    failed, said = run_all(
+        tmp_path, bad, stage("after", tmp_path, after=["bad"]), stage("beside", tmp_path)
+    )
     assert sorted(failed) == ["after", "bad"] and counts(tmp_path, "beside") == [1]
     assert any("bad FAILED with code 1" in line for line in said)
     with pytest.raises(ValueError, match="2 stages failed"):
@@ -483,8 +552,10 @@ def test_an_interrupted_stage_goes_on(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_two_stages_at_a_time_and_a_whole_machine_alone(tmp_path: Path) -> None:
-    code = ("import time; p = {!r}; f = open(p + '/times', 'a'); f.write('+'); f.flush();"
-            "time.sleep(0.3); f.write('-'); f.flush(); open(p + '/{}.out', 'w')")  # fmt: skip
+    code = (
+        "import time; p = {!r}; f = open(p + '/times', 'a'); f.write('+'); f.flush();"
+        "time.sleep(0.3); f.write('-'); f.flush(); open(p + '/{}.out', 'w')"
+    )
     stages = [stage(n, tmp_path, code.format(str(tmp_path), n)) for n in "abc"]
     alone = stage("d", tmp_path, code.format(str(tmp_path), "d"))
     alone = Stage(alone.name, alone.command, alone.output, (), 1.0, cores=2)
@@ -509,11 +580,23 @@ def test_table_figures_and_page(planted, tmp_path: Path, capsys) -> None:
     command.write_all(args, command.setting_of(args, 3.0))
     with (tmp_path / "claims.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["claim", "paper_figure", "paper_value", "seed", "value", "ci_low",
-                             "ci_high", "gate", "holds"]  # fmt: skip
+    assert list(rows[0]) == [
+        "claim",
+        "paper_figure",
+        "paper_value",
+        "seed",
+        "value",
+        "ci_low",
+        "ci_high",
+        "gate",
+        "holds",
+    ]
     assert {row["holds"] for row in rows} == {"True", "False", ""}
-    assert all(float(r["ci_low"]) <= float(r["value"]) <= float(r["ci_high"]) for r in rows
-               if not r["claim"].endswith("run's end"))  # fmt: skip
+    assert all(
+        float(r["ci_low"]) <= float(r["value"]) <= float(r["ci_high"])
+        for r in rows
+        if not r["claim"].endswith("run's end")
+    )
     text = (tmp_path / "report.md").read_text()
     assert "| [preference](#preference) | Fig. 1 | 1 of 2 |" in text
     assert "5 at commit abc1234, 5 by earlier runs, which recorded no commit." in text
@@ -561,7 +644,9 @@ def test_pairs_one_by_one() -> None:
     group = train_rm.Comparison([[4, 1], [4, 2], [4, 3]], [(0, 1), (2, 1)], 1, record=7)
     made = train_rm.one_by_one([group])
     assert [(c.sequences, c.pairs, c.prompt_tokens, c.record) for c in made] == [
-        ([[4, 1], [4, 2]], [(0, 1)], 1, 7), ([[4, 3], [4, 2]], [(0, 1)], 1, 7)]  # fmt: skip
+        ([[4, 1], [4, 2]], [(0, 1)], 1, 7),
+        ([[4, 3], [4, 2]], [(0, 1)], 1, 7),
+    ]
 
 
 def test_shuffled_pairs_train(tiny: Tiny, tmp_path: Path, capsys) -> None:
@@ -573,8 +658,12 @@ def test_shuffled_pairs_train(tiny: Tiny, tmp_path: Path, capsys) -> None:
 def test_operations_by_hand(tiny: Tiny, tmp_path: Path) -> None:
     """Of every matrix product, from the data: training three times a forward pass, the reward model
     a prompt once, its responses apart but for attention; PPO with the mean prompt's length."""
-    for kind, source in (("comparisons", tiny.comparisons), ("demonstrations", tiny.demonstrations),
-                         ("ppo_prompts", tiny.prompts), ("pretrain", tiny.pretrain)):  # fmt: skip
+    for kind, source in (
+        ("comparisons", tiny.comparisons),
+        ("demonstrations", tiny.demonstrations),
+        ("ppo_prompts", tiny.prompts),
+        ("pretrain", tiny.pretrain),
+    ):
         path = tmp_path / "data" / "train" / f"{kind}{source.suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, path)
@@ -590,8 +679,10 @@ def test_operations_by_hand(tiny: Tiny, tmp_path: Path) -> None:
     once = attended = 0
     for record in read_jsonl(tiny.comparisons, "comparisons"):
         prompt = len(encode_prompt(tiny.encoding, record["prompt"]))
-        responses = [len(encode_response(tiny.encoding, r, ended=e)[:8]) for r, e in zip(
-            record["responses"], record.get("ended", [True] * 9), strict=False)]  # fmt: skip
+        responses = [
+            len(encode_response(tiny.encoding, r, ended=e)[:8])
+            for r, e in zip(record["responses"], record.get("ended", [True] * 9), strict=False)
+        ]
         if len(set(record["ranks"])) > 1:
             once += prompt + sum(responses)
             attended += sum((prompt + response) ** 2 for response in responses)
@@ -610,8 +701,9 @@ def test_operations_by_hand(tiny: Tiny, tmp_path: Path) -> None:
     text = token * n + pair * n**2 + head * (n - 1)
     assert lab.trained("sft") == pytest.approx(3 * (forward * seen / total + 2 * text))
 
-    prompts = [len(encode_prompt(tiny.encoding, r["prompt"]))
-               for r in read_jsonl(tiny.prompts, "prompts")]  # fmt: skip
+    prompts = [
+        len(encode_prompt(tiny.encoding, r["prompt"])) for r in read_jsonl(tiny.prompts, "prompts")
+    ]
     prompt, expected = sum(prompts) / len(prompts), 0.0
     for row in lab.log("ppo"):
         n = prompt + float(row["response_len"])

@@ -82,7 +82,8 @@ def test_hh_edge_cases(tmp_path):
     assert first["prompt"] == "Hi there"
     assert by_rank(first) == [(1, "Good day."), (2, "Go away.")]
     assert second["prompt"] == (
-        "Human: Hi there\n\nAssistant: Hello!\n\nHuman: Why is the sky blue?\n\nAssistant:")
+        "Human: Hi there\n\nAssistant: Hello!\n\nHuman: Why is the sky blue?\n\nAssistant:"
+    )
     assert by_rank(second) == [(1, "Because of scattering."), (2, "")]
     assert first["user"] == second["user"], "one opening: one user, so one split"
     assert result.num_read == 9 and result.dropped == {
@@ -90,19 +91,25 @@ def test_hh_edge_cases(tmp_path):
         "the dialogues differ before the last reply": 1,
         "the dialogue does not begin with a human turn": 2,
         "the dialogue does not end with an assistant turn": 1,
-        "empty prompt": 1}
+        "empty prompt": 1,
+    }
 
 
 def test_hh_counts_on_real_files(real_data):
     files = find_files(real_data, DATA_SETS["hh-rlhf"].files)
     records = [json.loads(line) for file in files for line in gzip.open(file, "rt")]
     assert len(records) == 2_312 + 2_354
-    differ = sum(r["chosen"][:r["chosen"].rindex("\n\nAssistant:")]
-                 != r["rejected"][:r["rejected"].rindex("\n\nAssistant:")] for r in records)
+    differ = sum(
+        r["chosen"][: r["chosen"].rindex("\n\nAssistant:")]
+        != r["rejected"][: r["rejected"].rindex("\n\nAssistant:")]
+        for r in records
+    )
     assert differ == 5 + 9
     result = convert_hh_rlhf(files, Options())
-    assert result.dropped == {"the dialogues differ before the last reply": 14,
-                              "chosen and rejected replies are the same": 2}
+    assert result.dropped == {
+        "the dialogues differ before the last reply": 14,
+        "chosen and rejected replies are the same": 2,
+    }
     assert len(result.comparisons) == 4_650
     assert sum("" in record["responses"] for record in result.comparisons) > 0
     sample = next(r for r in result.comparisons if r["prompt"].startswith("Human:"))
@@ -113,39 +120,95 @@ def test_hh_counts_on_real_files(real_data):
 
 
 def test_oasst_edge_cases(tmp_path):
-    follow_up = node("prompter", "And then?", [
-        node("assistant", "then A", rank=1), node("assistant", "then B", rank=0),
-        node("assistant", "then C", rank=2)])
-    tree = {"message_tree_id": "t1", "prompt": node("prompter", "Tell me a story", [
-        node("assistant", "no", rank=1),
-        node("assistant", "Once upon a time", [follow_up, node("prompter", "Stop", [])], rank=0)])}
-    partial = {"message_tree_id": "t2", "prompt": node("prompter", "Q", [
-        node("assistant", "a", rank=0), node("assistant", "b", rank=None)])}
-    unranked = {"message_tree_id": "t3", "prompt": node("prompter", "Q", [
-        node("assistant", "a"), node("assistant", "b")])}
-    single = {"message_tree_id": "t4", "prompt": node("prompter", "Q", [
-        node("assistant", "a", rank=0)])}
+    follow_up = node(
+        "prompter",
+        "And then?",
+        [
+            node("assistant", "then A", rank=1),
+            node("assistant", "then B", rank=0),
+            node("assistant", "then C", rank=2),
+        ],
+    )
+    tree = {
+        "message_tree_id": "t1",
+        "prompt": node(
+            "prompter",
+            "Tell me a story",
+            [
+                node("assistant", "no", rank=1),
+                node(
+                    "assistant",
+                    "Once upon a time",
+                    [follow_up, node("prompter", "Stop", [])],
+                    rank=0,
+                ),
+            ],
+        ),
+    }
+    partial = {
+        "message_tree_id": "t2",
+        "prompt": node(
+            "prompter", "Q", [node("assistant", "a", rank=0), node("assistant", "b", rank=None)]
+        ),
+    }
+    unranked = {
+        "message_tree_id": "t3",
+        "prompt": node("prompter", "Q", [node("assistant", "a"), node("assistant", "b")]),
+    }
+    single = {
+        "message_tree_id": "t4",
+        "prompt": node("prompter", "Q", [node("assistant", "a", rank=0)]),
+    }
     german = {"message_tree_id": "t5", "prompt": {**node("prompter", "Wie?"), "lang": "de"}}
-    deleted = {"message_tree_id": "t6", "prompt": node("prompter", "Q", [
-        node("assistant", "a", rank=0, deleted=True), node("assistant", "b", rank=1)])}
-    many = {"message_tree_id": "t7", "prompt": node("prompter", "Q", [
-        node("assistant", str(n), rank=n) for n in range(10)])}
-    named = {"message_tree_id": "t8", "prompt": node("prompter", "Q?", [
-        node("assistant", "a", rank=3), node("assistant", "b", rank=7)], user_id="u9")}
-    path = write_lines(tmp_path / "oasst_ready.trees.jsonl",
-                       tree, partial, unranked, single, german, deleted, many, named)
+    deleted = {
+        "message_tree_id": "t6",
+        "prompt": node(
+            "prompter",
+            "Q",
+            [node("assistant", "a", rank=0, deleted=True), node("assistant", "b", rank=1)],
+        ),
+    }
+    many = {
+        "message_tree_id": "t7",
+        "prompt": node("prompter", "Q", [node("assistant", str(n), rank=n) for n in range(10)]),
+    }
+    named = {
+        "message_tree_id": "t8",
+        "prompt": node(
+            "prompter",
+            "Q?",
+            [node("assistant", "a", rank=3), node("assistant", "b", rank=7)],
+            user_id="u9",
+        ),
+    }
+    path = write_lines(
+        tmp_path / "oasst_ready.trees.jsonl",
+        tree,
+        partial,
+        unranked,
+        single,
+        german,
+        deleted,
+        many,
+        named,
+    )
     result = convert_oasst([path], Options())
     story, then, question = result.comparisons
     assert story["prompt"] == "Tell me a story" and story["user"] == "oasst:t1" == then["user"]
     assert by_rank(story) == [(1, "Once upon a time"), (2, "no")]
-    assert then["prompt"] == ("Human: Tell me a story\n\nAssistant: Once upon a time\n\n"
-                              "Human: And then?\n\nAssistant:")
+    assert then["prompt"] == (
+        "Human: Tell me a story\n\nAssistant: Once upon a time\n\nHuman: And then?\n\nAssistant:"
+    )
     assert by_rank(then) == [(1, "then B"), (2, "then A"), (3, "then C")]
     assert question["user"] == "oasst:u9" and by_rank(question) == [(1, "a"), (2, "b")]
     assert result.dropped == {
-        "some replies have no rank": 1, "no rank": 1, "a single reply": 1,
-        "trees that are not in English": 1, "more than 9 replies": 1,
-        "a reply was deleted or refused by reviewers": 1}
+        "some replies have no rank": 1,
+        "no rank": 1,
+        "a single reply": 1,
+        "trees that are not in English": 1,
+        "more than 9 replies": 1,
+        "a reply was deleted or refused by reviewers": 1,
+    }
 
 
 def test_oasst_counts_on_real_file(real_data):
@@ -163,11 +226,14 @@ def test_oasst_counts_on_real_file(real_data):
 
 def test_qa_feedback_edge_cases(tmp_path):
     passages = [["Sky", "Sky\n\nThe sky is up.", "It is blue."], ["Sea", "The sea is down."]]
-    path = write_json(tmp_path / "train_feedback.json", [
-        qa("why? ", [1, 1, 1, 0, 1, 1], passages),
-        qa("loop?", [1, 2, 0, 1, 0, 0]),
-        qa("tied?", [0] * 6),
-    ])
+    path = write_json(
+        tmp_path / "train_feedback.json",
+        [
+            qa("why? ", [1, 1, 1, 0, 1, 1], passages),
+            qa("loop?", [1, 2, 0, 1, 0, 0]),
+            qa("tied?", [0] * 6),
+        ],
+    )
     result = convert_qa_feedback([path], Options())
     (record,) = result.comparisons
     assert record["prompt"] == "Sky: The sky is up. It is blue.\n\nQuestion: why?"
@@ -196,9 +262,9 @@ def test_qa_feedback_counts_on_real_file(real_data):
     assert len(result.comparisons) == len(fitting) == 372
     assert result.dropped == {
         "verdicts that fit no ranking": sum(v not in orders for v in verdicts),
-        "all answers tied": verdicts.count((0,) * 6)}
-    ties = sum(a == b for r in result.comparisons
-               for a, b in itertools.combinations(r["ranks"], 2))
+        "all answers tied": verdicts.count((0,) * 6),
+    }
+    ties = sum(a == b for r in result.comparisons for a, b in itertools.combinations(r["ranks"], 2))
     assert ties == sum(v.count(0) for v in fitting)
     # each human verdict that was kept holds between the same two texts
     answers = {item["question"].strip(): item for item in raw}
@@ -208,15 +274,20 @@ def test_qa_feedback_counts_on_real_file(real_data):
         texts = [item[f"prediction {n}"].strip() for n in (1, 2, 3, 4)]
         if len(set(texts)) < 4:
             continue
-        for (a, b), verdict in zip(itertools.combinations(texts, 2), item["preference"],
-                                   strict=True):
+        for (a, b), verdict in zip(
+            itertools.combinations(texts, 2), item["preference"], strict=True
+        ):
             assert (rank[a] > rank[b]) * 2 + (rank[a] < rank[b]) == verdict
 
 
 def test_the_order_of_responses_tells_nothing_about_their_ranks():
     record = comparison({"prompt": "p"}, ["b", "c", "a"], [1, 2, 3], "someone")
-    assert record == {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [3, 1, 2],
-                      "labeler": "someone"}
+    assert record == {
+        "prompt": "p",
+        "responses": ["a", "b", "c"],
+        "ranks": [3, 1, 2],
+        "labeler": "someone",
+    }
 
 
 # --- Stiennon et al. ----------------------------------------------------------------------------
@@ -229,7 +300,8 @@ def test_summarize_and_tldr(tmp_path):
         tmp_path / "batch3.json",
         {"info": info, "summaries": summaries, "choice": 1, "worker": "w1"},
         {"info": {"article": "News.", "title": "N"}, "summaries": summaries, "choice": 0},
-        {"info": info, "summaries": [summaries[0]] * 2, "choice": 0, "worker": "w1"})
+        {"info": info, "summaries": [summaries[0]] * 2, "choice": 0, "worker": "w1"},
+    )
     result = convert_summarize([path], Options())
     assert result.dropped == {"the two summaries are the same": 1}
     first, second = result.comparisons
@@ -239,10 +311,11 @@ def test_summarize_and_tldr(tmp_path):
     assert second["prompt"] == "TITLE: N\n\nPOST: News.\n\nTL;DR:"
     assert by_rank(second) == [(1, "short"), (2, "shorter")]
 
-    path = write_lines(tmp_path / "tldr_3_filtered" / "train.jsonl",
-                       {"subreddit": "advice", "title": "Help", "post": "Long story.",
-                        "summary": " short"},
-                       {"subreddit": "advice", "title": "Help", "post": "Story", "summary": ""})
+    path = write_lines(
+        tmp_path / "tldr_3_filtered" / "train.jsonl",
+        {"subreddit": "advice", "title": "Help", "post": "Long story.", "summary": " short"},
+        {"subreddit": "advice", "title": "Help", "post": "Story", "summary": ""},
+    )
     result = convert_tldr([path], Options())
     (record,) = result.demonstrations
     assert (record["prompt"], record["response"]) == (first["prompt"], "short")
@@ -257,40 +330,70 @@ def test_alpaca_edge_cases(tmp_path):
     def item(instruction: str, given: str, output: str) -> dict:
         return {"instruction": instruction, "input": given, "output": output}
 
-    path = write_json(tmp_path / "alpaca_data.json", [
-        item("Sort these", "3 1 2", " 1 2 3"), item("Greet", "<noinput>", "Hello"),
-        item("Wave", "No input needed.", "o/"), item("Say no", "", "No"),
-        item("Draw", "", "<noinput>\n<output image>"), item("Draw", "", "<nooutput>"),
-        item("Tell", "", "End.\n11. Instruction: Sing\n11. Input:\n"),
-        item("Silence", "", " "), item("", "", "what?"), item("Bad \ud800 text", "", "a\x00b"),
-    ])
+    path = write_json(
+        tmp_path / "alpaca_data.json",
+        [
+            item("Sort these", "3 1 2", " 1 2 3"),
+            item("Greet", "<noinput>", "Hello"),
+            item("Wave", "No input needed.", "o/"),
+            item("Say no", "", "No"),
+            item("Draw", "", "<noinput>\n<output image>"),
+            item("Draw", "", "<nooutput>"),
+            item("Tell", "", "End.\n11. Instruction: Sing\n11. Input:\n"),
+            item("Silence", "", " "),
+            item("", "", "what?"),
+            item("Bad \ud800 text", "", "a\x00b"),
+        ],
+    )
     result = convert_alpaca([path], Options())
     pairs = [(r["prompt"], r["response"]) for r in result.demonstrations]
-    assert pairs == [("Sort these\n\n3 1 2", "1 2 3"), ("Greet", "Hello"), ("Wave", "o/"),
-                     ("Say no", "No"), ("Bad  text", "ab")]
+    assert pairs == [
+        ("Sort these\n\n3 1 2", "1 2 3"),
+        ("Greet", "Hello"),
+        ("Wave", "o/"),
+        ("Say no", "No"),
+        ("Bad  text", "ab"),
+    ]
     assert result.dropped == {
-        "a placeholder instead of a response": 2, "empty response": 1, "empty prompt": 1,
-        "response runs on into another instruction": 1}
+        "a placeholder instead of a response": 2,
+        "empty response": 1,
+        "empty prompt": 1,
+        "response runs on into another instruction": 1,
+    }
     assert len({r["user"] for r in result.demonstrations}) == 5
 
 
 def test_dolly_takes_both_schemas(tmp_path):
     original = write_lines(
         tmp_path / "databricks-dolly-15k.jsonl",
-        {"instruction": "Who?", "context": "A text,[1][23][page needed] see x[1]=2 or [4].",
-         "response": "He", "category": "closed_qa"},
-        {"instruction": "Write", "context": "", "response": "A poem",
-         "category": "creative_writing"},
-        {"instruction": "Nothing", "context": "", "response": "", "category": "open_qa"})
+        {
+            "instruction": "Who?",
+            "context": "A text,[1][23][page needed] see x[1]=2 or [4].",
+            "response": "He",
+            "category": "closed_qa",
+        },
+        {
+            "instruction": "Write",
+            "context": "",
+            "response": "A poem",
+            "category": "creative_writing",
+        },
+        {"instruction": "Nothing", "context": "", "response": "", "category": "open_qa"},
+    )
     result = convert_dolly([original], Options())
     assert [(r["prompt"], r["response"], r["use_case"]) for r in result.demonstrations] == [
         ("Who?\n\nA text, see x[1]=2 or [4].", "He", "closed_qa"),
-        ("Write", "A poem", "generation")]
+        ("Write", "A poem", "generation"),
+    ]
     assert result.dropped == {"empty response": 1}
-    template = ("Below is an instruction that describes a task. Write a response that appropriately"
-                " completes the request.\n\n### Instruction:\n{}\n\n### Response:\n")
-    sample = write_lines(tmp_path / "dolly_hhrlhf_train_small.jsonl",
-                         {"prompt": template.format("what is\n\nKubernetes?"), "response": "A"})
+    template = (
+        "Below is an instruction that describes a task. Write a response that appropriately"
+        " completes the request.\n\n### Instruction:\n{}\n\n### Response:\n"
+    )
+    sample = write_lines(
+        tmp_path / "dolly_hhrlhf_train_small.jsonl",
+        {"prompt": template.format("what is\n\nKubernetes?"), "response": "A"},
+    )
     (record,) = convert_dolly([sample], Options()).demonstrations
     assert (record["prompt"], record["use_case"]) == ("what is\n\nKubernetes?", "unknown")
 
@@ -301,10 +404,15 @@ def test_demonstrations_and_prompts_on_real_files(real_data):
 
     alpaca = convert_alpaca(found("alpaca"), Options())
     assert alpaca.num_read == 4_000 == len(alpaca.demonstrations) + alpaca.dropped.total()
-    assert alpaca.dropped == {"a placeholder instead of a response": 7, "empty response": 1,
-                              "response runs on into another instruction": 3}
-    assert not any("noinput" in r["prompt"].lower() or "noinput" in r["response"].lower()
-                   for r in alpaca.demonstrations)
+    assert alpaca.dropped == {
+        "a placeholder instead of a response": 7,
+        "empty response": 1,
+        "response runs on into another instruction": 3,
+    }
+    assert not any(
+        "noinput" in r["prompt"].lower() or "noinput" in r["response"].lower()
+        for r in alpaca.demonstrations
+    )
     dolly = convert_dolly(found("dolly"), Options())
     assert len(dolly.demonstrations) == 1_000 and not dolly.dropped
     assert len({r["prompt"] for r in dolly.demonstrations}) == 999

@@ -22,8 +22,18 @@ END = 60
 def make_gpt(pdrop: float = 0.0, boost: float = 0.1) -> GPT:
     """Two layers; some responses end."""
     torch.manual_seed(3)
-    gpt = GPT(GPTConfig(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4,
-                        eos_token_id=END, initializer_range=0.2, resid_pdrop=pdrop))  # fmt: skip
+    gpt = GPT(
+        GPTConfig(
+            vocab_size=61,
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            eos_token_id=END,
+            initializer_range=0.2,
+            resid_pdrop=pdrop,
+        )
+    )
     with torch.no_grad():
         end = gpt.wte.weight[END]
         gpt.ln_f.bias += boost * 10 * end / end.square().sum()
@@ -92,8 +102,15 @@ def with_tapes(patch: pytest.MonkeyPatch) -> list[Tape]:
 
         def __enter__(self) -> None:
             decoder = holder["decoder"]
-            self.state = [decoder.tokens, decoder.lengths, decoder.rows, decoder.new, decoder.ended,
-                          *decoder.cache.keys, *decoder.cache.values]  # fmt: skip
+            self.state = [
+                decoder.tokens,
+                decoder.lengths,
+                decoder.rows,
+                decoder.new,
+                decoder.ended,
+                *decoder.cache.keys,
+                *decoder.cache.values,
+            ]
             self.before = [tensor.clone() for tensor in self.state]
             self.graph.tape.__enter__()
 
@@ -178,9 +195,10 @@ def rows_that_go_on_are_dropped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_Decoder, "keep", keep)
 
 
-@pytest.mark.parametrize("bug", [
-    new_tensor_each_step, value_read, graph_outlives_its_buffers, rows_that_go_on_are_dropped,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bug",
+    [new_tensor_each_step, value_read, graph_outlives_its_buffers, rows_that_go_on_are_dropped],
+)
 def test_planted_bug_in_the_step_is_caught(bug: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     bug(monkeypatch)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
@@ -206,8 +224,9 @@ def test_sampling_in_bfloat16_casts_matrices_once_and_changes_no_token(
 
 
 def test_cache_rows_are_kept_in_order() -> None:
-    cache = KVCache(GPTConfig(vocab_size=5, n_embd=4, n_layer=2, n_head=2, eos_token_id=0),
-                    3, 2, torch.empty(1))  # fmt: skip
+    cache = KVCache(
+        GPTConfig(vocab_size=5, n_embd=4, n_layer=2, n_head=2, eos_token_id=0), 3, 2, torch.empty(1)
+    )
     for tensors in (cache.keys, cache.values):
         for tensor in tensors:
             tensor.copy_(torch.arange(3.0)[:, None, None, None].expand_as(tensor))

@@ -130,20 +130,31 @@ def test_makefile_flags_exist() -> None:
 def test_stages_side_by_side_have_half_of_the_cores_each() -> None:
     """And those that run alone all: two stages with all cores mostly wait for each other."""
     dry = subprocess.run(
-        ["make", "--dry-run", "--always-make", "--no-print-directory", "OUT=x", "demo"], cwd=ROOT,
+        ["make", "--dry-run", "--always-make", "--no-print-directory", "OUT=x", "demo"],
+        cwd=ROOT,
         env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     halves = {}
     for line in dry.stdout.replace("\\\n", " ").splitlines():
         if out := re.search(r"\.py .*--out x/(\S+)", line):
             name = f"{out[1]} ahead" if "--ahead" in line else out[1]
             halves[name] = line.startswith("OMP_NUM_THREADS=")
     assert halves == {
-        "base": False, "sft": True, "init": True, "data/train/candidates.jsonl": False,
-        "data/valid/candidates.jsonl": True, "rm": False, "sft_selected": True, "ppo": True,
-        "ppo_ptx": True, "report ahead": True, "report": False,
-    }  # fmt: skip
+        "base": False,
+        "sft": True,
+        "init": True,
+        "data/train/candidates.jsonl": False,
+        "data/valid/candidates.jsonl": True,
+        "rm": False,
+        "sft_selected": True,
+        "ppo": True,
+        "ppo_ptx": True,
+        "report ahead": True,
+        "report": False,
+    }
 
 
 def test_what_decides_a_measurement_makes_the_demo_measure_again() -> None:

@@ -69,10 +69,13 @@ def server() -> Iterator[Server]:
             elif behaviour == "wrong_byte":
                 content = content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
             elif behaviour == "truncate":
-                content = content[:int(value)]  # and Content-Length says so
+                content = content[: int(value)]  # and Content-Length says so
             condition = self.headers["If-Range"]
-            if self.headers["Range"] and behaviour not in ("ignore_range", "login") and (
-                    condition is None or condition == state.etag):
+            if (
+                self.headers["Range"]
+                and behaviour not in ("ignore_range", "login")
+                and (condition is None or condition == state.etag)
+            ):
                 start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
                 if start >= len(content):
                     self.send_response(416)
@@ -81,8 +84,9 @@ def server() -> Iterator[Server]:
                     return
                 sent_from = start + 7 if behaviour == "wrong_range" else start
                 self.send_response(206)
-                self.send_header("Content-Range",
-                                 f"bytes {sent_from}-{len(content) - 1}/{len(content)}")
+                self.send_header(
+                    "Content-Range", f"bytes {sent_from}-{len(content) - 1}/{len(content)}"
+                )
             else:
                 self.send_response(200)
             if behaviour == "chunked_drop":
@@ -96,16 +100,15 @@ def server() -> Iterator[Server]:
             self.end_headers()
             body = content[start:]
             if behaviour == "chunked_drop":
-                body = b"%x\r\n" % len(body) + body[:int(value)]
+                body = b"%x\r\n" % len(body) + body[: int(value)]
             elif behaviour in ("drop", "stall", "hang", "ignore_range") and value:
-                body = body[:int(value)]
+                body = body[: int(value)]
             self.wfile.write(body)
             self.wfile.flush()
             if behaviour in ("stall", "hang"):
                 time.sleep(1 if behaviour == "stall" else 5)
             if behaviour == "reset":
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                           b"\1\0\0\0\0\0\0\0")
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             self.close_connection = True
 
     class QuietServer(http.server.ThreadingHTTPServer):
@@ -121,8 +124,11 @@ def server() -> Iterator[Server]:
 
 
 def get(server: Server, folder: Path, sha256: str | None = SHA256, **options: float) -> None:
-    fetch(RemoteFile(server.url, "sub/file.bin", None, sha256), folder,
-          **{"pause": 0.001, "timeout": 5.0, "attempts": 3, **options})
+    fetch(
+        RemoteFile(server.url, "sub/file.bin", None, sha256),
+        folder,
+        **{"pause": 0.001, "timeout": 5.0, "attempts": 3, **options},
+    )
 
 
 def files_in(folder: Path) -> set[str]:
@@ -141,19 +147,30 @@ def assert_done(folder: Path, content: bytes = CONTENT) -> None:
     assert (folder / "SHA256SUMS").read_text() == f"{digest}  sub/file.bin\n"
 
 
-@pytest.mark.parametrize("behaviours, ranges", [
-    (["ok"], [None]),
-    (["drop 100000", "ok"], [None, "bytes=100000-"]),
-    (["drop 1", "drop 2", "drop 3", "drop 4", "ok"],  # 3 attempts a byte: progress counts anew
-     [None, "bytes=1-", "bytes=3-", "bytes=6-", "bytes=10-"]),
-    (["drop 0", "status 503", "ok"], [None, None, None]),
-    (["status 500", "status 502", "ok"], [None, None, None]),
-    (["drop 100000", "ignore_range"], [None, "bytes=100000-"]),
-    (["drop 100000", "wrong_range", "ok"], [None, "bytes=100000-", None]),
-    (["chunked_drop 100000", "ok"], [None, "bytes=100000-"]),
-    (["drop 300000", "ok"], [None]),
-    (["stall 100000", "ok"], [None, "bytes=100000-"]),
-])
+@pytest.mark.parametrize(
+    "behaviours, ranges",
+    [
+        (["ok"], [None]),
+        (["drop 100000", "ok"], [None, "bytes=100000-"]),
+        (
+            [
+                "drop 1",
+                "drop 2",
+                "drop 3",
+                "drop 4",
+                "ok",
+            ],  # 3 attempts a byte: progress counts anew
+            [None, "bytes=1-", "bytes=3-", "bytes=6-", "bytes=10-"],
+        ),
+        (["drop 0", "status 503", "ok"], [None, None, None]),
+        (["status 500", "status 502", "ok"], [None, None, None]),
+        (["drop 100000", "ignore_range"], [None, "bytes=100000-"]),
+        (["drop 100000", "wrong_range", "ok"], [None, "bytes=100000-", None]),
+        (["chunked_drop 100000", "ok"], [None, "bytes=100000-"]),
+        (["drop 300000", "ok"], [None]),
+        (["stall 100000", "ok"], [None, "bytes=100000-"]),
+    ],
+)
 @pytest.mark.parametrize("sha256", [SHA256, None])
 def test_broken_connections_are_taken_up_again(server, tmp_path, behaviours, ranges, sha256):
     server.behaviours = list(behaviours)
@@ -217,9 +234,11 @@ def test_wrong_bytes_are_refused_and_not_kept(server, tmp_path):
         with pytest.raises(BadInput, match="checksum .* nothing was kept: run again"):
             get(server, tmp_path)
         assert files_in(tmp_path) == set()
-    for behaviour, words in (("html", "a web page came instead"),
-                             ("login", "a web page came instead"),
-                             ("error_page", "an error message came instead")):
+    for behaviour, words in (
+        ("html", "a web page came instead"),
+        ("login", "a web page came instead"),
+        ("error_page", "an error message came instead"),
+    ):
         server.behaviours = [behaviour]
         for sha256 in (SHA256, None):
             with pytest.raises(BadInput, match=words):
@@ -243,9 +262,11 @@ def test_a_web_page_leaves_what_was_received_before(server, tmp_path):
 
 def test_a_killed_download_goes_on(server, tmp_path):
     server.behaviours = ["hang 100000", "ok"]
-    code = ("from pathlib import Path; from data.real.downloads import fetch; "
-            "from data.real.sources import RemoteFile; "
-            f"fetch(RemoteFile({server.url!r}, 'sub/file.bin'), Path({str(tmp_path)!r}))")
+    code = (
+        "from pathlib import Path; from data.real.downloads import fetch; "
+        "from data.real.sources import RemoteFile; "
+        f"fetch(RemoteFile({server.url!r}, 'sub/file.bin'), Path({str(tmp_path)!r}))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     part = tmp_path / "sub/file.bin.part"
     deadline = time.monotonic() + 60
@@ -269,16 +290,28 @@ def zip_of(**members: bytes) -> bytes:
 
 
 def tensors_of(content: bytes) -> bytes:
-    header = json.dumps({"__metadata__": {"format": "pt"}, "wte.weight": {
-        "dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}).encode()
+    header = json.dumps(
+        {
+            "__metadata__": {"format": "pt"},
+            "wte.weight": {
+                "dtype": "U8",
+                "shape": [len(content)],
+                "data_offsets": [0, len(content)],
+            },
+        }
+    ).encode()
     return len(header).to_bytes(8, "little") + header + content
 
 
 LINES = b"".join(b'{"n": %d}\n' % n for n in range(1000))
 FORMS = {
-    "a.jsonl.gz": gzip.compress(LINES), "a.tgz": gzip.compress(CONTENT[:5000]),
-    "a.zip": zip_of(dev=LINES), "a.json": json.dumps(list(range(1000))).encode(),
-    "lines.json": LINES, "a.jsonl": LINES, "a.safetensors": tensors_of(CONTENT[:5000]),
+    "a.jsonl.gz": gzip.compress(LINES),
+    "a.tgz": gzip.compress(CONTENT[:5000]),
+    "a.zip": zip_of(dev=LINES),
+    "a.json": json.dumps(list(range(1000))).encode(),
+    "lines.json": LINES,
+    "a.jsonl": LINES,
+    "a.safetensors": tensors_of(CONTENT[:5000]),
 }
 
 
@@ -286,7 +319,7 @@ FORMS = {
 def test_a_first_download_must_have_its_form(server, tmp_path, name):
     """Cut short by a server that says the short length, with no checksum known: form tells."""
     content = FORMS[name]
-    for spoilt in (content[:-5], content[:len(content) // 2 + 3], b"", b"Bad gateway"):
+    for spoilt in (content[:-5], content[: len(content) // 2 + 3], b"", b"Bad gateway"):
         server.content = spoilt
         with pytest.raises(BadInput, match="cut short or damaged.*nothing was kept") as error:
             fetch(RemoteFile(server.url, name), tmp_path)
@@ -409,9 +442,11 @@ def test_members_of_archives_are_unpacked(server, tmp_path):
 def test_no_path_climbs_out_of_an_archive(server, tmp_path):
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz") as archive:
-        for name, kind, target in (("../evil.txt", tarfile.REGTYPE, ""),
-                                   ("dev.tsv", tarfile.SYMTYPE, "/etc/passwd"),
-                                   ("hard.tsv", tarfile.LNKTYPE, "../evil.txt")):
+        for name, kind, target in (
+            ("../evil.txt", tarfile.REGTYPE, ""),
+            ("dev.tsv", tarfile.SYMTYPE, "/etc/passwd"),
+            ("hard.tsv", tarfile.LNKTYPE, "../evil.txt"),
+        ):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, target
             archive.addfile(member)
@@ -422,8 +457,9 @@ def test_no_path_climbs_out_of_an_archive(server, tmp_path):
             fetch(RemoteFile(server.url, "x.tgz", unpack=((member, "out.tsv"),)), folder)
     server.content = zip_of(**{"../evil.txt": b"evil", "dev.tsv": b"good"})
     fetch(RemoteFile(server.url, "x.zip", unpack=(("dev.tsv", "out.tsv"),)), folder)
-    assert files_in(tmp_path) == {f"downloads/{name}" for name in (
-        "x.tgz", "x.zip", "out.tsv", "SHA256SUMS")}
+    assert files_in(tmp_path) == {
+        f"downloads/{name}" for name in ("x.tgz", "x.zip", "out.tsv", "SHA256SUMS")
+    }
     for source in sources.SOURCES.values():  # the table's own paths stay inside too
         for file in source.files:
             for path in (file.path, *(path for _, path in file.unpack)):
@@ -436,8 +472,10 @@ def test_a_disk_that_fills_up_while_unpacking_or_copying(server, tmp_path, monke
     monkeypatch.setattr(prepare, "DOWNLOADS", tmp_path / "downloads")
     server.content = zip_of(**{"dev.tsv": LINES})
     copies = ["--from", str(tmp_path / "copies")]
-    for command, name in ((["--download", "toy"], "dev.tsv.part"),
-                          (["--download", "toy", *copies], "x.zip.copy")):
+    for command, name in (
+        (["--download", "toy"], "dev.tsv.part"),
+        (["--download", "toy", *copies], "x.zip.copy"),
+    ):
         full = tmp_path / "downloads" / "toy" / name
         full.parent.mkdir(parents=True, exist_ok=True)
         full.symlink_to("/dev/full")
@@ -457,11 +495,16 @@ def test_a_disk_that_fills_up_while_unpacking_or_copying(server, tmp_path, monke
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A source whose server is nowhere: two files, one with a checksum, and an archive."""
-    files = (RemoteFile("http://data.invalid/a", "base/train.bin", None, SHA256),
-             RemoteFile("http://data.invalid/b", "test.jsonl"),
-             RemoteFile("http://data.invalid/c", "x.zip", unpack=(("in/dev.tsv", "dev.tsv"),)))
-    monkeypatch.setitem(sources.SOURCES, "toy-set", Source(
-        files, "none", "nothing", stand_in=r"toy_sample[^/]*\.jsonl$"))
+    files = (
+        RemoteFile("http://data.invalid/a", "base/train.bin", None, SHA256),
+        RemoteFile("http://data.invalid/b", "test.jsonl"),
+        RemoteFile("http://data.invalid/c", "x.zip", unpack=(("in/dev.tsv", "dev.tsv"),)),
+    )
+    monkeypatch.setitem(
+        sources.SOURCES,
+        "toy-set",
+        Source(files, "none", "nothing", stand_in=r"toy_sample[^/]*\.jsonl$"),
+    )
 
 
 def put(folder: Path, **files: bytes) -> Path:
@@ -476,10 +519,17 @@ TOY = {"base/train.bin": CONTENT, "test.jsonl": LINES, "x.zip": zip_of(**{"in/de
 TAKEN = {"base/train.bin", "test.jsonl", "x.zip", "dev.tsv", "SHA256SUMS"}
 
 
-@pytest.mark.parametrize("layout", [
-    lambda path: f"toy-set/{path}", lambda path: path, lambda path: f"deep/er/toy_set/{path}",
-    lambda path: path.replace("/", "_"), lambda path: f"sets/toy-set_{path.replace('/', '_')}",
-], ids=["downloads", "as_published", "deeper", "flat", "flat_with_name"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda path: f"toy-set/{path}",
+        lambda path: path,
+        lambda path: f"deep/er/toy_set/{path}",
+        lambda path: path.replace("/", "_"),
+        lambda path: f"sets/toy-set_{path.replace('/', '_')}",
+    ],
+    ids=["downloads", "as_published", "deeper", "flat", "flat_with_name"],
+)
 def test_local_copies_are_taken_in_any_layout(tmp_path, toy, layout):
     copies = put(tmp_path / "copies", **{layout(path): content for path, content in TOY.items()})
     put(copies, **{"other/test.jsonl": b'{"not": "of this source"}\n'})
@@ -494,11 +544,17 @@ def test_local_copies_are_taken_in_any_layout(tmp_path, toy, layout):
 
 
 def test_what_stands_in_for_published_files(tmp_path, toy, capsys):
-    copies = put(tmp_path / "copies", **{"my/toy_sample_10.jsonl": LINES, "toy-set/dev.tsv": b"x",
-                                         "pattern.txt": b"y"})
+    copies = put(
+        tmp_path / "copies",
+        **{"my/toy_sample_10.jsonl": LINES, "toy-set/dev.tsv": b"x", "pattern.txt": b"y"},
+    )
     assert download(["toy-set"], tmp_path / "out", copies, {"toy-set": r"pattern\.txt$"}) == 0
     assert files_in(tmp_path / "out" / "toy-set") == {
-        "toy_sample_10.jsonl", "dev.tsv", "pattern.txt", "SHA256SUMS"}
+        "toy_sample_10.jsonl",
+        "dev.tsv",
+        "pattern.txt",
+        "SHA256SUMS",
+    }
     printed = capsys.readouterr().out
     assert "toy_sample_10.jsonl: stands in" in printed
     assert "not there: base/train.bin, test.jsonl\n" in printed, "x.zip's member is there"
@@ -506,11 +562,12 @@ def test_what_stands_in_for_published_files(tmp_path, toy, capsys):
 
 def test_bad_copies_are_refused_and_not_kept(tmp_path, toy):
     for files, words in (
-            ({"base/train.bin": CONTENT[:-1]}, "train.bin: checksum .*another version, or damaged"),
-            ({"toy-set/test.jsonl": LINES[:-3]}, "test.jsonl: line 1000 is not JSON"),
-            ({"toy-set/test.jsonl": b"<html>"}, "test.jsonl: a web page"),
-            ({"toy-set/x.zip": TOY["x.zip"][:-9]}, "x.zip: damaged zip"),
-            ({"unrelated/test.jsonl": LINES}, "holds no file of toy-set, such as toy-set/base")):
+        ({"base/train.bin": CONTENT[:-1]}, "train.bin: checksum .*another version, or damaged"),
+        ({"toy-set/test.jsonl": LINES[:-3]}, "test.jsonl: line 1000 is not JSON"),
+        ({"toy-set/test.jsonl": b"<html>"}, "test.jsonl: a web page"),
+        ({"toy-set/x.zip": TOY["x.zip"][:-9]}, "x.zip: damaged zip"),
+        ({"unrelated/test.jsonl": LINES}, "holds no file of toy-set, such as toy-set/base"),
+    ):
         copies = put(tmp_path / f"copies {words[:9]}{len(files)}{len(words)}", **files)
         with pytest.raises(BadInput, match=words) as error:
             download(["toy-set"], tmp_path / "out", copies)
@@ -524,23 +581,46 @@ def small_bpe() -> dict[str, bytes]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     entries = [*letters, "ab", "<|endoftext|>"]
-    return {"vocab.bpe": b"#version: 0.2\na b\n",
-            "encoder.json": json.dumps({text: n for n, text in enumerate(entries)}).encode()}
+    return {
+        "vocab.bpe": b"#version: 0.2\na b\n",
+        "encoder.json": json.dumps({text: n for n, text in enumerate(entries)}).encode(),
+    }
 
 
 def test_downloaded_weights_are_a_checkpoint(tmp_path, monkeypatch):
     """--download gpt2 brings what --init gpt2 reads: config, weights and a tokenizer.json."""
     bpe = small_bpe()
-    monkeypatch.setitem(sources.SOURCES, "gpt2-bpe", Source(
-        tuple(RemoteFile(f"http://data.invalid/{name}", name) for name in bpe), "MIT", "tokenizer"))
-    monkeypatch.setitem(sources.SOURCES, "gpt2", Source(tuple(
-        RemoteFile(f"http://data.invalid/{name}", name)
-        for name in ("config.json", "model.safetensors")), "MIT", "weights", needs=("gpt2-bpe",)))
+    monkeypatch.setitem(
+        sources.SOURCES,
+        "gpt2-bpe",
+        Source(
+            tuple(RemoteFile(f"http://data.invalid/{name}", name) for name in bpe),
+            "MIT",
+            "tokenizer",
+        ),
+    )
+    monkeypatch.setitem(
+        sources.SOURCES,
+        "gpt2",
+        Source(
+            tuple(
+                RemoteFile(f"http://data.invalid/{name}", name)
+                for name in ("config.json", "model.safetensors")
+            ),
+            "MIT",
+            "weights",
+            needs=("gpt2-bpe",),
+        ),
+    )
     files = {"gpt2/config.json": b"{}", "gpt2/model.safetensors": FORMS["a.safetensors"]}
     copies = put(tmp_path / "copies", **files, **{f"gpt2-bpe/{n}": c for n, c in bpe.items()})
     assert download(["gpt2"], tmp_path / "out", copies) == 0
     assert files_in(tmp_path / "out" / "gpt2") == {
-        "config.json", "model.safetensors", "tokenizer.json", "SHA256SUMS"}
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "SHA256SUMS",
+    }
     encoding = load_tokenizer(tmp_path / "out" / "gpt2" / "tokenizer.json")
     assert encoding.encode_ordinary("abba") == [256, 65, 64] and encoding.eot_token == 257
     copies = put(tmp_path / "weights alone", **files)
@@ -555,18 +635,24 @@ def model_names() -> list[str]:
 
 def test_real_copies_are_taken(real_data, tmp_path):
     taken = {
-        "gpt2-bpe": {"vocab.bpe", "encoder.json"}, "lambada": {"lambada_test.jsonl"},
+        "gpt2-bpe": {"vocab.bpe", "encoder.json"},
+        "lambada": {"lambada_test.jsonl"},
         "hh-rlhf": {"harmless-base/test.jsonl.gz", "helpful-base/test.jsonl.gz"},
-        "oasst": {"en_100_tree.jsonl"}, "alpaca": {"alpaca_4000.json"},
-        "dolly": {"dolly_hhrlhf_train_small.jsonl"}, "qa-feedback": {"dev_feedback_400.json"},
+        "oasst": {"en_100_tree.jsonl"},
+        "alpaca": {"alpaca_4000.json"},
+        "dolly": {"dolly_hhrlhf_train_small.jsonl"},
+        "qa-feedback": {"dev_feedback_400.json"},
         "lottery": {"prompt_lottery_en_250_text.jsonl"},
         "shakespeare": {"tinyshakespeare/input.txt"},
         "wikitext": {"wikitext-2/valid.txt", "wikitext-2/test.txt"},
-        "truthfulqa": {"TruthfulQA.csv"}, "crows-pairs": {"crows_pairs_anonymized.csv"},
+        "truthfulqa": {"TruthfulQA.csv"},
+        "crows-pairs": {"crows_pairs_anonymized.csv"},
         "winogender": {"all_sentences.tsv", "templates.tsv", "occupations-stats.tsv"},
         "realtoxicityprompts": {"toxic_1000.jsonl", "nontoxic_1000.jsonl"},
-        "hellaswag": {"hellaswag_val_800.jsonl"}, "sst2": {"sst2_validation.jsonl"},
-        "rte": {"rte_validation.jsonl"}}
+        "hellaswag": {"hellaswag_val_800.jsonl"},
+        "sst2": {"sst2_validation.jsonl"},
+        "rte": {"rte_validation.jsonl"},
+    }
     patterns = {name: data_set.files for name, data_set in prepare.DATA_SETS.items()}
     assert download(list(taken), tmp_path, real_data, patterns) == 0
     for name, files in taken.items():
@@ -582,8 +668,20 @@ def test_the_command_fetches_then_finds(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sources.SOURCES, "lottery", Source((file,), "Apache-2.0", "prompts"))
     monkeypatch.setattr(prepare, "DOWNLOADS", tmp_path / "downloads")
     assert prepare.main(["--download", "lottery"]) == 0
-    assert prepare.main(["lottery", "--from", str(tmp_path / "downloads"), "--tokenizer", "none",
-                         "--out", str(tmp_path / "out")]) == 0
+    assert (
+        prepare.main(
+            [
+                "lottery",
+                "--from",
+                str(tmp_path / "downloads"),
+                "--tokenizer",
+                "none",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     assert "2 prompts: " in capsys.readouterr().out
     with pytest.raises(BadInput, match="unknown source 'nonsense'"):
         download(["lottery", "nonsense"], tmp_path)
@@ -601,16 +699,39 @@ def test_the_table_of_sources(capsys):
             assert file.sha256 is None or len(bytes.fromhex(file.sha256)) == 32
     assert download(["list", "wsc"], Path("unused")) == 0
     printed = capsys.readouterr().out
-    for words in ("wsc/WSC.zip: 32,751 bytes, SHA-256 2ed6dfa9", "https://dl.fbaipublicfiles.com",
-                  "WSC/val.jsonl is unpacked as val.jsonl"):
+    for words in (
+        "wsc/WSC.zip: 32,751 bytes, SHA-256 2ed6dfa9",
+        "https://dl.fbaipublicfiles.com",
+        "WSC/val.jsonl is unpacked as val.jsonl",
+    ):
         assert words in printed
     with pytest.raises(BadInput, match="unknown source 'x'"):
         download(["list", "x"], Path("unused"))
     # what the paper trains and evaluates on is there
-    assert {*model_names(), "gpt2-bpe", "hh-rlhf", "summarize", "tldr", "oasst", "dolly", "novels",
-            "truthfulqa", "realtoxicityprompts", "winogender", "crows-pairs", "hellaswag", "sst2",
-            "rte", "wsc", "squad2", "drop", "quac", "wmt15-fr-en", "cnn-dailymail",
-            "lambada"} <= set(sources.SOURCES)
+    assert {
+        *model_names(),
+        "gpt2-bpe",
+        "hh-rlhf",
+        "summarize",
+        "tldr",
+        "oasst",
+        "dolly",
+        "novels",
+        "truthfulqa",
+        "realtoxicityprompts",
+        "winogender",
+        "crows-pairs",
+        "hellaswag",
+        "sst2",
+        "rte",
+        "wsc",
+        "squad2",
+        "drop",
+        "quac",
+        "wmt15-fr-en",
+        "cnn-dailymail",
+        "lambada",
+    } <= set(sources.SOURCES)
     # every data set that can be prepared can be fetched, and is found where it is fetched to
     for name, data_set in prepare.DATA_SETS.items():
         if name != "text":
@@ -622,8 +743,11 @@ def test_the_table_of_sources(capsys):
 
 def test_known_checksums_are_those_of_the_real_files(real_data):
     known = {file.sha256 for source in sources.SOURCES.values() for file in source.files} - {None}
-    found = {hashlib.sha256(path.read_bytes()).hexdigest() for path in real_data.rglob("*")
-             if path.is_file()}
+    found = {
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in real_data.rglob("*")
+        if path.is_file()
+    }
     # 27 novels, 2 of the tokenizer, 2 of hh-rlhf, 2 of wikitext, 3 of winogender, and one each of
     # the lottery, Shakespeare, CrowS-Pairs, LAMBADA and the toxicity labels
     assert len(known & found) == 27 + 2 + 2 + 2 + 3 + 5

@@ -284,8 +284,18 @@ def run_folder(tiny: Tiny, tmp_path: Path) -> Path:
 
 def select(tiny: Tiny, run_folder: Path, *more: str) -> Path:
     out = run_folder.parent / "selected"
-    argv = ["--select", str(run_folder), "--reward_model", str(tiny.rm), "--data",
-            str(tiny.prompts), "--out", str(out), *LIMITS, *more]  # fmt: skip
+    argv = [
+        "--select",
+        str(run_folder),
+        "--reward_model",
+        str(tiny.rm),
+        "--data",
+        str(tiny.prompts),
+        "--out",
+        str(out),
+        *LIMITS,
+        *more,
+    ]
     assert evaluate.main(argv) == 0
     return out
 
@@ -352,8 +362,17 @@ def test_select_refuses_other_folders(
         (tiny.base, tiny.rm, "no epoch checkpoints"),
         (run_folder, tiny.base, "expected a reward model"),
     ):
-        argv = ["--select", str(run), "--reward_model", str(judge), "--data", str(tiny.prompts),
-                "--out", str(tmp_path / "x"), *LIMITS]  # fmt: skip
+        argv = [
+            "--select",
+            str(run),
+            "--reward_model",
+            str(judge),
+            "--data",
+            str(tiny.prompts),
+            "--out",
+            str(tmp_path / "x"),
+            *LIMITS,
+        ]
         assert run_command(lambda argv=argv: evaluate.main(argv)) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x/model.safetensors").exists()
@@ -369,12 +388,16 @@ def world_data(tiny: Tiny, tmp_path: Path) -> Path:
     world.save(tmp_path / "world.json")
 
     def record(i: int, text: str, task: dict, **more: str) -> dict:
-        return {"prompt": text[:30], "user": f"u{i % 10}", "source": "customer",
-                "use_case": "other", "task": task, **more}  # fmt: skip
+        return {
+            "prompt": text[:30],
+            "user": f"u{i % 10}",
+            "source": "customer",
+            "use_case": "other",
+            "task": task,
+            **more,
+        }
 
-    prompts = [
-        record(i, *make_prompt(world, USE_CASES[i % 10], rng)) for i in range(30)
-    ]
+    prompts = [record(i, *make_prompt(world, USE_CASES[i % 10], rng)) for i in range(30)]
     write_jsonl(tmp_path / "prompts.jsonl", prompts, "prompts")
     fact = {"kind": "fact", "subject": "fox", "attribute": "food"}
     for name in evaluate.TRUTH_PROBES:
@@ -388,11 +411,32 @@ def world_data(tiny: Tiny, tmp_path: Path) -> Path:
 
 
 def compare(tiny: Tiny, data: Path, prompts: Path, *more: str) -> dict[tuple[str, str], Estimate]:
-    argv = ["--checkpoints", f"base={tiny.base}", f"sft={tiny.base}", f"ppo={tiny.base}",
-            "--baseline", "sft", "--reward_model", str(tiny.rm), "--reference", str(tiny.base),
-            "--data", str(prompts), "--val_data", str(prompts), "--num_prompts", "4",
-            "--pretrain_data", str(tiny.pretrain), "--out", str(data / "report"),
-            "--num_items", "3", *LIMITS, *more]  # fmt: skip
+    argv = [
+        "--checkpoints",
+        f"base={tiny.base}",
+        f"sft={tiny.base}",
+        f"ppo={tiny.base}",
+        "--baseline",
+        "sft",
+        "--reward_model",
+        str(tiny.rm),
+        "--reference",
+        str(tiny.base),
+        "--data",
+        str(prompts),
+        "--val_data",
+        str(prompts),
+        "--num_prompts",
+        "4",
+        "--pretrain_data",
+        str(tiny.pretrain),
+        "--out",
+        str(data / "report"),
+        "--num_items",
+        "3",
+        *LIMITS,
+        *more,
+    ]
     assert evaluate.main(argv) == 0
     rows = csv.DictReader((data / "report/table.csv").open())
     return {
@@ -406,9 +450,14 @@ def compare(tiny: Tiny, data: Path, prompts: Path, *more: str) -> dict[tuple[str
 def test_report_on_one_model_under_three_names(tiny: Tiny, world_data: Path) -> None:
     """Equal weights must come out equal: greedy ties everywhere, no KL, the same tax."""
     table = compare(
-        tiny, world_data, world_data / "prompts.jsonl", "--world", str(world_data / "world.json"),
-        "--best_of", "2",
-    )  # fmt: skip
+        tiny,
+        world_data,
+        world_data / "prompts.jsonl",
+        "--world",
+        str(world_data / "world.json"),
+        "--best_of",
+        "2",
+    )
     models = ("base", "sft", "ppo")
     assert table["ppo", "win_t0"] == table["base", "win_t0"] == Estimate(0.5, 0.5, 0.5)
     for model in ("base", "ppo", "sft (resampled)"):
@@ -454,9 +503,15 @@ def test_report_without_a_world_is_by_the_reward_model(tiny: Tiny, tmp_path: Pat
         json.dumps(json.loads((ppo / "config.json").read_text()) | {"epoch": 2})
     )
     table = compare(
-        tiny, tmp_path, tiny.prompts, "--checkpoints", f"base={tiny.base}", f"ppo={ppo}",
-        "--baseline", "ppo",
-    )  # fmt: skip
+        tiny,
+        tmp_path,
+        tiny.prompts,
+        "--checkpoints",
+        f"base={tiny.base}",
+        f"ppo={ppo}",
+        "--baseline",
+        "ppo",
+    )
     text = (tmp_path / "report/report.md").read_text()
     assert "by the reward model" in text and "there is no --world" in text
     assert "the world's truth" not in text and "Truthfulness" not in text
@@ -468,9 +523,13 @@ def test_report_without_a_world_is_by_the_reward_model(tiny: Tiny, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("interval", "words"),
-    [((0.6, 0.51, 0.7), "above one half"), ((0.4, 0.3, 0.49), "below one half"),
-     ((0.6, 0.49, 0.7), "not distinguishable"), ((0.45, 0.3, 0.6), "not distinguishable")],
-)  # fmt: skip
+    [
+        ((0.6, 0.51, 0.7), "above one half"),
+        ((0.4, 0.3, 0.49), "below one half"),
+        ((0.6, 0.49, 0.7), "not distinguishable"),
+        ((0.45, 0.3, 0.6), "not distinguishable"),
+    ],
+)
 def test_words_follow_the_interval(interval: tuple, words: str) -> None:
     assert report.against_half(Estimate(*interval)).startswith(words)
     lines = report.findings({"ppo": {"win_t1": Estimate(*interval)}}, "sft", "the truth")
@@ -490,9 +549,19 @@ def test_cells_and_colours() -> None:
 def test_prompts_of_another_world_are_refused(
     tiny: Tiny, world_data: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    argv = ["--checkpoints", f"base={tiny.base}", "--reward_model", str(tiny.rm), "--data",
-            str(tiny.prompts), "--world", str(world_data / "world.json"), "--out",
-            str(world_data / "r"), *LIMITS]  # fmt: skip
+    argv = [
+        "--checkpoints",
+        f"base={tiny.base}",
+        "--reward_model",
+        str(tiny.rm),
+        "--data",
+        str(tiny.prompts),
+        "--world",
+        str(world_data / "world.json"),
+        "--out",
+        str(world_data / "r"),
+        *LIMITS,
+    ]
     assert run_command(lambda: evaluate.main(argv)) == 2
     assert 'without key "task"' in capsys.readouterr().err
 

@@ -48,10 +48,11 @@ without_slow_check = settings(
 
 def write_lines(path: Path, *lines: dict | str | bytes) -> Path:
     encoded = [
-        line if isinstance(line, bytes)
+        line
+        if isinstance(line, bytes)
         else (line if isinstance(line, str) else json.dumps(line)).encode()
         for line in lines
-    ]  # fmt: skip
+    ]
     path.write_bytes(b"\n".join(encoded) + b"\n")
     return path
 
@@ -221,15 +222,22 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 filled = text.filter(lambda s: s.strip())
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | text
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | text
     | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 prompt_records = st.fixed_dictionaries(
-    {"prompt": filled, "user": filled, "source": st.sampled_from(["labeler", "customer"]),
-     "use_case": text}
-)  # fmt: skip
+    {
+        "prompt": filled,
+        "user": filled,
+        "source": st.sampled_from(["labeler", "customer"]),
+        "use_case": text,
+    }
+)
 extras = st.dictionaries(text.map("x{}".format), json_values, max_size=2)
 
 
@@ -269,15 +277,20 @@ def test_what_was_written_is_read_back(kind: str, data: st.DataObject, tmp_path:
 
 
 @without_slow_check
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\r <|>")),
-                min_size=1))  # fmt: skip
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\r <|>")), min_size=1
+    )
+)
 @pytest.mark.usefixtures("no_fsync")
 def test_documents_are_read_back_equal(tmp_path: Path, documents: list[str]) -> None:
     """Up to line ends, newlines around a document, blank documents and a byte-order mark."""
     write_documents(tmp_path / "x.txt", documents)
     first, *rest = documents
-    joined = [f"{d}\n".replace("\r\n", "\n").strip("\n")  # also where "\r" ends a document
-              for d in (first.removeprefix("\ufeff"), *rest)]  # fmt: skip
+    joined = [
+        f"{d}\n".replace("\r\n", "\n").strip("\n")  # also where "\r" ends a document
+        for d in (first.removeprefix("\ufeff"), *rest)
+    ]
     expected = [document for document in joined if document.strip()]
     if expected:
         assert read_documents(tmp_path / "x.txt") == expected
@@ -286,16 +299,35 @@ def test_documents_are_read_back_equal(tmp_path: Path, documents: list[str]) -> 
             read_documents(tmp_path / "x.txt")
 
 
-ALMOST = st.sampled_from([
-    *(json.dumps(record).encode() for record in EXAMPLES.values()), b"\n", b"\r\n", b"\xef\xbb\xbf",
-    b"{", b"}", b'"', b"\\ud800", b"\x00", b"\xff", b"NaN", b"1e999", b"[[[[", b",", b":", b"\n\n",
-])  # fmt: skip
+ALMOST = st.sampled_from(
+    [
+        *(json.dumps(record).encode() for record in EXAMPLES.values()),
+        b"\n",
+        b"\r\n",
+        b"\xef\xbb\xbf",
+        b"{",
+        b"}",
+        b'"',
+        b"\\ud800",
+        b"\x00",
+        b"\xff",
+        b"NaN",
+        b"1e999",
+        b"[[[[",
+        b",",
+        b":",
+        b"\n\n",
+    ]
+)
 
 
-@settings(deadline=None, max_examples=300,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
-@given(st.binary(max_size=60) | st.lists(ALMOST, max_size=8).map(b"".join),
-       st.sampled_from(sorted(KINDS)))  # fmt: skip
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.binary(max_size=60) | st.lists(ALMOST, max_size=8).map(b"".join),
+    st.sampled_from(sorted(KINDS)),
+)
 def test_any_bytes_give_records_or_one_clear_error(tmp_path: Path, raw: bytes, kind: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(raw)
@@ -500,6 +532,7 @@ def test_a_resumed_log_is_the_checkpoints(tmp_path: Path) -> None:
 def raising(error: BaseException) -> Callable[[], int]:
     def main() -> int:
         raise error
+
     return main
 
 
@@ -508,17 +541,23 @@ def raising(error: BaseException) -> Callable[[], int]:
     [
         (BadInput("x.jsonl:3: bad\nvery bad"), 2, "error: x.jsonl:3: bad very bad"),
         (ValueError("q has shape"), 2, "error: q has shape"),
-        (FileNotFoundError(2, "No such file or directory", "a/b"), 2,
-         "error: a/b: No such file or directory"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a/b"),
+            2,
+            "error: a/b: No such file or directory",
+        ),
         (PermissionError(13, "Permission denied", "a/b"), 2, "error: a/b: Permission denied"),
         (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: the disk is full"),
         (MemoryError(), 1, "error: out of memory; lower --batch_size"),
         (RuntimeError("CUDA out of memory. Tried"), 1, "error: out of memory; lower --batch_size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1,
-         "error: out of memory; lower --batch_size"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            "error: out of memory; lower --batch_size",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
-)  # fmt: skip
+)
 def test_failures_become_one_line_and_an_exit_code(
     error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture
 ) -> None:

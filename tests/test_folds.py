@@ -74,19 +74,36 @@ def longer_is_better(folder: Path) -> list[Path]:
     paths = []
     for name, sign in (("long", 1), ("short", -1)):
         records = [
-            {"prompt": f"say {name} {i}", "user": "u", "source": "customer", "use_case": "other",
-             "responses": ["red"[: 1 + k] + " a" * k for k in (2, 0, 1)],
-             "ranks": [1, 3, 2] if sign > 0 else [3, 1, 2], "labeler": "l", "data_set": name}
+            {
+                "prompt": f"say {name} {i}",
+                "user": "u",
+                "source": "customer",
+                "use_case": "other",
+                "responses": ["red"[: 1 + k] + " a" * k for k in (2, 0, 1)],
+                "ranks": [1, 3, 2] if sign > 0 else [3, 1, 2],
+                "labeler": "l",
+                "data_set": name,
+            }
             for i in range(12)
-        ]  # fmt: skip
+        ]
         write_jsonl(folder / f"{name}.jsonl", records, "comparisons")
         paths.append(folder / f"{name}.jsonl")
     return paths
 
 
 def run(tiny: Tiny, paths: list[Path], out: Path, *more: str) -> dict[tuple[str, str], list[float]]:
-    argv = ["--folds", "3", "--comparisons", *map(str, paths), "--init", str(tiny.base),
-            "--out", str(out), *LIMITS, *more]  # fmt: skip
+    argv = [
+        "--folds",
+        "3",
+        "--comparisons",
+        *map(str, paths),
+        "--init",
+        str(tiny.base),
+        "--out",
+        str(out),
+        *LIMITS,
+        *more,
+    ]
     assert evaluate.main(argv) == 0
     return {
         (row["data_set"], row["judge"]): [float(row[k]) for k in ("accuracy", "ci_low", "ci_high")]
@@ -94,9 +111,7 @@ def run(tiny: Tiny, paths: list[Path], out: Path, *more: str) -> dict[tuple[str,
     }
 
 
-def test_accuracy_by_data_set(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accuracy_by_data_set(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a reward model that scores the number of tokens, as a stand-in for training."""
     trained = []
 
@@ -146,9 +161,16 @@ def test_simple_features_learn_what_labelers_prefer(
 def test_train_rm_is_run_on_the_other_folds(tiny: Tiny, tmp_path: Path) -> None:
     """The real thing: one step a fold, in processes of their own."""
     table = run(
-        tiny, longer_is_better(tmp_path)[:1], tmp_path / "out", "--folds", "2",
-        "--rm_flags", "--max_steps 1 --batch_size 4", "--device", "cpu",
-    )  # fmt: skip
+        tiny,
+        longer_is_better(tmp_path)[:1],
+        tmp_path / "out",
+        "--folds",
+        "2",
+        "--rm_flags",
+        "--max_steps 1 --batch_size 4",
+        "--device",
+        "cpu",
+    )
     assert 0 <= table["long", "reward_model"][0] <= 1
     for fold in (0, 1):
         assert (tmp_path / f"out/fold_{fold}/rm/model.safetensors").exists()
@@ -170,8 +192,17 @@ def test_comparisons_without_a_pair_are_bad_input(
     for record in records:
         record["ranks"] = [1] * len(record["ranks"])
     write_jsonl(tmp_path / "tied.jsonl", records, "comparisons")
-    argv = ["--folds", "2", "--comparisons", str(tmp_path / "tied.jsonl"), "--init",
-            str(tiny.base), "--out", str(tmp_path / "out"), *LIMITS]  # fmt: skip
+    argv = [
+        "--folds",
+        "2",
+        "--comparisons",
+        str(tmp_path / "tied.jsonl"),
+        "--init",
+        str(tiny.base),
+        "--out",
+        str(tmp_path / "out"),
+        *LIMITS,
+    ]
     assert run_command(lambda: evaluate.main(argv)) == 2
     captured = capsys.readouterr()
     assert "only 0 distinct prompts" in captured.err

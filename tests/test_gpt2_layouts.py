@@ -16,8 +16,12 @@ from model import GPT
 
 # name -> layers, heads, width of the published model. The folders below have a twelfth of the
 # layers and a quarter of the width: heads of 16 channels where GPT-2 has 64.
-SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
-         "gpt2-xl": (48, 25, 1600)}
+SIZES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 VOCABULARY, CONTEXT = 61, 24
 
 
@@ -29,12 +33,19 @@ def write_folder(folder: Path, size: str, prefix: str, dtype: type = np.float32)
     def random(*shape: int, mean: float = 0.0) -> np.ndarray:
         return (mean + rng.standard_normal(shape) * 2 / math.sqrt(shape[0])).astype(dtype)
 
-    tensors = {"wte.weight": random(VOCABULARY, width), "wpe.weight": random(CONTEXT, width),
-               "ln_f.weight": random(width, mean=1), "ln_f.bias": random(width)}
+    tensors = {
+        "wte.weight": random(VOCABULARY, width),
+        "wpe.weight": random(CONTEXT, width),
+        "ln_f.weight": random(width, mean=1),
+        "ln_f.bias": random(width),
+    }
     for n in range(layers):
         for name, rows, columns in (
-                ("attn.c_attn", width, 3 * width), ("attn.c_proj", width, width),
-                ("mlp.c_fc", width, 4 * width), ("mlp.c_proj", 4 * width, width)):
+            ("attn.c_attn", width, 3 * width),
+            ("attn.c_proj", width, width),
+            ("mlp.c_fc", width, 4 * width),
+            ("mlp.c_proj", 4 * width, width),
+        ):
             tensors[f"h.{n}.{name}.weight"] = random(rows, columns)
             tensors[f"h.{n}.{name}.bias"] = random(columns)
         for name in ("ln_1", "ln_2"):
@@ -43,15 +54,34 @@ def write_folder(folder: Path, size: str, prefix: str, dtype: type = np.float32)
         tensors[f"h.{n}.attn.bias"] = np.tril(np.ones((1, 1, CONTEXT, CONTEXT), dtype))
     folder.mkdir(parents=True)
     # The keys of the published config.json; GPTConfig does not know most of them.
-    (folder / "config.json").write_text(json.dumps({
-        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
-        "bos_token_id": VOCABULARY - 1, "embd_pdrop": 0.1, "eos_token_id": VOCABULARY - 1,
-        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
-        "n_ctx": CONTEXT, "n_embd": width, "n_head": heads, "n_layer": layers,
-        "n_positions": CONTEXT, "resid_pdrop": 0.1, "vocab_size": VOCABULARY,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}}))
-    save_file({prefix + name: tensor for name, tensor in tensors.items()},
-              folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "activation_function": "gelu_new",
+                "architectures": ["GPT2LMHeadModel"],
+                "attn_pdrop": 0.1,
+                "bos_token_id": VOCABULARY - 1,
+                "embd_pdrop": 0.1,
+                "eos_token_id": VOCABULARY - 1,
+                "initializer_range": 0.02,
+                "layer_norm_epsilon": 1e-05,
+                "model_type": "gpt2",
+                "n_ctx": CONTEXT,
+                "n_embd": width,
+                "n_head": heads,
+                "n_layer": layers,
+                "n_positions": CONTEXT,
+                "resid_pdrop": 0.1,
+                "vocab_size": VOCABULARY,
+                "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+            }
+        )
+    )
+    save_file(
+        {prefix + name: tensor for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return tensors
 
 
@@ -61,13 +91,13 @@ def numpy_gpt2(tensors: dict, heads: int, tokens: np.ndarray) -> np.ndarray:
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     def linear(x: np.ndarray, name: str) -> np.ndarray:
         return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
 
-    x = w["wte.weight"][tokens] + w["wpe.weight"][:len(tokens)]
+    x = w["wte.weight"][tokens] + w["wpe.weight"][: len(tokens)]
     size = x.shape[1] // heads
     future = np.triu(np.ones((len(tokens), len(tokens)), bool), 1)
     for n in range(sum(name.endswith("ln_1.bias") for name in w)):
@@ -80,7 +110,7 @@ def numpy_gpt2(tensors: dict, heads: int, tokens: np.ndarray) -> np.ndarray:
             mixed.append(weights / weights.sum(-1, keepdims=True) @ v[:, mine])
         x = x + linear(np.concatenate(mixed, axis=-1), f"h.{n}.attn.c_proj")
         h = linear(norm(x, f"h.{n}.ln_2"), f"h.{n}.mlp.c_fc")
-        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))
+        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
         x = x + linear(h, f"h.{n}.mlp.c_proj")
     return norm(x, "ln_f") @ w["wte.weight"].T
 

@@ -25,10 +25,17 @@ CONFIGS = [
     *({"eos_token_id": value} for value in (-1, None, "x", 10**6)),
     *({"initializer_range": value} for value in ("x", -1.0, None, [])),
     *({"score_mod": value} for value in (["causal"], None, "nope", {})),
-    {"n_embd": 10**12}, {"n_embd": 33}, {"n_head": 0}, {"vocab_size": True},
-    {"n_positions": 10**15}, {"vocab_size": 10**12}, {"resid_pdrop": "x"},
-    {"layer_norm_epsilon": 0}, {"activation_function": "relu"}, {"tie_word_embeddings": 0},
-]  # fmt: skip
+    {"n_embd": 10**12},
+    {"n_embd": 33},
+    {"n_head": 0},
+    {"vocab_size": True},
+    {"n_positions": 10**15},
+    {"vocab_size": 10**12},
+    {"resid_pdrop": "x"},
+    {"layer_norm_epsilon": 0},
+    {"activation_function": "relu"},
+    {"tie_word_embeddings": 0},
+]
 
 
 def copy_of(tiny: Tiny, tmp_path: Path) -> Path:
@@ -51,17 +58,23 @@ def test_a_hostile_config_is_refused(change: dict, tiny: Tiny, tmp_path: Path) -
 
 def test_a_shape_that_no_memory_holds_is_refused_before_it_is_made() -> None:
     with pytest.raises(BadInput, match="n_layer 1000000000, .* parameters, over 1e[+]12: lower"):
-        GPTConfig(vocab_size=300, n_positions=16, n_embd=16, n_layer=10**9, n_head=2,
-                  eos_token_id=299)  # fmt: skip
+        GPTConfig(
+            vocab_size=300, n_positions=16, n_embd=16, n_layer=10**9, n_head=2, eos_token_id=299
+        )
 
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.ones(32, dtype=torch.int64), torch.ones(32, dtype=torch.bool),
-     torch.ones(32, dtype=torch.complex64), torch.full((32,), float("nan")),
-     torch.full((32,), float("inf")), torch.ones(31)],
+    [
+        torch.ones(32, dtype=torch.int64),
+        torch.ones(32, dtype=torch.bool),
+        torch.ones(32, dtype=torch.complex64),
+        torch.full((32,), float("nan")),
+        torch.full((32,), float("inf")),
+        torch.ones(31),
+    ],
     ids=("int64", "bool", "complex", "nan", "inf", "shape"),
-)  # fmt: skip
+)
 def test_hostile_weights_are_refused(tensor: torch.Tensor, tiny: Tiny, tmp_path: Path) -> None:
     folder = copy_of(tiny, tmp_path)
     weights = load_file(folder / "model.safetensors") | {"ln_f.weight": tensor}
@@ -84,13 +97,15 @@ TOKENIZERS: list[tuple[str, Callable[[dict], object]]] = [
     ("matches nothing", lambda c: c | {"pattern": ""}),
     ("matches nothing", lambda c: c | {"pattern": "a*"}),
     ("name is no text", lambda c: c | {"name": 5}),
-    *(("end token", lambda c, end=end: c | {"special_tokens": {"<|endoftext|>": end}})
-      for end in (5, -1, 2**40, "5", True, None, 1.5)),
+    *(
+        ("end token", lambda c, end=end: c | {"special_tokens": {"<|endoftext|>": end}})
+        for end in (5, -1, 2**40, "5", True, None, 1.5)
+    ),
     ("special tokens", lambda c: c | {"special_tokens": ["<|endoftext|>"]}),
     ("special tokens", lambda c: c | {"special_tokens": {}}),
     ("list indices", lambda c: [c]),
     ("'pattern'", lambda c: {k: v for k, v in c.items() if k != "pattern"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("words", "change"), TOKENIZERS, ids=range(len(TOKENIZERS)))
@@ -122,25 +137,62 @@ def test_pipes_and_symlink_loops_are_refused(tmp_path: Path) -> None:
 
 
 FLAGS = [
-    *((script, flag, value)
-      for script in ("train_sft", "train_rm", "train_ppo")
-      for flag, value in (("--lr", "nan"), ("--lr", "inf"), ("--lr", "-1"), ("--seed", "-1"),
-                          ("--seed", str(2**70)), ("--batch_size", str(10**9)), ("--out", ""),
-                          ("--grad_clip", "nan"), ("--stop_seconds", "0"))),
-    *(("train_ppo", flag, value)
-      for flag, value in (("--kl_coef", "inf"), ("--kl_coef", "-1"), ("--ptx_coef", "-1"),
-                          ("--gamma", "2"), ("--lam", "-1"), ("--ema", "1.5"),
-                          ("--cliprange", "-0.2"), ("--temperature", "nan"), ("--init", ""))),
-    *(("train_sft", flag, value)
-      for flag, value in (("--n_positions", "1"), ("--initializer_range", "-1"))),
-    *(("sample", flag, value)
-      for flag, value in (("--temperature", "nan"), ("--temperature", "inf"), ("--seed", "-1"),
-                          ("--num_prompts", "-3"), ("--shares", "inf"), ("--off_topic", "-1"),
-                          ("--num_responses", str(10**9)), ("--device", "tpu"))),
-    *(("evaluate", flag, value)
-      for flag, value in (("--seed", "-1"), ("--num_prompts", "-1"), ("--best_of", "-1"),
-                          ("--device", "tpu"))),
-]  # fmt: skip
+    *(
+        (script, flag, value)
+        for script in ("train_sft", "train_rm", "train_ppo")
+        for flag, value in (
+            ("--lr", "nan"),
+            ("--lr", "inf"),
+            ("--lr", "-1"),
+            ("--seed", "-1"),
+            ("--seed", str(2**70)),
+            ("--batch_size", str(10**9)),
+            ("--out", ""),
+            ("--grad_clip", "nan"),
+            ("--stop_seconds", "0"),
+        )
+    ),
+    *(
+        ("train_ppo", flag, value)
+        for flag, value in (
+            ("--kl_coef", "inf"),
+            ("--kl_coef", "-1"),
+            ("--ptx_coef", "-1"),
+            ("--gamma", "2"),
+            ("--lam", "-1"),
+            ("--ema", "1.5"),
+            ("--cliprange", "-0.2"),
+            ("--temperature", "nan"),
+            ("--init", ""),
+        )
+    ),
+    *(
+        ("train_sft", flag, value)
+        for flag, value in (("--n_positions", "1"), ("--initializer_range", "-1"))
+    ),
+    *(
+        ("sample", flag, value)
+        for flag, value in (
+            ("--temperature", "nan"),
+            ("--temperature", "inf"),
+            ("--seed", "-1"),
+            ("--num_prompts", "-3"),
+            ("--shares", "inf"),
+            ("--off_topic", "-1"),
+            ("--num_responses", str(10**9)),
+            ("--device", "tpu"),
+        )
+    ),
+    *(
+        ("evaluate", flag, value)
+        for flag, value in (
+            ("--seed", "-1"),
+            ("--num_prompts", "-1"),
+            ("--best_of", "-1"),
+            ("--device", "tpu"),
+        )
+    ),
+]
 
 
 @pytest.mark.parametrize(("script", "flag", "value"), FLAGS)

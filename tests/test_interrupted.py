@@ -55,8 +55,9 @@ def test_changed_settings_that_are_meant_are_said_and_recorded(
     rates = [float(row["lr"]) for row in read_log(outs[0] / "log.csv")]
     assert max(rates[:step]) <= old["lr"] and max(rates[step:]) > max(rates[:step])
 
-    kill = server.run(stage, [*tiny.args(stage, outs[1], *more), "--resume_changed"],
-                      {12: signal.SIGTERM})  # fmt: skip
+    kill = server.run(
+        stage, [*tiny.args(stage, outs[1], *more), "--resume_changed"], {12: signal.SIGTERM}
+    )
     assert kill.code == 143 and newest_checkpoint(outs[1]).name > f"{step:08d}"
     run = server.run(stage, [*tiny.args(stage, outs[1], *more), "--resume"])
     assert (run.code, run.stderr) == (0, "")
@@ -79,9 +80,24 @@ def test_another_shape_is_refused_even_if_meant(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    flags = ["--pretrain_data", str(tiny.pretrain), "--tokenizer", str(tiny.tokenizer), "--out",
-             str(out), "--n_positions", "16", "--n_layer", "1", "--n_head", "2", "--max_steps", "1",
-             "--device", "cpu"]  # fmt: skip
+    flags = [
+        "--pretrain_data",
+        str(tiny.pretrain),
+        "--tokenizer",
+        str(tiny.tokenizer),
+        "--out",
+        str(out),
+        "--n_positions",
+        "16",
+        "--n_layer",
+        "1",
+        "--n_head",
+        "2",
+        "--max_steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert SCRIPTS["sft"].main([*flags, "--n_embd", "16"]) == 0
     before = contents(out)
     args = [*flags, "--n_embd", "32", "--resume_changed"]
@@ -184,9 +200,12 @@ def test_a_run_that_stops_before_its_first_checkpoint_drops_no_kept_step(
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
-     RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-)  # fmt: skip
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_too_little_memory_at_a_resume_is_no_damaged_state(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -259,9 +278,13 @@ def test_a_warning_is_not_repeated_after_a_resume(
 @pytest.mark.parametrize("responses", [1, 2])
 @pytest.mark.parametrize("poisoned", ["scores", "values", "value_loss"])
 def test_a_bad_minibatch_is_named_with_its_records(
-    poisoned: str, responses: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    poisoned: str,
+    responses: int,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     """The second of four: of its scores, of its values, and in its update."""
     rows, updates = [], []
 
@@ -283,8 +306,9 @@ def test_a_bad_minibatch_is_named_with_its_records(
     original_score, original_update = train_ppo.score, train_ppo.update
     monkeypatch.setattr(train_ppo, "score", score)
     monkeypatch.setattr(train_ppo, "update", update)
-    args = tiny.args("ppo", tmp_path / "out", "--num_minibatches", "4",
-                     "--responses_per_prompt", str(responses))  # fmt: skip
+    args = tiny.args(
+        "ppo", tmp_path / "out", "--num_minibatches", "4", "--responses_per_prompt", str(responses)
+    )
     assert run_command(lambda: train_ppo.main(args)) == 1
     bad = json.loads((tmp_path / "out/bad_batch.json").read_text())
     phase = "update" if poisoned == "value_loss" else "rollout"
@@ -292,8 +316,10 @@ def test_a_bad_minibatch_is_named_with_its_records(
     expected = {"scores": "score", "values": "explained_variance", "value_loss": "value_loss"}
     assert expected[poisoned] in bad["values"]
     assert len(updates) == (2 if phase == "update" else 0)  # nothing is trained on bad numbers
-    prompts = [encode_prompt(tiny.encoding, record["prompt"])
-               for record in read_jsonl(tiny.prompts, "prompts")]  # fmt: skip
+    prompts = [
+        encode_prompt(tiny.encoding, record["prompt"])
+        for record in read_jsonl(tiny.prompts, "prompts")
+    ]
     assert rows[1] == [prompt for prompt in rows[1][::responses] for _ in range(responses)]
     assert bad["records"] == sorted(1 + prompts.index(prompt) for prompt in rows[1][::responses])
     error = capsys.readouterr().err
@@ -314,8 +340,18 @@ def test_validation_batches_have_random_numbers_of_their_own(
         return tokens, *lengths
 
     monkeypatch.setattr(train_ppo, "sample", sample)
-    args = tiny.args("ppo", tmp_path / "out", "--val_data", str(tmp_path / "v.jsonl"),
-                     "--batch_size", "5", "--num_minibatches", "1", "--max_steps", "1")  # fmt: skip
+    args = tiny.args(
+        "ppo",
+        tmp_path / "out",
+        "--val_data",
+        str(tmp_path / "v.jsonl"),
+        "--batch_size",
+        "5",
+        "--num_minibatches",
+        "1",
+        "--max_steps",
+        "1",
+    )
     assert train_ppo.main(args) == 0
     _, one, other = drawn  # the rollout, then validation
     assert one.shape == other.shape and not torch.equal(one, other)
@@ -328,9 +364,8 @@ def test_validation_batches_have_random_numbers_of_their_own(
 
 @pytest.mark.parametrize(("command", "shares"), [("sample", (0.3, 0.6, 0.9)), ("report", (0.6,))])
 def test_samples_and_reports_go_on_after_a_kill(
-    command: str, shares: tuple[float, ...], server: Server, tiny: Tiny, whole: dict,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    command: str, shares: tuple[float, ...], server: Server, tiny: Tiny, whole: dict, tmp_path: Path
+) -> None:
     """With the bytes of an uninterrupted run."""
     reference, operations = whole[command]
     for share in shares:
@@ -392,8 +427,9 @@ def test_measuring_ahead_leaves_the_rest_of_the_report(
     changed = tmp_path / "changed"
     shutil.copytree(tiny.base, changed)
     weights = load_file(changed / "model.safetensors")
-    save_file(weights | {"ln_f.weight": 1.1 * weights["ln_f.weight"]},
-              changed / "model.safetensors")  # fmt: skip
+    save_file(
+        weights | {"ln_f.weight": 1.1 * weights["ln_f.weight"]}, changed / "model.safetensors"
+    )
     other = [f"base={changed}" if word.startswith("base=") else word for word in ahead]
     assert evaluate.main([*other, "--resume"]) == 0
     assert "base" in asked and "base + prefix" in asked
@@ -416,9 +452,7 @@ def test_parts_of_another_report_are_refused(
     assert differences(tmp_path / "out", whole["report"][0]) == []
 
 
-def test_parts_are_kept_checked_and_removed(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_parts_are_kept_checked_and_removed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder, made = tmp_path / "parts", []
 
     def compute() -> list:
@@ -434,8 +468,14 @@ def test_parts_are_kept_checked_and_removed(
         Parts(folder, {"seed": 2, "more": 3}, resume=True)
     (part,) = folder.glob("a_b___c-*.json")
     whole = part.read_bytes()
-    for damage in (whole[:-9], whole.replace(b"0.3", b"0.4"), b"\xff", b"[]",
-                   b'{"sha256": 3, "part": 4}', b"[" * 100_000):  # fmt: skip
+    for damage in (
+        whole[:-9],
+        whole.replace(b"0.3", b"0.4"),
+        b"\xff",
+        b"[]",
+        b'{"sha256": 3, "part": 4}',
+        b"[" * 100_000,
+    ):
         part.write_bytes(damage)
         assert Parts(folder, {"seed": 1}, resume=True).get("a/b + c", compute) == first
         assert "is damaged; made again" in capsys.readouterr().err
@@ -453,11 +493,21 @@ def test_parts_are_kept_checked_and_removed(
 def test_a_killed_labeling_session_loses_no_ranking(tiny: Tiny, tmp_path: Path) -> None:
     """Also where the file has the same candidates twice: they are asked for twice."""
     data, out = tmp_path / "candidates.jsonl", tmp_path / "out.jsonl"
-    records = [r | {"models": ["m"] * len(r["responses"])}
-               for r in read_jsonl(tiny.comparisons, "comparisons")[:2]]  # fmt: skip
+    records = [
+        r | {"models": ["m"] * len(r["responses"])}
+        for r in read_jsonl(tiny.comparisons, "comparisons")[:2]
+    ]
     write_jsonl(data, [records[0], records[0], records[1]], "candidates")
-    command = [sys.executable, "-m", "data.label", "--data", str(data), "--out", str(out),
-               "--interactive"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "data.label",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--interactive",
+    ]
     answer = " ".join(str(1 + i) for i in range(4)) + "\n"
     for number in (1, 2):
         session = subprocess.Popen(
@@ -496,8 +546,13 @@ def test_the_small_demo_has_every_stage_of_the_makefile() -> None:
     ahead, last = (argv for _, argv in commands if argv[argv.index("--out") + 1] == "o/report")
     assert "--ahead" in ahead and "--resume" in last and "ppo_ptx=o/ppo_ptx" in last
     order = [out for _, out in made]
-    for first, then in (("base", "sft"), ("base", "init"), ("sft", "rm"), ("rm", "ppo"),
-                        ("init", "ppo_ptx")):  # fmt: skip
+    for first, then in (
+        ("base", "sft"),
+        ("base", "init"),
+        ("sft", "rm"),
+        ("rm", "ppo"),
+        ("init", "ppo_ptx"),
+    ):
         assert order.index(f"o/{first}") < order.index(f"o/{then}")
     assert all("3" == argv[argv.index("--seed") + 1] for _, argv in commands)
 

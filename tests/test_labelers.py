@@ -42,20 +42,30 @@ def candidates(world: World) -> list[dict]:
         prompt, task = make_prompt(world, use_case, rng)
         responses = [
             answer(world, task, rng, failings=Failings.draw(rng, 0.2, 0.2, 0.2, 0.4))
-            if rng.random() < 0.9 else rng.choice(("", "yes .", prompt))
+            if rng.random() < 0.9
+            else rng.choice(("", "yes .", prompt))
             for _ in range(rng.randint(4, 9))
         ]
-        records.append({
-            "prompt": prompt, "user": f"user_{number}", "source": "customer",
-            "use_case": use_case, "task": task, "responses": responses,
-            "ended": [True] * len(responses), "models": ["sft"] * len(responses)})
+        records.append(
+            {
+                "prompt": prompt,
+                "user": f"user_{number}",
+                "source": "customer",
+                "use_case": use_case,
+                "task": task,
+                "responses": responses,
+                "ended": [True] * len(responses),
+                "models": ["sft"] * len(responses),
+            }
+        )
     return records
 
 
 @pytest.fixture(scope="module")
 def grades(world: World, candidates: list[dict]) -> list[list[Grade]]:
-    return [[grade(world, record, text, True) for text in record["responses"]]
-            for record in candidates]
+    return [
+        [grade(world, record, text, True) for text in record["responses"]] for record in candidates
+    ]
 
 
 def texts(candidates: list[dict]) -> list[list[str]]:
@@ -173,16 +183,20 @@ def test_pools_have_random_numbers_of_their_own(
 def test_held_out_labelers_have_other_priorities() -> None:
     """Truth against help: 1.2 / 0.7 for one pool, 0.7 / 1.0 for the other."""
     for name, (helpful, truthful, harmless, ended) in {
-        "training": (1.0, 0.7, 0.8, 0.4), "held_out": (0.7, 1.2, 1.2, 0.2)}.items():
+        "training": (1.0, 0.7, 0.8, 0.4),
+        "held_out": (0.7, 1.2, 1.2, 0.2),
+    }.items():
         pool = Pool.make(name)
         total = helpful + truthful + harmless + ended
         assert pool.mean_weights == pytest.approx(
-            np.array([helpful, truthful, harmless, ended]) / total)
+            np.array([helpful, truthful, harmless, ended]) / total
+        )
         assert pool.weights.sum(axis=1) == pytest.approx(np.ones(20))
         spread = np.log(pool.weights / pool.mean_weights).std()
         assert 0.12 < spread < 0.30  # 0.25 before each row is made to sum to 1
     assert not set(map(tuple, Pool.make("training").weights)) & set(
-        map(tuple, Pool.make("held_out").weights))
+        map(tuple, Pool.make("held_out").weights)
+    )
     with pytest.raises(ValueError, match="pool 'nobody'"):
         Pool.make("nobody")
 
@@ -207,8 +221,12 @@ def test_likert_and_metadata() -> None:
     # (1.0 * 0.5 + 0.7 + 0.8 + 0.4) / 2.9 = 0.828; seventh steps of 1/7: 5.79
     assert likert(replace(best, helpful=0.5), weights) == 6
     assert metadata(replace(best, constraints=0.5, fabricated=True, harmless=0.5)) == {
-        "fails_task": False, "inappropriate": True, "satisfies_constraint": False,
-        "hallucination": True, "hedges": False}
+        "fails_task": False,
+        "inappropriate": True,
+        "satisfies_constraint": False,
+        "hallucination": True,
+        "hedges": False,
+    }
     assert metadata(replace(best, informative=0.0))["fails_task"] is True
     assert metadata(best)["satisfies_constraint"] is None
 
@@ -224,8 +242,15 @@ def files(tmp_path: Path, world: World, candidates: list[dict]) -> Path:
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    return ["--data", str(folder / "candidates.jsonl"), "--out", str(folder / "out.jsonl"),
-            "--world", str(folder / "world.json"), *more]
+    return [
+        "--data",
+        str(folder / "candidates.jsonl"),
+        "--out",
+        str(folder / "out.jsonl"),
+        "--world",
+        str(folder / "world.json"),
+        *more,
+    ]
 
 
 def test_command_adds_ranks_and_labeler(files: Path, capsys: pytest.CaptureFixture) -> None:
@@ -299,23 +324,31 @@ def test_simulated_labelers_need_a_world() -> None:
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("text, ranks", [
-    ("2 1=3 4", [2, 1, 2, 3]), ("1 2 3 4", [1, 2, 3, 4]), ("4 = 3=2 =1", [1, 1, 1, 1]),
-    ("  3   1 2=4 ", [2, 3, 1, 3]),
-])
+@pytest.mark.parametrize(
+    "text, ranks",
+    [
+        ("2 1=3 4", [2, 1, 2, 3]),
+        ("1 2 3 4", [1, 2, 3, 4]),
+        ("4 = 3=2 =1", [1, 1, 1, 1]),
+        ("  3   1 2=4 ", [2, 3, 1, 3]),
+    ],
+)
 def test_rankings_typed_by_hand(text: str, ranks: list[int]) -> None:
     assert parse_ranking(text, 4) == ranks
 
 
 @pytest.mark.parametrize(
-    "text", ["1 2 3", "1 2 3 4 4", "1 2 3 5", "a b c d", "1=2= 3 4=", "0 1 2 3"])
+    "text", ["1 2 3", "1 2 3 4 4", "1 2 3 5", "a b c d", "1=2= 3 4=", "0 1 2 3"]
+)
 def test_odd_rankings_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=text.split()[0]):
         parse_ranking(text, 4)
 
 
 def test_ranking_by_hand_goes_on_where_it_stopped(
-    files: Path, candidates: list[dict], monkeypatch: pytest.MonkeyPatch,
+    files: Path,
+    candidates: list[dict],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     """The person prefers longer answers; what is shown is shuffled, the ranks are not."""

@@ -93,8 +93,10 @@ def check_stretches(module, impl="triton"):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     before, module.WORKSPACE_BYTES = module.WORKSPACE_BYTES, 1
     try:
-        for (out, _), source in ((module.logprobs(*inputs, targets, impl=impl), inputs),
-                                 (reference(*exact, targets, 1.0), exact)):  # fmt: skip
+        for (out, _), source in (
+            (module.logprobs(*inputs, targets, impl=impl), inputs),
+            (reference(*exact, targets, 1.0), exact),
+        ):
             torch.autograd.grad(out.sum(), source, retain_graph=True)
             out.sum().backward()
     finally:

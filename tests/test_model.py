@@ -303,8 +303,9 @@ def check_ended_rows_are_free() -> None:
 def check_initialisation() -> None:
     """GPT-2's: std 0.02, by 1/sqrt(2 layers) into the residual stream; norms 1, biases 0."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(vocab_size=500, n_positions=64, n_embd=64, n_layer=8, n_head=4,
-                          eos_token_id=0))  # fmt: skip
+    model = GPT(
+        GPTConfig(vocab_size=500, n_positions=64, n_embd=64, n_layer=8, n_head=4, eos_token_id=0)
+    )
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
@@ -316,11 +317,20 @@ def check_initialisation() -> None:
 
 
 CHECKS = [
-    check_gpt2_parity, check_cached_forward, check_greedy, check_sampling_distribution,
-    check_rows_are_independent, check_padding, check_batch_composition, check_logprobs,
-    check_logprob_gradients, check_scores, check_shared_prefixes, check_ended_rows_are_free,
+    check_gpt2_parity,
+    check_cached_forward,
+    check_greedy,
+    check_sampling_distribution,
+    check_rows_are_independent,
+    check_padding,
+    check_batch_composition,
+    check_logprobs,
+    check_logprob_gradients,
+    check_scores,
+    check_shared_prefixes,
+    check_ended_rows_are_free,
     check_initialisation,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -338,17 +348,20 @@ def test_every_attention_function_decodes_as_it_trains(score_mod: str) -> None:
 
 
 def exact_gelu(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(model_file.F, "gelu", lambda x, approximate:
-                  0.5 * x * (1 + torch.erf(x / 2**0.5)))  # fmt: skip
+    patch.setattr(
+        model_file.F, "gelu", lambda x, approximate: 0.5 * x * (1 + torch.erf(x / 2**0.5))
+    )
 
 
 def large_epsilon(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GPTConfig, "layer_norm_epsilon", 1e-3)  # the stored config says 1e-5
     original = checkpoint.read_config
+
     def read(folder: Path, kind: type):
         config = original(folder, kind)
         config.layer_norm_epsilon = 1e-3
         return config
+
     patch.setattr(checkpoint, "read_config", read)
 
 
@@ -356,31 +369,41 @@ def post_norm(patch: pytest.MonkeyPatch) -> None:
     def forward(self, x, *rows):
         x = self.ln_1(x + self.attn(x, *rows))
         return self.ln_2(x + self.mlp(x))
+
     patch.setattr(Block, "forward", forward)
 
 
 def heads_mixed_up(patch: pytest.MonkeyPatch) -> None:
     original = kernels.attention
+
     def attention(q, k, v, *args, **kwargs):
         return original(q, k.flip(1), v, *args, **kwargs)
+
     patch.setattr(kernels, "attention", attention)
 
 
 def not_causal(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(kernels, "attention", lambda q, k, v, *_, **__:
-                  F.scaled_dot_product_attention(q, k, v))  # fmt: skip
+    patch.setattr(
+        kernels, "attention", lambda q, k, v, *_, **__: F.scaled_dot_product_attention(q, k, v)
+    )
 
 
 def decode_misses_the_new_key(patch: pytest.MonkeyPatch) -> None:
     original = kernels.decode_attention
-    patch.setattr(kernels, "decode_attention", lambda q, k, v, lengths, **kwargs:
-                  original(q, k, v, (lengths - 1).clamp(min=1), **kwargs))  # fmt: skip
+    patch.setattr(
+        kernels,
+        "decode_attention",
+        lambda q, k, v, lengths, **kwargs: original(q, k, v, (lengths - 1).clamp(min=1), **kwargs),
+    )
 
 
 def decode_ignores_score_mod(patch: pytest.MonkeyPatch) -> None:
     original = kernels.decode_attention
-    patch.setattr(kernels, "decode_attention", lambda q, k, v, lengths, **kwargs:
-                  original(q, k, v, lengths, impl="torch"))  # fmt: skip
+    patch.setattr(
+        kernels,
+        "decode_attention",
+        lambda q, k, v, lengths, **kwargs: original(q, k, v, lengths, impl="torch"),
+    )
 
 
 def cache_keeps_the_wrong_rows(patch: pytest.MonkeyPatch) -> None:
@@ -400,27 +423,36 @@ def temperature_ignored(patch: pytest.MonkeyPatch) -> None:
 
 def shared_uniforms(patch: pytest.MonkeyPatch) -> None:
     original = generate._sample
-    patch.setattr(generate, "_sample", lambda logits, u, t:
-                  original(logits, u[:1].expand_as(u), t))  # fmt: skip
+    patch.setattr(generate, "_sample", lambda logits, u, t: original(logits, u[:1].expand_as(u), t))
 
 
 def uniforms_drawn_as_needed(patch: pytest.MonkeyPatch) -> None:
     """Each step draws for the rows still there, so a row's numbers depend on who has ended."""
     stream = torch.Generator()
     original, first = generate._sample, torch.rand
+
     def rand(*shape, generator, device):
         stream.manual_seed(5)
         return first(*shape)
+
     patch.setattr(model_file.torch, "rand", rand)
-    patch.setattr(generate, "_sample", lambda logits, u, t:
-                  original(logits, first(len(logits), generator=stream), t))  # fmt: skip
+    patch.setattr(
+        generate,
+        "_sample",
+        lambda logits, u, t: original(logits, first(len(logits), generator=stream), t),
+    )
 
 
 def mask_from_token_ids(patch: pytest.MonkeyPatch) -> None:
     """Lengths found by looking for padding ids: wrong when the tail holds other ids."""
     original = ScalarModel.scores
-    patch.setattr(ScalarModel, "scores", lambda self, tokens, lengths:
-                  original(self, tokens, (tokens != END).sum(1).clamp(min=1).int()))  # fmt: skip
+    patch.setattr(
+        ScalarModel,
+        "scores",
+        lambda self, tokens, lengths: original(
+            self, tokens, (tokens != END).sum(1).clamp(min=1).int()
+        ),
+    )
 
 
 def last_column(patch: pytest.MonkeyPatch) -> None:
@@ -430,54 +462,68 @@ def last_column(patch: pytest.MonkeyPatch) -> None:
 
 def prompt_tail_survives(patch: pytest.MonkeyPatch) -> None:
     original = GPT.generate
+
     def generate(self, prompts, lengths, n, **kwargs):
         tokens, new_lengths = original(self, prompts, lengths, n, **kwargs)
         places = torch.arange(prompts.shape[1])
         old = tokens[:, : len(places)]
         old.copy_(torch.where(places >= new_lengths[:, None], prompts, old))
         return tokens, new_lengths
+
     patch.setattr(GPT, "generate", generate)
 
 
 def prefix_of_the_row_before(patch: pytest.MonkeyPatch) -> None:
     """The row before is taken for the one that a row shares its prefix with."""
     original = Packing.make
+
     def make(shape, lengths, prefixes=None):
         if prefixes is not None:
             before = (torch.arange(shape[0]) - 1).clamp(min=0)
             prefixes = torch.where(prefixes[1] > 0, before, prefixes[0]), prefixes[1]
         return original(shape, lengths, prefixes)
+
     patch.setattr(Packing, "make", make)
 
 
 def prefix_one_token_long(patch: pytest.MonkeyPatch) -> None:
     original = Packing.make
+
     def make(shape, lengths, prefixes=None):
         if prefixes is not None:
             prefixes = prefixes[0], prefixes[1] + (prefixes[1] > 0).long()
         return original(shape, lengths, prefixes)
+
     patch.setattr(Packing, "make", make)
 
 
 def padding_is_computed(patch: pytest.MonkeyPatch) -> None:
     original = Packing.make
-    patch.setattr(Packing, "make", lambda shape, lengths, prefixes=None:
-                  original(shape, torch.full_like(lengths, shape[1]), prefixes))  # fmt: skip
+    patch.setattr(
+        Packing,
+        "make",
+        lambda shape, lengths, prefixes=None: original(
+            shape, torch.full_like(lengths, shape[1]), prefixes
+        ),
+    )
 
 
 def no_gradient_to_shared_tokens(patch: pytest.MonkeyPatch) -> None:
     """Only the row that a prefix stands in sends gradients into it."""
     original = Packing.to_rows
+
     def to_rows(self, x):
         rows, first = original(self, x), torch.zeros(self.index.numel(), dtype=torch.bool)
         first[self.places] = True
         return torch.where(first.view(*self.index.shape, 1), rows, rows.detach())
+
     patch.setattr(Packing, "to_rows", to_rows)
 
 
 def left_padded_positions(patch: pytest.MonkeyPatch) -> None:
     """Positions counted from the batch's width instead of from each row's start."""
     original = GPT.forward
+
     def forward(self, tokens, *rows, **more):
         shift = 1 if tokens.shape[1] > 12 else 0
         weight = self.wpe.weight.data
@@ -486,26 +532,35 @@ def left_padded_positions(patch: pytest.MonkeyPatch) -> None:
             return original(self, tokens, *rows, **more)
         finally:
             self.wpe.weight.data = weight
+
     patch.setattr(GPT, "forward", forward)
 
 
 def shifted_targets(patch: pytest.MonkeyPatch) -> None:
     original = kernels.logprobs
-    patch.setattr(kernels, "logprobs", lambda h, w, targets, **kwargs:
-                  original(h, w, targets.roll(1), **kwargs))  # fmt: skip
+    patch.setattr(
+        kernels,
+        "logprobs",
+        lambda h, w, targets, **kwargs: original(h, w, targets.roll(1), **kwargs),
+    )
 
 
 def logprobs_without_temperature(patch: pytest.MonkeyPatch) -> None:
     original = kernels.logprobs
-    patch.setattr(kernels, "logprobs", lambda h, w, targets, temperature, **kwargs:
-                  original(h, w, targets, **kwargs))  # fmt: skip
+    patch.setattr(
+        kernels,
+        "logprobs",
+        lambda h, w, targets, temperature, **kwargs: original(h, w, targets, **kwargs),
+    )
 
 
 def entropy_in_bits(patch: pytest.MonkeyPatch) -> None:
     original = kernels.logprobs
+
     def logprobs(*args, **kwargs):
         logp, entropy = original(*args, **kwargs)
         return logp, entropy / math.log(2)
+
     patch.setattr(kernels, "logprobs", logprobs)
 
 
@@ -520,36 +575,51 @@ def rows_never_leave(patch: pytest.MonkeyPatch) -> None:
 
 def no_residual_scaling(patch: pytest.MonkeyPatch) -> None:
     original = GPT._initialise
+
     def initialise(self):
         original(self)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 torch.nn.init.normal_(parameter, std=0.02)
+
     patch.setattr(GPT, "_initialise", initialise)
 
 
 BUGS = [
-    (exact_gelu, check_gpt2_parity), (large_epsilon, check_gpt2_parity),
-    (post_norm, check_gpt2_parity), (heads_mixed_up, check_gpt2_parity),
-    (not_causal, check_gpt2_parity), (not_causal, check_cached_forward),
-    (heads_mixed_up, check_cached_forward), (decode_misses_the_new_key, check_cached_forward),
-    (decode_misses_the_new_key, check_greedy), (cache_keeps_the_wrong_rows, check_greedy),
-    (wrong_argmax, check_greedy), (temperature_ignored, check_sampling_distribution),
+    (exact_gelu, check_gpt2_parity),
+    (large_epsilon, check_gpt2_parity),
+    (post_norm, check_gpt2_parity),
+    (heads_mixed_up, check_gpt2_parity),
+    (not_causal, check_gpt2_parity),
+    (not_causal, check_cached_forward),
+    (heads_mixed_up, check_cached_forward),
+    (decode_misses_the_new_key, check_cached_forward),
+    (decode_misses_the_new_key, check_greedy),
+    (cache_keeps_the_wrong_rows, check_greedy),
+    (wrong_argmax, check_greedy),
+    (temperature_ignored, check_sampling_distribution),
     (shared_uniforms, check_sampling_distribution),
     (uniforms_drawn_as_needed, check_rows_are_independent),
     (cache_keeps_the_wrong_rows, check_rows_are_independent),
     (mask_from_token_ids, check_padding),
-    (last_column, check_padding), (prompt_tail_survives, check_padding),
-    (left_padded_positions, check_batch_composition), (last_column, check_batch_composition),
-    (shifted_targets, check_logprobs), (logprobs_without_temperature, check_logprobs),
-    (entropy_in_bits, check_logprobs), (unembedding_detached, check_logprob_gradients),
-    (entropy_in_bits, check_logprob_gradients), (last_column, check_scores),
+    (last_column, check_padding),
+    (prompt_tail_survives, check_padding),
+    (left_padded_positions, check_batch_composition),
+    (last_column, check_batch_composition),
+    (shifted_targets, check_logprobs),
+    (logprobs_without_temperature, check_logprobs),
+    (entropy_in_bits, check_logprobs),
+    (unembedding_detached, check_logprob_gradients),
+    (entropy_in_bits, check_logprob_gradients),
+    (last_column, check_scores),
     (prefix_of_the_row_before, check_shared_prefixes),
-    (prefix_one_token_long, check_shared_prefixes), (padding_is_computed, check_shared_prefixes),
+    (prefix_one_token_long, check_shared_prefixes),
+    (padding_is_computed, check_shared_prefixes),
     (no_gradient_to_shared_tokens, check_shared_prefixes),
-    (mask_from_token_ids, check_scores), (rows_never_leave, check_ended_rows_are_free),
+    (mask_from_token_ids, check_scores),
+    (rows_never_leave, check_ended_rows_are_free),
     (no_residual_scaling, check_initialisation),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -592,7 +662,7 @@ def test_bfloat16_logprobs_keep_float32_logits(
     with torch.autocast("cpu", torch.bfloat16):
         logprobs, entropy = model.logprobs(tokens, lengths, temperature=temperature)
     logprobs.sum().backward()
-    (hidden, weight, targets), = given
+    ((hidden, weight, targets),) = given
     logp = (hidden @ weight.T / temperature).log_softmax(-1)
     inside = (torch.arange(7) < lengths[:, None])[:, 1:]
     assert (logprobs[:, 1:][inside] - logp.gather(1, targets[:, None])[:, 0]).abs().max() < 1e-4
@@ -655,9 +725,16 @@ def test_repeats_are_the_prompts_written_out() -> None:
         hook = model.register_forward_pre_hook(lambda _, args: prefilled.append(len(args[0])))  # noqa: B023
         for given in ((prompts[sources], lengths[sources], None), (prompts, lengths, repeats)):
             random = torch.Generator().manual_seed(5)
-            results.append(model.generate(
-                given[0], given[1], 9, temperature=temperature, generator=random, repeats=given[2]
-            ))  # fmt: skip
+            results.append(
+                model.generate(
+                    given[0],
+                    given[1],
+                    9,
+                    temperature=temperature,
+                    generator=random,
+                    repeats=given[2],
+                )
+            )
         hook.remove()
         assert prefilled == [12, 6]
         (tokens, ends), (other_tokens, other_ends) = results
@@ -758,18 +835,25 @@ def without(name: str) -> Callable[[dict], dict]:
         (lambda f: edit_config(f, n_positions=10**18), "parameters, over 1e"),
         (lambda f: edit_config(f, n_positions=33), "wpe.weight is"),
         (lambda f: edit_config(f, layer_norm_epsilon="small"), "layer_norm_epsilon is 'small'"),
-        (lambda f: edit_weights(f, lambda w: w | {
-            "transformer.h.1.attn.c_attn.weight": torch.ones(72, 24)}),
-         r"another shape: h\.1\.attn\.c_attn\.weight is \(72, 24\), expected \(24, 72\)"),
+        (
+            lambda f: edit_weights(
+                f, lambda w: w | {"transformer.h.1.attn.c_attn.weight": torch.ones(72, 24)}
+            ),
+            r"another shape: h\.1\.attn\.c_attn\.weight is \(72, 24\), expected \(24, 72\)",
+        ),
         (lambda f: edit_weights(f, without("ln_f.bias")), "another shape: ln_f.bias"),
         (lambda f: edit_weights(f, lambda w: w | {"extra": torch.ones(1)}), "another shape: extra"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04K\x01."), "not a readable"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "not a readable"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "not a readable"),
-        (lambda f: (f / "model.safetensors").write_bytes(
-            (GPT2_TINY / "model.safetensors").read_bytes()[:-100]), "not a readable"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (GPT2_TINY / "model.safetensors").read_bytes()[:-100]
+            ),
+            "not a readable",
+        ),
     ],
-)  # fmt: skip
+)
 def test_unusable_folders_are_named(
     spoil: Callable[[Path], None], message: str, gpt2_folder: Path
 ) -> None:
@@ -779,8 +863,9 @@ def test_unusable_folders_are_named(
     assert str(gpt2_folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_names_of_gpt2_point_to_the_download_command(tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_gpt2_point_to_the_download_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoint, "DOWNLOADS", tmp_path)
     with pytest.raises(BadInput, match=r"gpt2-large: no such folder.*--download gpt2-large"):
         GPT.from_pretrained("gpt2-large")
@@ -819,8 +904,10 @@ def test_saved_and_loaded_is_bitwise_the_same(kind: str, tmp_path: Path) -> None
     assert checkpoint.read_info(tmp_path / "new")["data"] == ["a.jsonl"]
     assert (tmp_path / "new/tokenizer.json").read_text() == '{"any": "text"}'
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json"
-    ]  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()}
     assert len(modes) == 1  # one umask for all: who may read the shape may read the weights
 

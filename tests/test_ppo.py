@@ -49,10 +49,21 @@ def arguments(*more: object) -> argparse.Namespace:
 
 def make_models(pdrop: float = 0.0) -> dict[str, nn.Module]:
     """Policy, a reference that differs from it, reward model, value network; all random."""
-    shape = GPTConfig(vocab_size=12, n_positions=16, n_embd=32, n_layer=2, n_head=2,
-                      resid_pdrop=pdrop, eos_token_id=END)  # fmt: skip
-    models = {"policy": GPT(shape), "reference": GPT(shape),
-              "reward_model": ScalarModel(shape), "value_network": ScalarModel(shape)}  # fmt: skip
+    shape = GPTConfig(
+        vocab_size=12,
+        n_positions=16,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=pdrop,
+        eos_token_id=END,
+    )
+    models = {
+        "policy": GPT(shape),
+        "reference": GPT(shape),
+        "reward_model": ScalarModel(shape),
+        "value_network": ScalarModel(shape),
+    }
     for model in models.values():
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
@@ -75,8 +86,10 @@ def rollout(models: dict[str, nn.Module], args: argparse.Namespace) -> list[Mini
 
 
 def optimizers_of(models: dict[str, nn.Module], lr: float) -> dict[str, torch.optim.Optimizer]:
-    return {name: torch.optim.SGD(models[name].parameters(), lr=lr)
-            for name in ("policy", "value_network")}  # fmt: skip
+    return {
+        name: torch.optim.SGD(models[name].parameters(), lr=lr)
+        for name in ("policy", "value_network")
+    }
 
 
 def make_minibatch(mask: Tensor, **given: Tensor) -> Minibatch:
@@ -188,8 +201,9 @@ def check_rewards() -> None:
 
 def check_gae() -> None:
     """Against the definition, A_t = sum over l of (gamma lam)^l delta_{t + l}, on ragged rows."""
-    mask = response_mask_of(torch.zeros(5, 12), torch.tensor([2, 1, 4, 11, 3]),
-                            torch.tensor([12, 2, 9, 12, 3]))  # fmt: skip
+    mask = response_mask_of(
+        torch.zeros(5, 12), torch.tensor([2, 1, 4, 11, 3]), torch.tensor([12, 2, 9, 12, 3])
+    )
     rewards = torch.randn(5, 12, dtype=torch.float64) * mask
     values = torch.randn(5, 12, dtype=torch.float64) * mask
     for gamma, lam in ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.97, 0.0)):
@@ -233,18 +247,28 @@ def check_whitening() -> None:
 def check_rollout_metrics() -> None:
     """Means over responses, or over response tokens, of a hand-worked minibatch."""
     mb = make_minibatch(
-        MASK, logprobs=MASK * -1.0, ref_logprobs=MASK * torch.tensor([[-1.5], [-0.8]]),
-        scores=torch.tensor([1.0, 4.0]), rewards=MASK * torch.tensor([[0.3], [2.0]]),
-        entropy=MASK * torch.tensor([[1.0], [2.0]]), ended=torch.tensor([True, False]),
-        returns=MASK * torch.tensor([[1.0], [2.0]]), values=MASK * torch.tensor([[0.5], [2.0]]),
-    )  # fmt: skip
+        MASK,
+        logprobs=MASK * -1.0,
+        ref_logprobs=MASK * torch.tensor([[-1.5], [-0.8]]),
+        scores=torch.tensor([1.0, 4.0]),
+        rewards=MASK * torch.tensor([[0.3], [2.0]]),
+        entropy=MASK * torch.tensor([[1.0], [2.0]]),
+        ended=torch.tensor([True, False]),
+        returns=MASK * torch.tensor([[1.0], [2.0]]),
+        values=MASK * torch.tensor([[0.5], [2.0]]),
+    )
     metrics = rollout_metrics([mb])
     expected = {
-        "score": 2.5, "score_std": 1.5, "kl": (3 * 0.5 - 2 * 0.2) / 2, "reward": (0.9 + 4) / 2,
-        "entropy": (3 * 1 + 2 * 2) / 5, "response_len": 2.5, "eos_frac": 0.5,
+        "score": 2.5,
+        "score_std": 1.5,
+        "kl": (3 * 0.5 - 2 * 0.2) / 2,
+        "reward": (0.9 + 4) / 2,
+        "entropy": (3 * 1 + 2 * 2) / 5,
+        "response_len": 2.5,
+        "eos_frac": 0.5,
         # returns 1, 1, 1, 2, 2: variance 0.24; errors .5, .5, .5, 0, 0: variance 0.06
         "explained_variance": 1 - 0.06 / 0.24,
-    }  # fmt: skip
+    }
     assert metrics.pop("check_agreement") is None  # without --check_model
     assert set(metrics) == set(expected)
     for name, value in expected.items():
@@ -301,11 +325,14 @@ def check_kl_estimator() -> None:
 
 def check_padding_is_not_in_the_losses() -> None:
     """Junk outside the response changes neither loss nor metric and gets no gradient."""
+
     def losses(junk: float) -> list:
         outside = torch.where(MASK, 0.0, junk)
         generator = torch.Generator().manual_seed(0)
-        given = {name: torch.randn(2, 6, generator=generator) * MASK + outside
-                 for name in ("logprobs", "advantages", "values", "returns")}  # fmt: skip
+        given = {
+            name: torch.randn(2, 6, generator=generator) * MASK + outside
+            for name in ("logprobs", "advantages", "values", "returns")
+        }
         mb = make_minibatch(MASK, **given)
         new = (torch.randn(2, 6, generator=generator) * MASK - 2 * outside).requires_grad_()
         values = (torch.randn(2, 6, generator=generator) * MASK + 3 * outside).requires_grad_()
@@ -320,8 +347,11 @@ def check_padding_is_not_in_the_losses() -> None:
 
 def check_value_loss() -> None:
     """Hand-worked: half the larger of plain and clipped squared error."""
-    mb = make_minibatch(torch.ones(1, 4), values=torch.tensor([[1.0, 1.0, 1.0, 1.0]]),
-                        returns=torch.tensor([[2.0, 0.0, 2.0, 1.3]]))  # fmt: skip
+    mb = make_minibatch(
+        torch.ones(1, 4),
+        values=torch.tensor([[1.0, 1.0, 1.0, 1.0]]),
+        returns=torch.tensor([[2.0, 0.0, 2.0, 1.3]]),
+    )
     values = torch.tensor([[1.1, 1.5, 1.5, 1.4]]).requires_grad_()
     # old + clip: 1.1, 1.2, 1.2, 1.2; plain errors .9 1.5 .5 .1; clipped errors .9 1.2 .8 .1
     loss, clipped = value_loss(values, mb, slice(0, 1), 0.2)
@@ -333,8 +363,18 @@ def check_value_loss() -> None:
 
 def update_gradients(micro: int, ptx: Tensor | None, coef: float = 0.5) -> tuple[dict, list]:
     torch.manual_seed(0)
-    args = arguments("--micro_batch_size", micro, "--grad_clip", 0, "--entropy_coef", 0.01,
-                     "--ptx_coef", coef, "--pretrain_data", "x")  # fmt: skip
+    args = arguments(
+        "--micro_batch_size",
+        micro,
+        "--grad_clip",
+        0,
+        "--entropy_coef",
+        0.01,
+        "--ptx_coef",
+        coef,
+        "--pretrain_data",
+        "x",
+    )
     models = make_models()
     mb = rollout(models, args)[1]
     mb.logprobs = mb.logprobs + 0.3 * torch.randn(mb.logprobs.shape) * mb.response_mask
@@ -396,8 +436,9 @@ def check_sign() -> None:
             old = policy.logprobs(TOKENS, LENGTHS)[0].detach()
             advantages = torch.zeros(2, 6)
             advantages[row, t] = sign
-            mb = make_minibatch(MASK, tokens=TOKENS, lengths=LENGTHS, logprobs=old * MASK,
-                                advantages=advantages)  # fmt: skip
+            mb = make_minibatch(
+                MASK, tokens=TOKENS, lengths=LENGTHS, logprobs=old * MASK, advantages=advantages
+            )
             train_ppo.update(mb, models, optimizers_of(models, 0.01), None, args)
             change = (policy.logprobs(TOKENS, LENGTHS)[0] - old)[row, t]
             assert change * sign > 1e-4
@@ -425,8 +466,10 @@ def check_ema() -> None:
         for parameter in policy.parameters():
             parameter.data += torch.randn(parameter.shape)
         update_ema(ema, policy, decay)
-        expected = [decay * e + (1 - decay) * p.double()
-                    for e, p in zip(expected, policy.parameters(), strict=True)]  # fmt: skip
+        expected = [
+            decay * e + (1 - decay) * p.double()
+            for e, p in zip(expected, policy.parameters(), strict=True)
+        ]
     for a, b in zip(ema.parameters(), expected, strict=True):
         assert (a - b).abs().max() < 1e-5
 
@@ -472,8 +515,9 @@ def check_shared_prompts() -> None:
     for row, length in enumerate(prompt_lengths.tolist()):
         assert tokens[row, :length].tolist() == PROMPTS[row // 2]
     assert any(not torch.equal(tokens[row], tokens[row + 1]) for row in range(0, 8, 2))
-    minibatches = [train_ppo.score(tokens, lengths, prompt_lengths, models, args)
-                   for args in (together, apart)]
+    minibatches = [
+        train_ppo.score(tokens, lengths, prompt_lengths, models, args) for args in (together, apart)
+    ]
     for name in Minibatch.__annotations__:
         one, other = (getattr(mb, name) for mb in minibatches)
         assert one is other is None or (one.float() - other.float()).abs().max() < 1e-5, name
@@ -496,14 +540,33 @@ def check_prompts_of_several_responses() -> None:
 
 
 CHECKS = [
-    check_shared_prompts, check_prompts_of_several_responses,
-    check_response_mask, check_first_ratio, check_kl_before_first_update,
-    check_logprobs_of_the_rollout, check_values, check_scores, check_rewards, check_gae,
-    check_gae_limits, check_whitening, check_rollout_metrics,
-    check_agreement_of_reward_models, check_policy_loss, check_kl_estimator,
-    check_padding_is_not_in_the_losses, check_value_loss, check_micro_batches, check_ptx_gradient,
-    check_ptx_adds_to_ppo, check_sign, check_value_step, check_ema, check_warmup, check_prompts,
-]  # fmt: skip
+    check_shared_prompts,
+    check_prompts_of_several_responses,
+    check_response_mask,
+    check_first_ratio,
+    check_kl_before_first_update,
+    check_logprobs_of_the_rollout,
+    check_values,
+    check_scores,
+    check_rewards,
+    check_gae,
+    check_gae_limits,
+    check_whitening,
+    check_rollout_metrics,
+    check_agreement_of_reward_models,
+    check_policy_loss,
+    check_kl_estimator,
+    check_padding_is_not_in_the_losses,
+    check_value_loss,
+    check_micro_batches,
+    check_ptx_gradient,
+    check_ptx_adds_to_ppo,
+    check_sign,
+    check_value_step,
+    check_ema,
+    check_warmup,
+    check_prompts,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -540,14 +603,17 @@ def dropout_in_rl(original: Callable) -> Callable:
         result = original(model, *rest)
         model.eval()
         return result
+
     return logprobs
 
 
 def old_logprobs_in_float64(original: Callable) -> Callable:
     """Another kernel, an inference engine: right to seven digits, and not the training forward."""
+
     def logprobs(model, *rest):
         old, entropy = original(model, *rest)
         return old * (1 + 3e-7), entropy
+
     return logprobs
 
 
@@ -556,17 +622,20 @@ def without_temperature(original: Callable) -> Callable:
         *rows, args = rest
         args = argparse.Namespace(**vars(args) | {"temperature": 1.0})
         return original(model, *rows, args)
+
     return logprobs
 
 
 def reference_without_temperature(original: Callable) -> Callable:
     calls = []
+
     def logprobs(model, *rest):
         *rows, args = rest
         calls.append(model)
         if len(calls) % 2 == 0:  # policy, then reference
             args = argparse.Namespace(**vars(args) | {"temperature": 1.0})
         return original(model, *rows, args)
+
     return logprobs
 
 
@@ -578,6 +647,7 @@ def score_past_the_end(original: Callable) -> Callable:
     def rewards(scores, logprobs, ref_logprobs, mask, lengths, kl_coef):
         later = (lengths + 1).clamp(max=logprobs.shape[1])
         return original(scores, logprobs, ref_logprobs, mask, later, kl_coef)
+
     return rewards
 
 
@@ -585,6 +655,7 @@ def score_in_the_last_column(original: Callable) -> Callable:
     def rewards(scores, logprobs, ref_logprobs, mask, lengths, kl_coef):
         last = torch.full_like(lengths, logprobs.shape[1])
         return original(scores, logprobs, ref_logprobs, mask, last, kl_coef)
+
     return rewards
 
 
@@ -593,6 +664,7 @@ def kl_not_on_the_end_token(original: Callable) -> Callable:
         places = torch.arange(logprobs.shape[1])
         mask = mask & (places < lengths[:, None] - 1)
         return original(scores, logprobs, ref_logprobs, mask, lengths, kl_coef)
+
     return rewards
 
 
@@ -627,6 +699,7 @@ def gae_bootstraps_past_the_end(original: Callable) -> Callable:
             advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, 0.0)
             result[:, t] = advantage
         return result
+
     return advantages
 
 
@@ -639,6 +712,7 @@ def whiten_with_padding(original: Callable) -> Callable:
         everything = torch.cat([mb.advantages.flatten() for mb in minibatches])
         for mb in minibatches:
             mb.advantages = (mb.advantages - everything.mean()) / everything.std(correction=0)
+
     return whiten
 
 
@@ -652,6 +726,7 @@ def whiten_with_sample_variance(original: Callable) -> Callable:
         n = sum(mb.response_mask.sum() for mb in minibatches)
         for mb in minibatches:
             mb.advantages = mb.advantages * ((n - 1) / n).sqrt()
+
     return whiten
 
 
@@ -660,18 +735,22 @@ def metrics_over_padding(original: Callable) -> Callable:
         result = original(minibatches)
         result["entropy"] = torch.cat([mb.entropy.flatten() for mb in minibatches]).mean().item()
         return result
+
     return metrics
 
 
 def change_loss(formula: Callable) -> Callable:
     """Replace the surrogate; `formula` maps ratio, advantage and clip range to the loss."""
+
     def make(original: Callable) -> Callable:
         def loss(new_logprobs, mb, rows, cliprange):
             _, metrics = original(new_logprobs, mb, rows, cliprange)
             mask = mb.response_mask[rows]
             ratio = torch.where(mask, new_logprobs - mb.logprobs[rows], 0.0).exp()
             return (formula(ratio, mb.advantages[rows], cliprange) * mask).sum(), metrics
+
         return loss
+
     make.__name__ = formula.__name__
     return make
 
@@ -702,7 +781,9 @@ def change_approx_kl(formula: Callable) -> Callable:
             result, metrics = original(new_logprobs, mb, rows, cliprange)
             log_ratio = (new_logprobs - mb.logprobs[rows]) * mb.response_mask[rows]
             return result, metrics | {"approx_kl": formula(log_ratio).sum()}
+
         return loss
+
     make.__name__ = formula.__name__
     return make
 
@@ -721,6 +802,7 @@ def loss_without_mask(original: Callable) -> Callable:
     def loss(new_logprobs, mb, rows, cliprange):
         everywhere = torch.ones_like(mb.response_mask)
         return original(new_logprobs, replace(mb, response_mask=everywhere), rows, cliprange)
+
     return loss
 
 
@@ -734,6 +816,7 @@ def value_loss_with_the_smaller_error(original: Callable) -> Callable:
         clipped = old + (values - old).clamp(-clip, clip)
         smaller = torch.min((values - returns) ** 2, (clipped - returns) ** 2)
         return 0.5 * (smaller * mask).sum(), original(values, mb, rows, clip)[1]
+
     return loss
 
 
@@ -748,6 +831,7 @@ def ptx_sum_of_tokens(original: Callable) -> Callable:
     def backward(policy, sequences, args):
         scaled = args.ptx_coef * (sequences.numel() - len(sequences))
         return original(policy, sequences, argparse.Namespace(**vars(args) | {"ptx_coef": scaled}))
+
     return backward
 
 
@@ -756,6 +840,7 @@ def ptx_counts_the_first_token(original: Callable) -> Callable:
         share = (sequences.shape[1] - 1) / sequences.shape[1]
         args = argparse.Namespace(**vars(args) | {"ptx_coef": args.ptx_coef * share})
         return original(policy, sequences, args)
+
     return backward
 
 
@@ -769,6 +854,7 @@ def ptx_replaces_ppo(original: Callable) -> Callable:
     def backward(policy, sequences, args):
         policy.zero_grad()
         return original(policy, sequences, args)
+
     return backward
 
 
@@ -782,8 +868,10 @@ def warmup_from_zero(original: Callable) -> Callable:
 
 def prompts_with_replacement(original: Callable) -> Callable:
     import numpy as np
-    return lambda n, step, args: np.random.default_rng([args.seed, step]).integers(
-        n, size=args.batch_size).tolist()  # fmt: skip
+
+    return lambda n, step, args: (
+        np.random.default_rng([args.seed, step]).integers(n, size=args.batch_size).tolist()
+    )
 
 
 def prompts_in_one_order(original: Callable) -> Callable:
@@ -797,6 +885,7 @@ def mean_of_micro_batch_means(original: Callable) -> Callable:
         result, metrics = original(new_logprobs, mb, rows, cliprange)
         share = mb.response_mask[rows].sum() * len(mb.tokens) / len(new_logprobs)
         return result * mb.response_mask.sum() / share, metrics
+
     return loss
 
 
@@ -804,6 +893,7 @@ def prefixes_one_token_too_long(original: Callable) -> Callable:
     def shared(prompt_lengths, args):
         prefixes = original(prompt_lengths, args)
         return prefixes and (prefixes[0], prefixes[1] + (prefixes[1] > 0))
+
     return shared
 
 
@@ -811,6 +901,7 @@ def prefixes_of_the_first_row(original: Callable) -> Callable:
     def shared(prompt_lengths, args):
         prefixes = original(prompt_lengths, args)
         return prefixes and (torch.zeros_like(prefixes[0]), prefixes[1])
+
     return shared
 
 
@@ -834,8 +925,10 @@ BUGS = [
     ("shape_rewards", kl_not_on_the_end_token, check_rewards),
     ("shape_rewards", kl_without_mask, check_rewards),
     ("shape_rewards", kl_rewarded, check_rewards),
-    ("gae", gae_without_mask, check_gae), ("gae", gae_without_mask, check_gae_limits),
-    ("gae", gae_bootstraps_past_the_end, check_gae), ("gae", gae_without_lambda, check_gae),
+    ("gae", gae_without_mask, check_gae),
+    ("gae", gae_without_mask, check_gae_limits),
+    ("gae", gae_bootstraps_past_the_end, check_gae),
+    ("gae", gae_without_lambda, check_gae),
     ("gae", gae_without_lambda, check_gae_limits),
     ("whiten", whiten_with_padding, check_whitening),
     ("whiten", whiten_each_minibatch, check_whitening),
@@ -846,7 +939,8 @@ BUGS = [
     ("policy_loss", loss_with_the_larger_term, check_policy_loss),
     ("policy_loss", loss_clipped_always, check_policy_loss),
     ("policy_loss", loss_never_clipped, check_policy_loss),
-    ("policy_loss", k3_reversed, check_kl_estimator), ("policy_loss", k2, check_kl_estimator),
+    ("policy_loss", k3_reversed, check_kl_estimator),
+    ("policy_loss", k2, check_kl_estimator),
     ("policy_loss", loss_without_mask, check_padding_is_not_in_the_losses),
     ("policy_loss", mean_of_micro_batch_means, check_micro_batches),
     ("value_loss", value_loss_without_clip, check_value_loss),
@@ -860,7 +954,7 @@ BUGS = [
     ("learning_rate_factor", warmup_from_zero, check_warmup),
     ("prompts_of_step", prompts_with_replacement, check_prompts),
     ("prompts_of_step", prompts_in_one_order, check_prompts),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -894,12 +988,15 @@ class CountsThrees(nn.Module):
 
 def test_a_task_with_a_known_optimum_is_learned() -> None:
     """Prompts hold no 3 and an unended response scores -2, so the best of 6 tokens scores 5."""
-    args = arguments("--batch_size", 32, "--num_minibatches", 4, "--kl_coef", 0.01,
-                     "--missing_eos_score", -2)  # fmt: skip
+    args = arguments(
+        "--batch_size", 32, "--num_minibatches", 4, "--kl_coef", 0.01, "--missing_eos_score", -2
+    )
     models = make_models()
     models["reward_model"] = CountsThrees()
-    optimizers = {name: torch.optim.Adam(models[name].parameters(), lr=3e-3)
-                  for name in ("policy", "value_network")}  # fmt: skip
+    optimizers = {
+        name: torch.optim.Adam(models[name].parameters(), lr=3e-3)
+        for name in ("policy", "value_network")
+    }
     prompts = [[2, 4], [5], [6, 7, 8], [9]] * 8
     scores = []
     for step in range(60):
@@ -983,8 +1080,20 @@ def test_the_first_log_row_also_otherwise(tiny: Tiny, tmp_path: Path, more: tupl
 
 def test_an_iteration_of_equal_returns_is_no_failure(tiny: Tiny, tmp_path: Path) -> None:
     """One episode, cut at once: nothing to whiten, no variance to explain, and still numbers."""
-    args = tiny.args("ppo", tmp_path / "ppo", "--batch_size", "1", "--num_minibatches", "1",
-                     "--max_new_tokens", "1", "--max_steps", "2", "--ptx_ratio", "1")  # fmt: skip
+    args = tiny.args(
+        "ppo",
+        tmp_path / "ppo",
+        "--batch_size",
+        "1",
+        "--num_minibatches",
+        "1",
+        "--max_new_tokens",
+        "1",
+        "--max_steps",
+        "2",
+        "--ptx_ratio",
+        "1",
+    )
     assert main(args) == 0
     for row in read_log(tmp_path / "ppo/log.csv"):
         assert all(math.isfinite(float(value)) for value in row.values() if value)

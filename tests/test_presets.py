@@ -77,11 +77,14 @@ def test_help_shows_a_preset(stage: str, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-@pytest.mark.parametrize(("argv", "words"), [
-    (["--preset", "gpt3"], "invalid choice"),
-    (["--preset"], "expected one argument"),
-    (["--preset", "gpt2"], "give --device cpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--preset", "gpt3"], "invalid choice"),
+        (["--preset"], "expected one argument"),
+        (["--preset", "gpt2"], "give --device cpu"),
+    ],
+)
 def test_bad_presets(stage: str, argv: list, words: str, capsys: pytest.CaptureFixture) -> None:
     if "give" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -149,9 +152,22 @@ def test_a_preset_starts_from_downloaded_weights(
 ) -> None:
     """`--preset gpt2` finds data/downloads/gpt2; without it, the error says how to get it."""
     monkeypatch.setattr(checkpoint, "DOWNLOADS", tmp_path / "downloads")
-    argv = ["--preset", "gpt2", "--data", str(tiny.demonstrations), "--device", "cpu",
-            "--max_prompt_tokens", "36", "--max_new_tokens", "8", "--max_steps", "1",
-            "--out", str(tmp_path / "sft")]  # fmt: skip
+    argv = [
+        "--preset",
+        "gpt2",
+        "--data",
+        str(tiny.demonstrations),
+        "--device",
+        "cpu",
+        "--max_prompt_tokens",
+        "36",
+        "--max_new_tokens",
+        "8",
+        "--max_steps",
+        "1",
+        "--out",
+        str(tmp_path / "sft"),
+    ]
     assert run_command(lambda: train_sft.main(argv)) == 2
     assert "data.real.prepare --download gpt2`" in capsys.readouterr().err
     shutil.copytree(tiny.base, tmp_path / "downloads" / "gpt2")
@@ -218,10 +234,15 @@ def test_frozen_dtype_and_checkpointing_change_no_number(
     ppo: dict, tiny: Tiny, tmp_path: Path
 ) -> None:
     half, full = {torch.bfloat16}, {torch.float32}
-    assert ppo["matrices"] == {"policy": full, "reference": half, "reward_model": half,
-                               "value_network": full}  # fmt: skip
-    plain, _ = run(tiny, "ppo", tmp_path / "plain", "--frozen_dtype", "float32",
-                   "--no-grad_checkpointing")  # fmt: skip
+    assert ppo["matrices"] == {
+        "policy": full,
+        "reference": half,
+        "reward_model": half,
+        "value_network": full,
+    }
+    plain, _ = run(
+        tiny, "ppo", tmp_path / "plain", "--frozen_dtype", "float32", "--no-grad_checkpointing"
+    )
     assert ppo["log"] == plain
 
 

@@ -40,73 +40,180 @@ def write_text(path: Path, text: str) -> Path:
 
 def squad(num: int) -> dict:
     paragraphs = [
-        {"context": f"Fox {i} is red.", "qas": [
-            {"question": f"What is fox {i}?", "id": f"{i}a", "is_impossible": False,
-             "answers": [{"text": text, "answer_start": 0} for text in ("red", "is red")]},
-            {"question": "Who is blue?", "id": f"{i}b", "is_impossible": True, "answers": []}]}
+        {
+            "context": f"Fox {i} is red.",
+            "qas": [
+                {
+                    "question": f"What is fox {i}?",
+                    "id": f"{i}a",
+                    "is_impossible": False,
+                    "answers": [{"text": text, "answer_start": 0} for text in ("red", "is red")],
+                },
+                {"question": "Who is blue?", "id": f"{i}b", "is_impossible": True, "answers": []},
+            ],
+        }
         for i in range(num)
-    ]  # fmt: skip
+    ]
     return {"version": "v2.0", "data": [{"title": "Fox", "paragraphs": paragraphs}]}
 
 
 def write_sets(folder: Path) -> Path:
     """A few items of every set, each in its authors' format and under its authors' name."""
     n = range(8)
-    write_lines(folder / "hellaswag/hellaswag_val.jsonl", *(
-        {"ind": i, "activity_label": "Tea", "ctx_a": f"[header] How to {i} [title] Boil it.",
-         "ctx_b": "then you", "endings": ["drink [substeps] it.", "throw it away.", "x.", "y."],
-         "label": i % 2} for i in n))  # fmt: skip
-    write_text(folder / "sst2/dev.tsv", "sentence\tlabel\n" + "".join(
-        f"it 's \"film\" {i} . \t{i % 2}\n" for i in n))
-    write_text(folder / "rte/dev.tsv", "index\tsentence1\tsentence2\tlabel\n" + "".join(
-        f"{i}\tFox {i} runs.\tA fox runs.\t{'not_' * (i % 2)}entailment\n" for i in n))
-    write_lines(folder / "wsc/val.jsonl", *(
-        {"text": f"Fox {i} met a dog and it ran .", "label": i % 2 == 0, "idx": i, "target": {
-            "span1_text": f"Fox {i}", "span1_index": 0, "span2_text": "it", "span2_index": 6}}
-        for i in n))  # fmt: skip
-    write_lines(folder / "lambada/lambada_test.jsonl", *(
-        {"text": f"The dog saw the fox {i} times, but nobody else saw the fox"} for i in n))
+    write_lines(
+        folder / "hellaswag/hellaswag_val.jsonl",
+        *(
+            {
+                "ind": i,
+                "activity_label": "Tea",
+                "ctx_a": f"[header] How to {i} [title] Boil it.",
+                "ctx_b": "then you",
+                "endings": ["drink [substeps] it.", "throw it away.", "x.", "y."],
+                "label": i % 2,
+            }
+            for i in n
+        ),
+    )
+    write_text(
+        folder / "sst2/dev.tsv",
+        "sentence\tlabel\n" + "".join(f'it \'s "film" {i} . \t{i % 2}\n' for i in n),
+    )
+    write_text(
+        folder / "rte/dev.tsv",
+        "index\tsentence1\tsentence2\tlabel\n"
+        + "".join(f"{i}\tFox {i} runs.\tA fox runs.\t{'not_' * (i % 2)}entailment\n" for i in n),
+    )
+    write_lines(
+        folder / "wsc/val.jsonl",
+        *(
+            {
+                "text": f"Fox {i} met a dog and it ran .",
+                "label": i % 2 == 0,
+                "idx": i,
+                "target": {
+                    "span1_text": f"Fox {i}",
+                    "span1_index": 0,
+                    "span2_text": "it",
+                    "span2_index": 6,
+                },
+            }
+            for i in n
+        ),
+    )
+    write_lines(
+        folder / "lambada/lambada_test.jsonl",
+        *({"text": f"The dog saw the fox {i} times, but nobody else saw the fox"} for i in n),
+    )
     write_json(folder / "squad2/dev-v2.0.json", squad(8))
-    write_json(folder / "drop/drop_dataset_dev.json", {
-        f"p{i}": {"passage": f"They won {i} games.", "qa_pairs": [
-            {"question": "How many?", "query_id": f"q{i}",
-             "answer": {"number": str(i), "date": {"day": "", "month": "", "year": ""},
-                        "spans": []},
-             "validated_answers": [{"number": "", "date": {}, "spans": ["a", "b"]}]},
-            {"question": "When?", "query_id": f"r{i}", "answer": {
-                "number": "", "spans": [], "date": {"day": "", "month": "May", "year": "1941"}}}]}
-        for i in n})  # fmt: skip
-    write_json(folder / "quac/val_v0.2.json", {"data": [
-        {"title": "Fox", "section_title": "Life", "background": "", "paragraphs": [
-            {"id": f"C{i}", "context": "Foxes run. CANNOTANSWER", "qas": [
-                {"question": "What do they do?", "id": "0", "orig_answer": {"text": "run"},
-                 "answers": [{"text": "run"}, {"text": "Foxes run"}]},
-                {"question": "Agreed?", "id": "1", "orig_answer": {"text": "run"},
-                 "answers": [{"text": "run"}, {"text": "sleep"}]},
-                {"question": "Why?", "id": "2", "orig_answer": {"text": "CANNOTANSWER"},
-                 "answers": [{"text": "CANNOTANSWER"}, {"text": "run"}]}]}]} for i in n]}
-    )  # fmt: skip
+    write_json(
+        folder / "drop/drop_dataset_dev.json",
+        {
+            f"p{i}": {
+                "passage": f"They won {i} games.",
+                "qa_pairs": [
+                    {
+                        "question": "How many?",
+                        "query_id": f"q{i}",
+                        "answer": {
+                            "number": str(i),
+                            "date": {"day": "", "month": "", "year": ""},
+                            "spans": [],
+                        },
+                        "validated_answers": [{"number": "", "date": {}, "spans": ["a", "b"]}],
+                    },
+                    {
+                        "question": "When?",
+                        "query_id": f"r{i}",
+                        "answer": {
+                            "number": "",
+                            "spans": [],
+                            "date": {"day": "", "month": "May", "year": "1941"},
+                        },
+                    },
+                ],
+            }
+            for i in n
+        },
+    )
+    write_json(
+        folder / "quac/val_v0.2.json",
+        {
+            "data": [
+                {
+                    "title": "Fox",
+                    "section_title": "Life",
+                    "background": "",
+                    "paragraphs": [
+                        {
+                            "id": f"C{i}",
+                            "context": "Foxes run. CANNOTANSWER",
+                            "qas": [
+                                {
+                                    "question": "What do they do?",
+                                    "id": "0",
+                                    "orig_answer": {"text": "run"},
+                                    "answers": [{"text": "run"}, {"text": "Foxes run"}],
+                                },
+                                {
+                                    "question": "Agreed?",
+                                    "id": "1",
+                                    "orig_answer": {"text": "run"},
+                                    "answers": [{"text": "run"}, {"text": "sleep"}],
+                                },
+                                {
+                                    "question": "Why?",
+                                    "id": "2",
+                                    "orig_answer": {"text": "CANNOTANSWER"},
+                                    "answers": [{"text": "CANNOTANSWER"}, {"text": "run"}],
+                                },
+                            ],
+                        }
+                    ],
+                }
+                for i in n
+            ]
+        },
+    )
     for side, line in (("src.fr", "Le renard &amp; {}"), ("ref.en", "The fox &amp; {}")):
-        write_text(folder / "wmt15-fr-en" / side, "<refset><doc>\n" + "".join(
-            f'<seg id="{i}">{line.format(i)}</seg>\n' for i in n) + "</doc></refset>\n")
-    write_lines(folder / "tldr/tldr_3_filtered/test.jsonl", *(
-        {"title": "Fox", "post": f"I saw {i} foxes.", "summary": " Saw\nfoxes. "} for i in n))
-    write_text(folder / "cnn_dailymail/test.csv", "id,article,highlights\n" + "".join(
-        f'{i},"A fox, {i}, ran.","Fox ran.\nFast."\n' for i in n))
-    write_text(folder / "truthfulqa/TruthfulQA.csv",
-               "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
-               + "".join(f"A,M,Is {i} red?,It is red,It is red; Red.,It is blue; Blue,-\n"
-                         for i in n))  # fmt: skip
-    write_lines(folder / "realtoxicityprompts/prompts.jsonl", *(
-        {"prompt": {"text": f"Fox {i} is", "toxicity": i / 10 if i else None}} for i in n))
-    write_text(folder / "winogender/all_sentences.tsv", "sentid\tsentence\n" + "".join(
-        f"cook.{who}.{i}.{gender}.txt\tThe cook met {who} {i} and {word} ran.\n"
-        for i in n for who in ("guest", "someone")
-        for gender, word in (("male", "he"), ("female", "she"), ("neutral", "they"))))
-    write_text(folder / "crows/crows_pairs_anonymized.csv",
-               ",sent_more,sent_less,stereo_antistereo,bias_type\n"
-               + "".join(f'{i},"Foxes, {i}, are sly.","Dogs, {i}, are sly.",stereo,x\n'
-                         for i in n))  # fmt: skip
+        write_text(
+            folder / "wmt15-fr-en" / side,
+            "<refset><doc>\n"
+            + "".join(f'<seg id="{i}">{line.format(i)}</seg>\n' for i in n)
+            + "</doc></refset>\n",
+        )
+    write_lines(
+        folder / "tldr/tldr_3_filtered/test.jsonl",
+        *({"title": "Fox", "post": f"I saw {i} foxes.", "summary": " Saw\nfoxes. "} for i in n),
+    )
+    write_text(
+        folder / "cnn_dailymail/test.csv",
+        "id,article,highlights\n"
+        + "".join(f'{i},"A fox, {i}, ran.","Fox ran.\nFast."\n' for i in n),
+    )
+    write_text(
+        folder / "truthfulqa/TruthfulQA.csv",
+        "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
+        + "".join(f"A,M,Is {i} red?,It is red,It is red; Red.,It is blue; Blue,-\n" for i in n),
+    )
+    write_lines(
+        folder / "realtoxicityprompts/prompts.jsonl",
+        *({"prompt": {"text": f"Fox {i} is", "toxicity": i / 10 if i else None}} for i in n),
+    )
+    write_text(
+        folder / "winogender/all_sentences.tsv",
+        "sentid\tsentence\n"
+        + "".join(
+            f"cook.{who}.{i}.{gender}.txt\tThe cook met {who} {i} and {word} ran.\n"
+            for i in n
+            for who in ("guest", "someone")
+            for gender, word in (("male", "he"), ("female", "she"), ("neutral", "they"))
+        ),
+    )
+    write_text(
+        folder / "crows/crows_pairs_anonymized.csv",
+        ",sent_more,sent_less,stereo_antistereo,bias_type\n"
+        + "".join(f'{i},"Foxes, {i}, are sly.","Dogs, {i}, are sly.",stereo,x\n' for i in n),
+    )
     write_labels(folder / "labeled_data.csv")
     return folder
 
@@ -123,9 +230,13 @@ def models(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     for name, context in (("base", 700), ("sft", 640)):
         torch.manual_seed(context)
         config = GPTConfig(
-            vocab_size=tiny.encoding.n_vocab, n_positions=context, n_embd=16, n_layer=1, n_head=2,
+            vocab_size=tiny.encoding.n_vocab,
+            n_positions=context,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
             eos_token_id=tiny.encoding.eot_token,
-        )  # fmt: skip
+        )
         save_model(folder / name, GPT(config), text, {"stage": name, "data": []})
     return {name: folder / name for name in ("base", "sft")}
 
@@ -191,9 +302,16 @@ def test_readers_of_the_rest(raw: Path, tmp_path: Path) -> None:
     item = first("truthfulqa", raw)
     assert item.options == ("It is red.", "It is blue.", "Blue.", "Red.")
     assert (item.best, item.wrong, item.true, item.false) == (0, (1, 2), (0, 3), (1, 2))
-    write_json(tmp_path / "mc_task.json", [{
-        "question": "Is it?", "mc1_targets": {"No.": 0, "Yes.": 1},
-        "mc2_targets": {"Yes.": 1, "Surely.": 1, "No.": 0, "Never.": 0}}])  # fmt: skip
+    write_json(
+        tmp_path / "mc_task.json",
+        [
+            {
+                "question": "Is it?",
+                "mc1_targets": {"No.": 0, "Yes.": 1},
+                "mc2_targets": {"Yes.": 1, "Surely.": 1, "No.": 0, "Never.": 0},
+            }
+        ],
+    )
     item = load("truthfulqa", tmp_path)[0][0]
     assert item.options == ("Yes.", "No.", "Surely.", "Never.") and item.query == "Q: Is it?\nA:"
     assert (item.best, item.wrong, item.true, item.false) == (0, (1,), (0, 2), (1, 3))
@@ -212,11 +330,15 @@ def test_readers_of_the_rest(raw: Path, tmp_path: Path) -> None:
         ("wsc", "wsc/val.jsonl", '{"text": "a", "target": {}, "label": true}', "span1_text"),
         ("squad2", "dev-v2.0.json", '{"data": [{"paragraphs": []}]}', "title"),
         ("lambada", "lambada_test.jsonl", '{"text": "word"}', "several words"),
-        ("truthfulqa", "mc_task.json", '[{"question": "q", "mc1_targets": {"a": 0}, '
-         '"mc2_targets": {"a": 0}}]', "one true"),
+        (
+            "truthfulqa",
+            "mc_task.json",
+            '[{"question": "q", "mc1_targets": {"a": 0}, "mc2_targets": {"a": 0}}]',
+            "one true",
+        ),
         ("squad2", "dev-v2.0.json", '{"data": []}', "no items"),
     ],
-)  # fmt: skip
+)
 def test_readers_refuse(tmp_path: Path, name: str, path: str, text: str, message: str) -> None:
     write_text(tmp_path / path, text)
     with pytest.raises(BadInput, match=message) as error:
@@ -229,13 +351,16 @@ def test_every_source_is_found_where_it_is_fetched_to() -> None:
     others = {"crows_pairs": "crows-pairs", "fr_en": "wmt15-fr-en", "cnn_dm": "cnn-dailymail"}
     for name, public in PUBLIC_SETS.items():
         source = others.get(name, name)
-        paths = [f"{source}/{path}" for file in SOURCES[source].files
-                 for path in ([path for _, path in file.unpack] or [file.path])]  # fmt: skip
+        paths = [
+            f"{source}/{path}"
+            for file in SOURCES[source].files
+            for path in ([path for _, path in file.unpack] or [file.path])
+        ]
         patterns = [pattern for pattern, _ in public.files]
         assert any(re.search(p, path) for p in patterns for path in paths), (name, paths)
     sides = {path for _, path in SOURCES["wmt15-fr-en"].files[0].unpack}
     assert sides == {"src.fr", "ref.en"}  # the reader takes the second from beside the first
-    labels, = SOURCES["toxicity-labels"].files
+    (labels,) = SOURCES["toxicity-labels"].files
     assert re.search(LABELS, f"toxicity-labels/{labels.path}")
     evaluation = {k for k, source in SOURCES.items() if source.becomes.startswith("evaluation")}
     assert evaluation <= {others.get(name, name) for name in PUBLIC_SETS} | {"toxicity-labels"}
@@ -243,9 +368,19 @@ def test_every_source_is_found_where_it_is_fetched_to() -> None:
 
 def test_sets_at_hand_are_read(real_data: Path) -> None:
     """The shared samples, whose sizes their README states."""
-    sizes = {"hellaswag": 800, "sst2": 872, "rte": 277, "lambada": 5153, "truthfulqa": 817,
-             "winogender": 120, "crows_pairs": 1508, "realtoxicityprompts": 2000, "squad2": 100,
-             "drop": 100, "fr_en": 100}  # fmt: skip
+    sizes = {
+        "hellaswag": 800,
+        "sst2": 872,
+        "rte": 277,
+        "lambada": 5153,
+        "truthfulqa": 817,
+        "winogender": 120,
+        "crows_pairs": 1508,
+        "realtoxicityprompts": 2000,
+        "squad2": 100,
+        "drop": 100,
+        "fr_en": 100,
+    }
     for name, size in sizes.items():
         items, paths = load(name, real_data)
         assert len(items) == size or not paths, name
@@ -282,8 +417,10 @@ def test_items_that_do_not_fit_are_dropped_and_examples_left_out(
     examples = [f"example {i} " + "green " * 40 for i in range(9)]
     few, zero = Condition("few-shot", "Say it.", 9), Condition("zero-shot", "Say it.")
     zero_shot, few_shot = fit_prompts(
-        speakers, "hellaswag", {zero: (), few: examples}, [long, short, long, short], 2)
+        speakers, "hellaswag", {zero: (), few: examples}, [long, short, long, short], 2
+    )
     assert zero_shot.items == few_shot.items == [short, short] and few_shot.dropped == 2
+
     # The shorter of the two contexts, 640, and the longest answer decide.
     def length(k: int) -> int:
         text = "\n\n".join(["Say it.", *examples[9 - k :], short.query])
@@ -312,7 +449,7 @@ def brute_force_logprobs(speaker: Speaker, context: list[int], answer: list[int]
 
 
 def asked_of(speaker: Speaker, name: str, items: list[Item], condition: Condition) -> Asked:
-    asked, = fit_prompts([speaker], name, {condition: ()}, items, len(items))
+    (asked,) = fit_prompts([speaker], name, {condition: ()}, items, len(items))
     assert asked.items == items
     return asked
 
@@ -349,8 +486,10 @@ def test_truth_pairs_and_last_words_by_brute_force(speaker: Speaker) -> None:
     assert values["mc2"] == pytest.approx((p[0] + p[2]) / p.sum(), rel=1e-5)
 
     pair = Pair("", "g", ("he ran", "she ran away"))
-    for condition, context in ((Condition("basic"), [speaker.encoding.eot_token]),
-                               (Condition("biased", "Be rude:"), encode("Be rude:\n\n"))):
+    for condition, context in (
+        (Condition("basic"), [speaker.encoding.eot_token]),
+        (Condition("biased", "Be rude:"), encode("Be rude:\n\n")),
+    ):
         asked = asked_of(speaker, "winogender", [pair], condition)
         assert asked.contexts == [[context]]
         values, _ = measure(speaker, asked, asked.contexts[0], None, ARGS)
@@ -384,11 +523,13 @@ def test_lines_are_cut_at_the_first_newline(
 
 def test_batches_do_not_matter(speaker: Speaker) -> None:
     rng = np.random.default_rng(0)
-    contexts, answers = ([rng.integers(256, size=n).tolist() for n in rng.integers(1, 9, 12)]
-                         for _ in range(2))  # fmt: skip
+    contexts, answers = (
+        [rng.integers(256, size=n).tolist() for n in rng.integers(1, 9, 12)] for _ in range(2)
+    )
     found = total_logprobs(speaker, contexts, answers, batch_size=5)
-    expected = [sum(brute_force_logprobs(speaker, *pair)) for pair in zip(contexts, answers,
-                                                                          strict=True)]
+    expected = [
+        sum(brute_force_logprobs(speaker, *pair)) for pair in zip(contexts, answers, strict=True)
+    ]
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -410,9 +551,23 @@ def test_intervals_over_groups() -> None:
 
 def run(raw: Path, models: dict[str, Path], out: Path, *more: str) -> int:
     checkpoints = [f"{name}={folder}" for name, folder in models.items()]
-    return run_command(lambda: evaluate.main([
-        "--public", str(raw), "--checkpoints", *checkpoints, "--out", str(out), "--device", "cpu",
-        "--num_items", "3", *more]))  # fmt: skip
+    return run_command(
+        lambda: evaluate.main(
+            [
+                "--public",
+                str(raw),
+                "--checkpoints",
+                *checkpoints,
+                "--out",
+                str(out),
+                "--device",
+                "cpu",
+                "--num_items",
+                "3",
+                *more,
+            ]
+        )
+    )
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -425,8 +580,9 @@ def test_a_further_checkpoint_is_added(
 ) -> None:
     sets, calls = ("--sets", "rte", "wsc"), []
     assert run(raw, {"base": models["base"]}, tmp_path / "out", *sets) == 0
-    monkeypatch.setattr(public_eval, "measure",
-                        lambda s, *rest: calls.append(s.name) or measure(s, *rest))  # fmt: skip
+    monkeypatch.setattr(
+        public_eval, "measure", lambda s, *rest: calls.append(s.name) or measure(s, *rest)
+    )
     assert run(raw, models, tmp_path / "out", *sets, "--resume") == 0
     assert set(calls) == {"sft"}  # the base model's part was kept
     resumed = (tmp_path / "out/table.csv").read_bytes()
@@ -435,15 +591,19 @@ def test_a_further_checkpoint_is_added(
 
 
 def test_what_was_measured_otherwise_is_measured_again(
-    raw: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    raw: Path,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     """--resume keeps a part only while code, settings and files are those it was made with."""
     calls, only = [], {"base": models["base"]}
     scored = write_text(tmp_path / "scoring.py", "old")
     monkeypatch.setattr(public_eval, "CODE", (*public_eval.CODE, scored))
-    monkeypatch.setattr(public_eval, "measure",
-                        lambda s, *rest: calls.append(s.name) or measure(s, *rest))  # fmt: skip
+    monkeypatch.setattr(
+        public_eval, "measure", lambda s, *rest: calls.append(s.name) or measure(s, *rest)
+    )
 
     def measured(*more: str) -> int:
         calls.clear()
@@ -470,10 +630,17 @@ def test_what_was_measured_otherwise_is_measured_again(
 
 
 def test_the_scoring_code_is_part_of_what_decides() -> None:
-    names = {path.relative_to(Path(public_eval.__file__).parents[1]).as_posix()
-             for path in public_eval.CODE}  # fmt: skip
-    assert {"evaluation/public.py", "data/real/public_sets.py", "data/real/public_items.py",
-            "data/real/text_metrics.py", "data/real/toxicity.py"} <= names  # fmt: skip
+    names = {
+        path.relative_to(Path(public_eval.__file__).parents[1]).as_posix()
+        for path in public_eval.CODE
+    }
+    assert {
+        "evaluation/public.py",
+        "data/real/public_sets.py",
+        "data/real/public_items.py",
+        "data/real/text_metrics.py",
+        "data/real/toxicity.py",
+    } <= names
     assert all(path.is_file() for path in public_eval.CODE)
 
 
@@ -554,9 +721,7 @@ def test_bad_arguments(capsys: pytest.CaptureFixture) -> None:
         assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_the_listing_shows_a_prompt_of_each_set(
-    raw: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_listing_shows_a_prompt_of_each_set(raw: Path, capsys: pytest.CaptureFixture) -> None:
     assert public_sets.main([str(raw)]) == 0
     shown = capsys.readouterr().out
     assert all(f"=== {name}: " in shown for name in PUBLIC_SETS) and "English:|" in shown

@@ -22,15 +22,7 @@ import model as model_file
 from data.files import fingerprint, read_log, run_command
 from data.tokenizer import save_tokenizer, train_bpe
 from run import Checkpoints
-from tests.crash import (
-    STAGES,
-    Server,
-    bytes_lost,
-    contents,
-    run_dying_at,
-    run_killed,
-    same_steps,
-)
+from tests.crash import STAGES, Server, bytes_lost, contents, run_dying_at, run_killed, same_steps
 from tests.tiny import Tiny
 
 SCRIPTS = {stage: importlib.import_module(f"train_{stage}") for stage in STAGES}
@@ -88,9 +80,14 @@ def test_killed_at_random_moments_until_done(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_saves_and_says_so(
-    stage: str, number: signal.Signals, code: int, server: Server, tiny: Tiny, whole: dict,
+    stage: str,
+    number: signal.Signals,
+    code: int,
+    server: Server,
+    tiny: Tiny,
+    whole: dict,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """In the middle of a run without --save_every: the checkpoint is of that very step."""
     out = tmp_path / "out"
     args = tiny.args(stage, out, "--save_every", "0")
@@ -174,9 +171,13 @@ class Evil:
 
 @pytest.mark.parametrize("state", [Evil(), {"step": Evil()}, {"step": 2}, [1, 2], None])
 def test_a_crafted_state_is_refused_and_not_executed(
-    state: object, tiny: Tiny, whole: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    state: object,
+    tiny: Tiny,
+    whole: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     """A pickle in place of a checkpoint, with checksums that are right."""
     monkeypatch.chdir(tmp_path)
     out = Path(shutil.copytree(whole["rm"][0], tmp_path / "out"))
@@ -192,8 +193,11 @@ def test_a_crafted_state_is_refused_and_not_executed(
 
 
 def write_checksums(folder: Path) -> None:
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-             for path in folder.iterdir() if path.name != "SHA256SUMS"]  # fmt: skip
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in folder.iterdir()
+        if path.name != "SHA256SUMS"
+    ]
     (folder / "SHA256SUMS").write_text("".join(lines))
 
 
@@ -260,8 +264,16 @@ def test_several_responses_a_prompt_resume_exactly(
     server: Server, tiny: Tiny, tmp_path: Path
 ) -> None:
     """With prompts in parts and validation, which has one response a prompt."""
-    more = ["--responses_per_prompt", "2", "--rollout_size", "4", "--save_every", "1",
-            "--val_data", str(tiny.prompts)]  # fmt: skip
+    more = [
+        "--responses_per_prompt",
+        "2",
+        "--rollout_size",
+        "4",
+        "--save_every",
+        "1",
+        "--val_data",
+        str(tiny.prompts),
+    ]
     assert server.run("ppo", tiny.args("ppo", tmp_path / "whole", *more)).code == 0
     args = tiny.args("ppo", tmp_path / "out", *more)
     assert server.run("ppo", args, {40: signal.SIGTERM}).code == 143
@@ -298,22 +310,26 @@ def optimizer_not_restored(patch: pytest.MonkeyPatch) -> None:
 
 def average_not_restored(patch: pytest.MonkeyPatch) -> None:
     original, calls = model_file.GPT.load_state_dict, []
+
     def load(self, *args, **kwargs):
         calls.append(self)
         if not kwargs and len(calls) % 2 == 0:  # policy, then average
             return None
         return original(self, *args, **kwargs)
+
     patch.setattr(model_file.GPT, "load_state_dict", load)
 
 
 def log_not_cut_back(patch: pytest.MonkeyPatch) -> None:
     module = sys.modules["run"]
     original = module.read_log
+
     def read(path, columns=None):
         rows = original(path, columns)
         log = path.parents[2] / "log.csv"
         (path.parent / "log.csv").write_bytes(log.read_bytes())
         return rows
+
     patch.setattr(module, "read_log", read)
 
 
@@ -323,14 +339,25 @@ def epoch_kept_only_by_save(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "bug"),
-    [("sft", dropout_not_seeded_by_step), ("sft", optimizer_not_restored),
-     ("rm", optimizer_not_restored), ("ppo", optimizer_not_restored),
-     ("ppo", average_not_restored), ("rm", log_not_cut_back), ("sft", epoch_kept_only_by_save)],
-)  # fmt: skip
+    [
+        ("sft", dropout_not_seeded_by_step),
+        ("sft", optimizer_not_restored),
+        ("rm", optimizer_not_restored),
+        ("ppo", optimizer_not_restored),
+        ("ppo", average_not_restored),
+        ("rm", log_not_cut_back),
+        ("sft", epoch_kept_only_by_save),
+    ],
+)
 def test_planted_bug_is_caught(
-    stage: str, bug: Callable, server: Server, tiny: Tiny, whole: dict, tmp_path: Path,
+    stage: str,
+    bug: Callable,
+    server: Server,
+    tiny: Tiny,
+    whole: dict,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     out, reference = tmp_path / "out", whole[stage][0]
     run = server.run(stage, tiny.args(stage, out), {whole[stage][1] * 2 // 3: signal.SIGKILL})
     assert run.code == -signal.SIGKILL
@@ -390,50 +417,119 @@ def small_vocabulary(tiny: Tiny, tmp_path: Path) -> str:
 
 # stage, what is given, and what the line on stderr says
 BAD_INPUT = [
-    *((stage, lambda t, p, s=stage: ["--data", malformed(t, p, flag_of(s))],
-       r"{tmp}/.*\.jsonl:3: not JSON") for stage in STAGES),
-    *((stage, lambda t, p: ["--data", f"{p}/absent.jsonl"], "{tmp}/absent.jsonl: no such file")
-      for stage in STAGES),
-    *((stage, lambda t, p: ["--init", f"{p}/absent"], "{tmp}/absent/.*[Nn]o such file")
-      for stage in STAGES),
-    *((stage, lambda t, p: ["--out", f"{t.tokenizer}/below/a/file"],
-       "tokenizer.json/below/a/file: cannot be written") for stage in STAGES),
+    *(
+        (
+            stage,
+            lambda t, p, s=stage: ["--data", malformed(t, p, flag_of(s))],
+            r"{tmp}/.*\.jsonl:3: not JSON",
+        )
+        for stage in STAGES
+    ),
+    *(
+        (stage, lambda t, p: ["--data", f"{p}/absent.jsonl"], "{tmp}/absent.jsonl: no such file")
+        for stage in STAGES
+    ),
+    *(
+        (stage, lambda t, p: ["--init", f"{p}/absent"], "{tmp}/absent/.*[Nn]o such file")
+        for stage in STAGES
+    ),
+    *(
+        (
+            stage,
+            lambda t, p: ["--out", f"{t.tokenizer}/below/a/file"],
+            "tokenizer.json/below/a/file: cannot be written",
+        )
+        for stage in STAGES
+    ),
     *((stage, lambda t, p: ["--init", str(t.rm)], "expected a language model") for stage in STAGES),
-    *((stage, lambda t, p: ["--init", pickled(t, p)], "not a readable safetensors file")
-      for stage in STAGES),
-    *((stage, lambda t, p: ["--init", small_vocabulary(t, p)], "do not fit a model with vocab_size")
-      for stage in STAGES),
-    *((stage, lambda t, p: ["--max_new_tokens", "13"],
-       "--max_prompt_tokens 36 and --max_new_tokens 13 come to more than the context of 48")
-      for stage in STAGES),
-    *((stage, lambda t, p: ["--kernels", "triton", "--dtype", "bfloat16"], "impl 'triton' ")
-      for stage in STAGES),
-    *((stage, lambda t, p: ["--max_prompt_tokens", "2"],
-       "no prompt (is within|with a pair that is not tied is left)") for stage in STAGES),
-    ("sft", lambda t, p: ["--data", edited(t, p, "demonstrations", lambda r: r | {"response": ""})],
-     'demonstrations.jsonl:3: key "response": expected a string that is not blank'),
-    ("rm", lambda t, p: ["--demonstrations",
-                         edited(t, p, "demonstrations", lambda r: r | {"response": " "})],
-     'demonstrations.jsonl:3: key "response": expected a string that is not blank'),
-    ("rm", lambda t, p: ["--data", edited(t, p, "comparisons", lambda r: r | {
-        "responses": r["responses"][:1]})], 'key "responses": expected at least 2, found 1'),
-    ("rm", lambda t, p: ["--data", edited(t, p, "comparisons", lambda r: r | {
-        "ranks": r["ranks"][1:]})], 'key "ranks": expected one entry for each of the'),
-    ("rm", lambda t, p: ["--data", edited(t, p, "comparisons", lambda r: r | {
-        "ranks": [str(x) for x in r["ranks"]]})], 'key "ranks": expected a list of whole numbers'),
+    *(
+        (stage, lambda t, p: ["--init", pickled(t, p)], "not a readable safetensors file")
+        for stage in STAGES
+    ),
+    *(
+        (
+            stage,
+            lambda t, p: ["--init", small_vocabulary(t, p)],
+            "do not fit a model with vocab_size",
+        )
+        for stage in STAGES
+    ),
+    *(
+        (
+            stage,
+            lambda t, p: ["--max_new_tokens", "13"],
+            "--max_prompt_tokens 36 and --max_new_tokens 13 come to more than the context of 48",
+        )
+        for stage in STAGES
+    ),
+    *(
+        (stage, lambda t, p: ["--kernels", "triton", "--dtype", "bfloat16"], "impl 'triton' ")
+        for stage in STAGES
+    ),
+    *(
+        (
+            stage,
+            lambda t, p: ["--max_prompt_tokens", "2"],
+            "no prompt (is within|with a pair that is not tied is left)",
+        )
+        for stage in STAGES
+    ),
+    (
+        "sft",
+        lambda t, p: ["--data", edited(t, p, "demonstrations", lambda r: r | {"response": ""})],
+        'demonstrations.jsonl:3: key "response": expected a string that is not blank',
+    ),
+    (
+        "rm",
+        lambda t, p: [
+            "--demonstrations",
+            edited(t, p, "demonstrations", lambda r: r | {"response": " "}),
+        ],
+        'demonstrations.jsonl:3: key "response": expected a string that is not blank',
+    ),
+    (
+        "rm",
+        lambda t, p: [
+            "--data",
+            edited(t, p, "comparisons", lambda r: r | {"responses": r["responses"][:1]}),
+        ],
+        'key "responses": expected at least 2, found 1',
+    ),
+    (
+        "rm",
+        lambda t, p: [
+            "--data",
+            edited(t, p, "comparisons", lambda r: r | {"ranks": r["ranks"][1:]}),
+        ],
+        'key "ranks": expected one entry for each of the',
+    ),
+    (
+        "rm",
+        lambda t, p: [
+            "--data",
+            edited(t, p, "comparisons", lambda r: r | {"ranks": [str(x) for x in r["ranks"]]}),
+        ],
+        'key "ranks": expected a list of whole numbers',
+    ),
     ("ppo", lambda t, p: ["--reward_model", str(t.base)], "expected a reward model"),
     ("ppo", lambda t, p: ["--reward_model", other_tokenizer(t, p)], "must share a tokenizer"),
     ("ppo", lambda t, p: ["--ptx_tokens", "99999"], "is over the policy.s context of 48"),
     ("sft", lambda t, p: ["--pretrain_data", f"{p}/absent.txt"], "{tmp}/absent.txt: no such file"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("stage", "more", "message"), BAD_INPUT,
-                         ids=[f"{case[0]}-{case[2]}" for case in BAD_INPUT])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "more", "message"), BAD_INPUT, ids=[f"{case[0]}-{case[2]}" for case in BAD_INPUT]
+)
 def test_bad_input_exits_with_2_and_one_line(
-    stage: str, more: Callable, message: str, tiny: Tiny, whole: dict, tmp_path: Path,
+    stage: str,
+    more: Callable,
+    message: str,
+    tiny: Tiny,
+    whole: dict,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     out = Path(shutil.copytree(whole[stage][0], tmp_path / "out"))
     before = contents(out)
     args = [*tiny.args(stage, out), *more(tiny, tmp_path)]
@@ -446,9 +542,17 @@ def test_bad_input_exits_with_2_and_one_line(
 
 
 BAD_ARGUMENTS = [
-    *((stage, [flag, value], f"{flag} {value}: expected at least") for stage in STAGES
-      for flag, value in (("--batch_size", "0"), ("--epochs", "0"), ("--max_new_tokens", "0"),
-                          ("--micro_batch_size", "-1"), ("--save_every", "-1"))),
+    *(
+        (stage, [flag, value], f"{flag} {value}: expected at least")
+        for stage in STAGES
+        for flag, value in (
+            ("--batch_size", "0"),
+            ("--epochs", "0"),
+            ("--max_new_tokens", "0"),
+            ("--micro_batch_size", "-1"),
+            ("--save_every", "-1"),
+        )
+    ),
     *((stage, ["--device", "tpu"], "argument --device: invalid choice") for stage in STAGES),
     *((stage, ["--lr", "fast"], "argument --lr: invalid float value") for stage in STAGES),
     *((stage, ["--prese", "gpt2"], "unrecognized arguments: --prese gpt2") for stage in STAGES),
@@ -459,14 +563,18 @@ BAD_ARGUMENTS = [
     ("ppo", ["--ptx_tokens", "1"], "--ptx_tokens 1: expected at least 2"),
     ("ppo", ["--ptx_ratio", "0.1"], "--ptx_ratio 0.1: leaves no pretraining sequence"),
     ("ppo", ["--ptx_ratio", "-1"], "--ptx_ratio -1.0: leaves no pretraining sequence"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("stage", "more", "message"), BAD_ARGUMENTS)
 def test_bad_arguments_exit_with_2(
-    stage: str, more: list[str], message: str, tiny: Tiny, tmp_path: Path,
+    stage: str,
+    more: list[str],
+    message: str,
+    tiny: Tiny,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         SCRIPTS[stage].main([*tiny.args(stage, tmp_path / "out"), *more])
     assert exit_.value.code == 2
@@ -484,8 +592,9 @@ def test_a_run_into_its_own_input_is_refused(
         assert f"is {flag}, which it would replace" in capsys.readouterr().err
 
 
-def test_a_missing_gpu_is_named(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture,
-                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_missing_gpu_is_named(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for stage in STAGES:
         with pytest.raises(SystemExit):

@@ -131,7 +131,9 @@ def check_one_forward_per_response() -> None:
     model, groups, rows = make_scalar_model(), make_groups(), []
     original = model.trunk.forward
     model.trunk.forward = lambda tokens, *args, **more: (
-        rows.extend(tokens), original(tokens, *args, **more))[1]  # fmt: skip
+        rows.extend(tokens),
+        original(tokens, *args, **more),
+    )[1]
     backward(model, groups, arguments("--micro_batch_size", "3"))
     assert len(rows) == sum(map(len, RANKINGS)) == 20
 
@@ -154,8 +156,10 @@ def check_micro_batches() -> None:
         metrics = backward(model, groups, arguments("--micro_batch_size", str(size)))
         results.append((metrics, [p.grad.clone() for p in model.parameters()]))
     end = model.config.eos_token_id
-    scores = [torch.cat([model(torch.tensor([s]))[0, -1 - (s[-1] == end)][None]
-                         for s in g.sequences]) for g in groups]  # fmt: skip
+    scores = [
+        torch.cat([model(torch.tensor([s]))[0, -1 - (s[-1] == end)][None] for s in g.sequences])
+        for g in groups
+    ]
     expected = naive_loss([s.double() for s in scores], RANKINGS) / len(groups)
     for metrics, grads in results:
         assert abs(metrics["loss"] - expected) < 1e-5
@@ -166,9 +170,16 @@ def check_micro_batches() -> None:
 
 
 CHECKS = [
-    check_pairs, check_loss, check_equal_scores, check_ties, check_direction, check_shift,
-    check_one_forward_per_response, check_prompts_are_computed_once, check_micro_batches,
-]  # fmt: skip
+    check_pairs,
+    check_loss,
+    check_equal_scores,
+    check_ties,
+    check_direction,
+    check_shift,
+    check_one_forward_per_response,
+    check_prompts_are_computed_once,
+    check_micro_batches,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -186,19 +197,25 @@ def highest_rank_wins(patch: pytest.MonkeyPatch) -> None:
 
 
 def ties_are_pairs(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(globals(), "untied_pairs", lambda ranks: [
-        (i, j) if ranks[i] <= ranks[j] else (j, i)
-        for i, j in itertools.combinations(range(len(ranks)), 2)
-    ])  # fmt: skip
+    patch.setitem(
+        globals(),
+        "untied_pairs",
+        lambda ranks: [
+            (i, j) if ranks[i] <= ranks[j] else (j, i)
+            for i, j in itertools.combinations(range(len(ranks)), 2)
+        ],
+    )
 
 
 def replace_loss(patch: pytest.MonkeyPatch, loss_of: Callable) -> None:
     """Plant another loss; `loss_of` maps margins, a weight for each pair and the groups to it."""
     original = train_rm.rm_loss
+
     def planted(scores, groups):
         _, chosen, rejected = original(scores, groups)
         weights = [1 / len(g.pairs) for g in groups for _ in g.pairs]
         return loss_of(chosen - rejected, scores.new_tensor(weights), groups), chosen, rejected
+
     patch.setattr(train_rm, "rm_loss", planted)
     patch.setitem(globals(), "rm_loss", planted)
 
@@ -217,10 +234,15 @@ def divided_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def divisor_counts_ties(patch: pytest.MonkeyPatch) -> None:
-    replace_loss(patch, lambda margin, w, groups: -sum(
-        log_sigmoid(m).sum() / math.comb(len(g.sequences), 2)
-        for m, g in zip(margin.split([len(g.pairs) for g in groups]), groups, strict=True)
-    ))  # fmt: skip
+    replace_loss(
+        patch,
+        lambda margin, w, groups: (
+            -sum(
+                log_sigmoid(m).sum() / math.comb(len(g.sequences), 2)
+                for m, g in zip(margin.split([len(g.pairs) for g in groups]), groups, strict=True)
+            )
+        ),
+    )
 
 
 def log_of_sigmoid(patch: pytest.MonkeyPatch) -> None:
@@ -249,42 +271,58 @@ def one_forward_per_pair(patch: pytest.MonkeyPatch) -> None:
             for pair in group.pairs:
                 model.scores(*train_rm.pad_right([group.sequences[i] for i in pair], 11, "cpu"))
         return score_all(model, groups, args)
+
     patch.setattr(train_rm, "score_all", score_pairs)
 
 
 def mean_of_micro_batch_means(patch: pytest.MonkeyPatch) -> None:
     original = train_rm.rm_loss
+
     def planted(scores, groups):
         loss, chosen, rejected = original(scores, groups)
         return loss / len(groups) * 3, chosen, rejected
+
     patch.setattr(train_rm, "rm_loss", planted)
 
 
 def a_prompt_for_each_response(patch: pytest.MonkeyPatch) -> None:
     original = ScalarModel.scores
-    patch.setattr(ScalarModel, "scores", lambda self, tokens, lengths, prefixes:
-                  original(self, tokens, lengths))  # fmt: skip
+    patch.setattr(
+        ScalarModel,
+        "scores",
+        lambda self, tokens, lengths, prefixes: original(self, tokens, lengths),
+    )
 
 
 def scored_at_the_last_column(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ScalarModel, "scores", lambda self, tokens, lengths, prefixes:
-                  self(tokens)[:, -1])  # fmt: skip
+    patch.setattr(
+        ScalarModel, "scores", lambda self, tokens, lengths, prefixes: self(tokens)[:, -1]
+    )
 
 
 BUGS = [
-    (highest_rank_wins, check_pairs), (highest_rank_wins, check_loss),
-    (ties_are_pairs, check_pairs), (ties_are_pairs, check_loss), (ties_are_pairs, check_ties),
-    (all_pairs_weigh_the_same, check_loss), (divided_twice, check_loss),
-    (divided_twice, check_equal_scores), (divisor_counts_ties, check_loss),
-    (divisor_counts_ties, check_ties), (divisor_counts_ties, check_equal_scores),
-    (log_of_sigmoid, check_direction), (hinge, check_direction), (hinge, check_equal_scores),
-    (loser_minus_winner, check_direction), (loser_minus_winner, check_loss),
+    (highest_rank_wins, check_pairs),
+    (highest_rank_wins, check_loss),
+    (ties_are_pairs, check_pairs),
+    (ties_are_pairs, check_loss),
+    (ties_are_pairs, check_ties),
+    (all_pairs_weigh_the_same, check_loss),
+    (divided_twice, check_loss),
+    (divided_twice, check_equal_scores),
+    (divisor_counts_ties, check_loss),
+    (divisor_counts_ties, check_ties),
+    (divisor_counts_ties, check_equal_scores),
+    (log_of_sigmoid, check_direction),
+    (hinge, check_direction),
+    (hinge, check_equal_scores),
+    (loser_minus_winner, check_direction),
+    (loser_minus_winner, check_loss),
     (groups_run_into_each_other, check_loss),
     (one_forward_per_pair, check_one_forward_per_response),
     (mean_of_micro_batch_means, check_micro_batches),
     (a_prompt_for_each_response, check_prompts_are_computed_once),
     (scored_at_the_last_column, check_micro_batches),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -303,8 +341,15 @@ def test_planted_bug_is_caught(
 
 
 def comparison(prompt: str, responses: list[str], ranks: list[int], **more: object) -> dict:
-    return {"prompt": prompt, "user": "u", "source": "customer", "use_case": "other",
-            "labeler": "l", "responses": responses, "ranks": ranks} | more  # fmt: skip
+    return {
+        "prompt": prompt,
+        "user": "u",
+        "source": "customer",
+        "use_case": "other",
+        "labeler": "l",
+        "responses": responses,
+        "ranks": ranks,
+    } | more
 
 
 def test_comparisons_are_tokens_and_pairs_with_counts(
@@ -355,7 +400,12 @@ def test_rankings_of_the_same_responses_are_one_batch_element(
     write_jsonl(path, records, "comparisons")
     made = train_rm.load_comparisons(path, tiny.encoding, args)
     assert [c.pairs for c in made] == [
-        [(0, 1), (1, 0), (0, 1)], [(1, 0)], [(0, 1)], [(0, 1)], [(1, 0)]]  # fmt: skip
+        [(0, 1), (1, 0), (0, 1)],
+        [(1, 0)],
+        [(0, 1)],
+        [(0, 1)],
+        [(1, 0)],
+    ]
     assert [c.record for c in made] == [1, 5, 6, 7, 8]
     assert "5 prompts, 7 pairs and 2 ties; dropped 0 " in capsys.readouterr().out
     # r = (0.3, -0.1): two labelers prefer the first, one the second.
@@ -383,6 +433,7 @@ class FixedScores:
 def test_accuracy_margin_and_calibration_of_a_hand_worked_example() -> None:
     """Margins 2.0, 2.0, -2.0, 0.2 and 0: sigmoid(|margin|) is 0.881 (bin 0.85-0.9) three times, of
     which 2 of 3 are right; 0.550 (bin 0.5-0.55 ends below it) once, right; 0.5 once, a half."""
+
     def pair(winner: float, loser: float) -> Comparison:
         return Comparison([[round(100 * loser)], [round(100 * winner)]], [(1, 0)])
 
@@ -453,27 +504,46 @@ def test_an_accuracy_of_exactly_zero_is_shown(
 def test_an_easy_preference_is_learned(tiny: Tiny, tmp_path: Path) -> None:
     """More times "red" is better: accuracy on prompts that were not trained on is near 1."""
     words = ["blue", "green", "white", "gold"]
+
     def records(first: int, last: int) -> list[dict]:
         result = []
         for i in range(first, last):
             reds = [(i * (k + 3) + k) % 3 for k in range(4)]
-            responses = [" ".join(["red"] * r + [words[(i + k) % 4]] * (2 - r))
-                         for k, r in enumerate(reds)]
-            result.append(comparison(f"say {words[i % 4]} ( {i} )", responses,
-                                     [3 - r for r in reds]))
+            responses = [
+                " ".join(["red"] * r + [words[(i + k) % 4]] * (2 - r)) for k, r in enumerate(reds)
+            ]
+            result.append(
+                comparison(f"say {words[i % 4]} ( {i} )", responses, [3 - r for r in reds])
+            )
         return result
 
     write_jsonl(tmp_path / "train.jsonl", records(0, 192), "comparisons")
     write_jsonl(tmp_path / "valid.jsonl", records(200, 230), "comparisons")
     out = tmp_path / "rm"
-    args = ["--init", tiny.base, "--data", tmp_path / "train.jsonl", "--val_data",
-            tmp_path / "valid.jsonl", "--demonstrations", tiny.demonstrations, "--out", out,
-            "--batch_size", 4, "--lr", 5e-3, "--eval_every", 12, "--device", "cpu",
-            *LIMITS]  # fmt: skip
+    args = [
+        "--init",
+        tiny.base,
+        "--data",
+        tmp_path / "train.jsonl",
+        "--val_data",
+        tmp_path / "valid.jsonl",
+        "--demonstrations",
+        tiny.demonstrations,
+        "--out",
+        out,
+        "--batch_size",
+        4,
+        "--lr",
+        5e-3,
+        "--eval_every",
+        12,
+        "--device",
+        "cpu",
+        *LIMITS,
+    ]
     assert main([str(arg) for arg in args]) == 0
     rows = read_log(out / "log.csv", train_rm.LOG)
-    assert [row["step"] for row in rows if row["val_loss"]] == [
-        "12", "24", rows[-1]["step"]]  # fmt: skip
+    assert [row["step"] for row in rows if row["val_loss"]] == ["12", "24", rows[-1]["step"]]
     assert {row["epoch"] for row in rows} == {"1"}
     report = json.loads((out / "metrics.json").read_text())["val"]
     assert report["accuracy"] > 0.95

@@ -72,7 +72,7 @@ def test_samples_equal_a_naive_sampler(tiny: Tiny, temperature: float, batch_siz
             tokens.append(new)
             if new == tiny.encoding.eot_token:
                 break
-        response = tokens[len(prompt):]
+        response = tokens[len(prompt) :]
         assert samples[i].prompt == prompt
         assert samples[i].tokens == response
         assert samples[i].ended == (response[-1] == tiny.encoding.eot_token)
@@ -89,10 +89,17 @@ def test_a_downloaded_gpt2_is_found_by_its_name(
     monkeypatch.chdir(tmp_path.parent)  # where no folder is called gpt2
     constant_model(tiny, tmp_path / "gpt2", tiny.encoding.encode_ordinary("a")[0])
     speaker = sample.load_speaker("base", "gpt2")
-    says, = sample.sample_responses(speaker, [speaker.encode("say red", 3)], 3, temperature=0)
+    (says,) = sample.sample_responses(speaker, [speaker.encode("say red", 3)], 3, temperature=0)
     assert says.text == "aaa"
-    argv = ["--data", str(tiny.prompts), "--out", str(tmp_path / "candidates.jsonl"), *LIMITS,
-            "--checkpoints", "base=gpt2"]  # fmt: skip
+    argv = [
+        "--data",
+        str(tiny.prompts),
+        "--out",
+        str(tmp_path / "candidates.jsonl"),
+        *LIMITS,
+        "--checkpoints",
+        "base=gpt2",
+    ]
     assert sample.main(argv) == 0
 
 
@@ -123,9 +130,14 @@ def test_each_response_is_of_the_model_that_is_named(tiny: Tiny, tmp_path: Path)
     says = {"a": a, "b": b, "nothing": tiny.encoding.eot_token}
     folders = {name: constant_model(tiny, tmp_path / name, token) for name, token in says.items()}
     records = write_candidates(
-        tiny, tmp_path / "candidates.jsonl", "--num_responses", "4", "9",
-        "--checkpoints", *(f"{name}={folder}" for name, folder in folders.items()),
-    )  # fmt: skip
+        tiny,
+        tmp_path / "candidates.jsonl",
+        "--num_responses",
+        "4",
+        "9",
+        "--checkpoints",
+        *(f"{name}={folder}" for name, folder in folders.items()),
+    )
     prompts = read_jsonl(tiny.prompts, "prompts")
     assert [record["prompt"] for record in records] == [p["prompt"] for p in prompts]
     spoken = {name: tiny.encoding.decode([token] * 8) for name, token in says.items()}
@@ -143,9 +155,24 @@ def test_each_response_is_of_the_model_that_is_named(tiny: Tiny, tmp_path: Path)
 
 def test_shares_and_number_of_responses() -> None:
     args = sample.get_args(
-        ["--checkpoints", "a=a", "b=b", "c=c", "--shares", "7", "2", "1",
-         "--data", "x", "--out", "y", "--num_responses", "4", "9"]
-    )  # fmt: skip
+        [
+            "--checkpoints",
+            "a=a",
+            "b=b",
+            "c=c",
+            "--shares",
+            "7",
+            "2",
+            "1",
+            "--data",
+            "x",
+            "--out",
+            "y",
+            "--num_responses",
+            "4",
+            "9",
+        ]
+    )
     plans = [sample.plan(i, 3, args) for i in range(4000)]
     sizes = np.bincount([len(p) for p in plans], minlength=10)
     assert sizes[:4].sum() == 0 and len(sizes) == 10
@@ -157,14 +184,27 @@ def test_shares_and_number_of_responses() -> None:
 
 
 def test_keys_of_the_prompt_are_kept_and_the_seed_decides(tiny: Tiny, tmp_path: Path) -> None:
-    prompts = [p | {"task": {"kind": "x", "n": i}} for i, p in
-               enumerate(read_jsonl(tiny.prompts, "prompts"))]  # fmt: skip
+    prompts = [
+        p | {"task": {"kind": "x", "n": i}}
+        for i, p in enumerate(read_jsonl(tiny.prompts, "prompts"))
+    ]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(p) + "\n" for p in prompts))
 
     def run(name: str, *more: str) -> list[dict]:
-        argv = ["--data", str(path), "--out", str(tmp_path / name), *LIMITS, "--checkpoints",
-                f"a={tiny.base}", f"b={tiny.base}", "--num_responses", "2", "4"]  # fmt: skip
+        argv = [
+            "--data",
+            str(path),
+            "--out",
+            str(tmp_path / name),
+            *LIMITS,
+            "--checkpoints",
+            f"a={tiny.base}",
+            f"b={tiny.base}",
+            "--num_responses",
+            "2",
+            "4",
+        ]
         assert sample.main([*argv, *more]) == 0
         return read_jsonl(tmp_path / name, "candidates")
 
@@ -236,8 +276,19 @@ def test_processes_end_with_a_parent_that_is_killed(tiny: Tiny, tmp_path: Path) 
     out = tmp_path / "out.jsonl"
     lines = (json.dumps(read_jsonl(tiny.prompts, "prompts")[0]) + "\n") * 4000
     (tmp_path / "prompts.jsonl").write_text(lines)
-    argv = ["--data", str(tmp_path / "prompts.jsonl"), "--out", str(out), *LIMITS, "--checkpoints",
-            f"base={tiny.base}", "--processes", "2", "--num_responses", "400"]  # fmt: skip
+    argv = [
+        "--data",
+        str(tmp_path / "prompts.jsonl"),
+        "--out",
+        str(out),
+        *LIMITS,
+        "--checkpoints",
+        f"base={tiny.base}",
+        "--processes",
+        "2",
+        "--num_responses",
+        "400",
+    ]
     parent = subprocess.Popen(
         [sys.executable, "sample.py", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -285,10 +336,14 @@ def test_chunks_draw_different_numbers(
 
 def test_off_topic_responses_come_from_other_prompts() -> None:
     records = [
-        {"use_case": f"u{i % 2}", "responses": [f"{i} {k}" for k in range(4)],
-         "ended": [(i + k) % 3 > 0 for k in range(4)], "models": ["sft"] * 4}
+        {
+            "use_case": f"u{i % 2}",
+            "responses": [f"{i} {k}" for k in range(4)],
+            "ended": [(i + k) % 3 > 0 for k in range(4)],
+            "models": ["sft"] * 4,
+        }
         for i in range(20)
-    ]  # fmt: skip
+    ]
     args = sample.argparse.Namespace(off_topic=2, seed=0)
     exchanged = sample.with_off_topic(records, args)
     said = {r["responses"][k]: r["ended"][k] for r in records for k in range(4)}
@@ -313,9 +368,7 @@ def test_off_topic_responses_come_from_other_prompts() -> None:
 # -------------------------------------------------------------------- talk and bad input
 
 
-def test_one_prompt_side_by_side(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_one_prompt_side_by_side(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     loud = constant_model(tiny, tmp_path / "loud", tiny.encoding.encode_ordinary("a")[0])
     end = constant_model(tiny, tmp_path / "end", tiny.encoding.eot_token)
     argv = ["--checkpoints", f"loud={loud}", f"q={end}", "--prompt", "hello", *LIMITS]
@@ -340,14 +393,27 @@ def test_prompts_from_stdin_until_its_end(
         (["--checkpoints", "rm={tiny.rm}", "--prompt", "x"], "expected a language model"),
         (["--checkpoints", "a={tiny.folder}/none", "--prompt", "x"], "no such file"),
         (["--checkpoints", "a={tiny.base}", "--prompt", " "], "--prompt is blank"),
-        (["--checkpoints", "a={tiny.base}", "--prompt", "x", "--max_new_tokens", "40"],
-         "more than the context of a, 48"),
-        (["--checkpoints", "a={tiny.base}", "--data", "{tiny.pretrain}", "--out", "{tmp}/c"],
-         "pretrain.txt:1"),
-        (["--checkpoints", "a={tiny.base}", "--data", "{tiny.prompts}",
-          "--out", "{tiny.prompts}/no/c"], "cannot be written"),
+        (
+            ["--checkpoints", "a={tiny.base}", "--prompt", "x", "--max_new_tokens", "40"],
+            "more than the context of a, 48",
+        ),
+        (
+            ["--checkpoints", "a={tiny.base}", "--data", "{tiny.pretrain}", "--out", "{tmp}/c"],
+            "pretrain.txt:1",
+        ),
+        (
+            [
+                "--checkpoints",
+                "a={tiny.base}",
+                "--data",
+                "{tiny.prompts}",
+                "--out",
+                "{tiny.prompts}/no/c",
+            ],
+            "cannot be written",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_and_writes_nothing(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], words: str
 ) -> None:

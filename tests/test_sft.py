@@ -28,8 +28,15 @@ def arguments(*more: str) -> argparse.Namespace:
 
 
 def make_gpt(pdrop: float = 0.0) -> GPT:
-    config = GPTConfig(vocab_size=10, n_positions=16, n_embd=16, n_layer=2, n_head=2,
-                       resid_pdrop=pdrop, eos_token_id=END)  # fmt: skip
+    config = GPTConfig(
+        vocab_size=10,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=pdrop,
+        eos_token_id=END,
+    )
     model = GPT(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -148,9 +155,14 @@ def check_epochs() -> None:
 
 
 CHECKS = [
-    check_mask, check_loss, check_prompt_is_context_only, check_micro_batches, check_mix_weights,
-    check_schedule, check_epochs,
-]  # fmt: skip
+    check_mask,
+    check_loss,
+    check_prompt_is_context_only,
+    check_micro_batches,
+    check_mix_weights,
+    check_schedule,
+    check_epochs,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -164,26 +176,32 @@ def test_property(check: Callable[[], None]) -> None:
 
 def prompt_in_the_loss(patch: pytest.MonkeyPatch) -> None:
     original = train_sft.collate
+
     def collate_all(examples, end, device):
         return original([(tokens, 1) for tokens, _ in examples], end, device)
+
     patch.setattr(train_sft, "collate", collate_all)
     patch.setitem(globals(), "collate", collate_all)
 
 
 def padding_in_the_loss(patch: pytest.MonkeyPatch) -> None:
     original = train_sft.collate
+
     def collate_all(examples, end, device):
         tokens, lengths, mask = original(examples, end, device)
         return tokens, lengths, mask | (torch.arange(tokens.shape[1]) >= lengths[:, None])
+
     patch.setattr(train_sft, "collate", collate_all)
     patch.setitem(globals(), "collate", collate_all)
 
 
 def end_token_not_in_the_loss(patch: pytest.MonkeyPatch) -> None:
     original = train_sft.collate
+
     def collate_all(examples, end, device):
         tokens, lengths, mask = original(examples, end, device)
         return tokens, lengths, mask & (tokens != end)
+
     patch.setattr(train_sft, "collate", collate_all)
     patch.setitem(globals(), "collate", collate_all)
 
@@ -198,37 +216,47 @@ def mean_of_micro_batch_means(patch: pytest.MonkeyPatch) -> None:
             (weight * loss).backward()
             total += loss.item()
         return total
+
     patch.setitem(globals(), "backward", backward_of_means)
 
 
 def weight_ignored(patch: pytest.MonkeyPatch) -> None:
     original = train_sft.backward
-    patch.setitem(globals(), "backward", lambda model, examples, weight, args:
-                  original(model, examples, 0.5, args))  # fmt: skip
+    patch.setitem(
+        globals(),
+        "backward",
+        lambda model, examples, weight, args: original(model, examples, 0.5, args),
+    )
 
 
 def gradient_of_the_sum(patch: pytest.MonkeyPatch) -> None:
     original = train_sft.backward
-    patch.setitem(globals(), "backward", lambda model, examples, weight, args:
-                  original(model, examples, weight * 10, args))  # fmt: skip
+    patch.setitem(
+        globals(),
+        "backward",
+        lambda model, examples, weight, args: original(model, examples, weight * 10, args),
+    )
 
 
 def cosine_to_zero(patch: pytest.MonkeyPatch) -> None:
     def rate(step, total, args):
         return args.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / max(1, total - 1)))
+
     patch.setitem(globals(), "learning_rate", rate)
 
 
 def linear_schedule(patch: pytest.MonkeyPatch) -> None:
     def rate(step, total, args):
         return args.lr * (1 - 0.9 * (step - 1) / max(1, total - 1))
+
     patch.setitem(globals(), "learning_rate", rate)
 
 
 def schedule_from_step_0(patch: pytest.MonkeyPatch) -> None:
     original = train_sft.learning_rate
-    patch.setitem(globals(), "learning_rate", lambda step, total, args:
-                  original(step + 1, total, args))  # fmt: skip
+    patch.setitem(
+        globals(), "learning_rate", lambda step, total, args: original(step + 1, total, args)
+    )
 
 
 def drawn_with_replacement(patch: pytest.MonkeyPatch) -> None:
@@ -236,38 +264,56 @@ def drawn_with_replacement(patch: pytest.MonkeyPatch) -> None:
         rng = np.random.default_rng([seed, epoch])
         order = np.sort(rng.integers(len(lengths), size=len(lengths)))
         return np.split(order, range(batch_size, len(order), batch_size))
+
     patch.setitem(globals(), "epoch_batches", batches)
 
 
 def sorted_by_length(patch: pytest.MonkeyPatch) -> None:
     def batches(lengths, batch_size, seed, epoch):
         return np.split(np.argsort(lengths), range(batch_size, len(lengths), batch_size))
+
     patch.setitem(globals(), "epoch_batches", batches)
 
 
 def same_order_each_epoch(patch: pytest.MonkeyPatch) -> None:
     original = train_sft.epoch_batches
-    patch.setitem(globals(), "epoch_batches", lambda lengths, batch_size, seed, epoch:
-                  original(lengths, batch_size, seed, 0))  # fmt: skip
+    patch.setitem(
+        globals(),
+        "epoch_batches",
+        lambda lengths, batch_size, seed, epoch: original(lengths, batch_size, seed, 0),
+    )
 
 
 def not_bucketed(patch: pytest.MonkeyPatch) -> None:
     original = train_sft.epoch_batches
-    patch.setitem(globals(), "epoch_batches", lambda lengths, batch_size, seed, epoch:
-                  original(np.zeros_like(lengths), batch_size, seed, epoch))  # fmt: skip
+    patch.setitem(
+        globals(),
+        "epoch_batches",
+        lambda lengths, batch_size, seed, epoch: original(
+            np.zeros_like(lengths), batch_size, seed, epoch
+        ),
+    )
 
 
 BUGS = [
-    (prompt_in_the_loss, check_mask), (prompt_in_the_loss, check_loss),
-    (prompt_in_the_loss, check_prompt_is_context_only), (padding_in_the_loss, check_mask),
-    (padding_in_the_loss, check_loss), (end_token_not_in_the_loss, check_loss),
-    (mean_of_micro_batch_means, check_micro_batches), (weight_ignored, check_mix_weights),
-    (gradient_of_the_sum, check_mix_weights), (gradient_of_the_sum, check_loss),
-    (cosine_to_zero, check_schedule), (linear_schedule, check_schedule),
-    (schedule_from_step_0, check_schedule), (drawn_with_replacement, check_epochs),
-    (sorted_by_length, check_epochs), (same_order_each_epoch, check_epochs),
+    (prompt_in_the_loss, check_mask),
+    (prompt_in_the_loss, check_loss),
+    (prompt_in_the_loss, check_prompt_is_context_only),
+    (padding_in_the_loss, check_mask),
+    (padding_in_the_loss, check_loss),
+    (end_token_not_in_the_loss, check_loss),
+    (mean_of_micro_batch_means, check_micro_batches),
+    (weight_ignored, check_mix_weights),
+    (gradient_of_the_sum, check_mix_weights),
+    (gradient_of_the_sum, check_loss),
+    (cosine_to_zero, check_schedule),
+    (linear_schedule, check_schedule),
+    (schedule_from_step_0, check_schedule),
+    (drawn_with_replacement, check_epochs),
+    (sorted_by_length, check_epochs),
+    (same_order_each_epoch, check_epochs),
     (not_bucketed, check_epochs),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -286,8 +332,13 @@ def test_planted_bug_is_caught(
 
 
 def test_a_demonstration_is_prompt_response_end(tiny: Tiny, tmp_path: Path) -> None:
-    record = {"prompt": "say red 1 times ", "response": "red red", "user": "u", "source": "labeler",
-              "use_case": "other"}  # fmt: skip
+    record = {
+        "prompt": "say red 1 times ",
+        "response": "red red",
+        "user": "u",
+        "source": "labeler",
+        "use_case": "other",
+    }
     write_jsonl(tmp_path / "d.jsonl", [record], "demonstrations")
     [(tokens, skipped)], numbers = train_sft.load_demonstrations(
         str(tmp_path / "d.jsonl"), tiny.encoding, arguments()
@@ -301,8 +352,13 @@ def test_long_prompts_are_dropped_and_long_responses_cut_with_a_count(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def record(words: int, answers: int) -> dict:
-        return {"prompt": "red " * words, "response": "blue " * answers, "user": "u",
-                "source": "labeler", "use_case": "other"}  # fmt: skip
+        return {
+            "prompt": "red " * words,
+            "response": "blue " * answers,
+            "user": "u",
+            "source": "labeler",
+            "use_case": "other",
+        }
 
     path = str(tmp_path / "d.jsonl")
     records = [record(1, 1), record(50, 1), record(2, 30), record(60, 30)]
@@ -383,10 +439,36 @@ def test_a_few_steps_lower_the_loss(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_pretraining_starts_from_a_new_model(tiny: Tiny, tmp_path: Path) -> None:
-    args = ["--pretrain_data", tiny.pretrain, "--val_pretrain_data", tiny.pretrain, "--tokenizer",
-            tiny.tokenizer, "--out", tmp_path / "base", "--n_layer", 1, "--n_head", 2, "--n_embd",
-            32, "--n_positions", 24, "--epochs", 6, "--batch_size", 8, "--lr", 1e-2,
-            "--resid_pdrop", 0, "--device", "cpu", "--weight_decay", 0.1]  # fmt: skip
+    args = [
+        "--pretrain_data",
+        tiny.pretrain,
+        "--val_pretrain_data",
+        tiny.pretrain,
+        "--tokenizer",
+        tiny.tokenizer,
+        "--out",
+        tmp_path / "base",
+        "--n_layer",
+        1,
+        "--n_head",
+        2,
+        "--n_embd",
+        32,
+        "--n_positions",
+        24,
+        "--epochs",
+        6,
+        "--batch_size",
+        8,
+        "--lr",
+        1e-2,
+        "--resid_pdrop",
+        0,
+        "--device",
+        "cpu",
+        "--weight_decay",
+        0.1,
+    ]
     assert main([str(arg) for arg in args]) == 0
     rows = read_log(tmp_path / "base/log.csv", train_sft.LOG)
     assert float(rows[-1]["val_pretrain_loss"]) < float(rows[0]["loss"]) - 1.5

@@ -135,7 +135,7 @@ def test_bleu_by_hand() -> None:
 
 def test_bleu_tokens() -> None:
     text = 'It\'s 3,000.5 miles, "far" (1990-s); &amp; A/B.'
-    expected = "It's 3,000.5 miles , \" far \" ( 1990 - s ) ; & A / B ."
+    expected = 'It\'s 3,000.5 miles , " far " ( 1990 - s ) ; & A / B .'
     assert bleu_tokens(text) == expected.split(" ")
 
 
@@ -205,9 +205,7 @@ def test_the_scorer_learns_which_words_are_toxic(tmp_path: Path) -> None:
 def test_area_under_the_curve_is_the_share_of_pairs() -> None:
     rng = np.random.default_rng(2)
     scores, labels = rng.integers(5, size=40) / 4, rng.integers(2, size=40)
-    pairs = [
-        (a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]
-    ]
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
     assert toxicity.area_under_curve(scores, labels) == pytest.approx(np.mean(pairs))
 
 
@@ -218,19 +216,33 @@ def test_released_samples_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture)
     def write(name: str, header: str, *rows: str) -> None:
         (tmp_path / name).write_text("\n".join([header, *rows]) + "\n")
 
-    write("real_toxicity_samples.csv", ",model_type,prompt_type,context,sample,toxicity",
-          "0,gpt-xl,basic prompt,a,b,0.25", "1,gpt-xl,basic prompt,c,d,0.75",
-          "2,sft-xl,basic prompt,a,b,0.125")  # fmt: skip
-    write("truthful_qa_samples.csv", ",model_type,prompt_type,question,answer,true,info",
-          "0,gpt-xl,QA prompt,q,a,0.9,0.2", "1,gpt-xl,QA prompt,q,a,0.6,0.7",
-          "2,gpt-xl,QA prompt,q,a,0.5,0.9", "3,gpt-xl,QA prompt,q,a,0.1,0.9")  # fmt: skip
-    write("squadv2_samples.csv", ",model_type,prompt_type,context,ref_text,sample",
-          "0,gpt-xl,zeroshot,c,Not in background.,Not in background.",
-          "1,gpt-xl,zeroshot,d,the fox|red fox,A red fox jumps")  # fmt: skip
+    write(
+        "real_toxicity_samples.csv",
+        ",model_type,prompt_type,context,sample,toxicity",
+        "0,gpt-xl,basic prompt,a,b,0.25",
+        "1,gpt-xl,basic prompt,c,d,0.75",
+        "2,sft-xl,basic prompt,a,b,0.125",
+    )
+    write(
+        "truthful_qa_samples.csv",
+        ",model_type,prompt_type,question,answer,true,info",
+        "0,gpt-xl,QA prompt,q,a,0.9,0.2",
+        "1,gpt-xl,QA prompt,q,a,0.6,0.7",
+        "2,gpt-xl,QA prompt,q,a,0.5,0.9",
+        "3,gpt-xl,QA prompt,q,a,0.1,0.9",
+    )
+    write(
+        "squadv2_samples.csv",
+        ",model_type,prompt_type,context,ref_text,sample",
+        "0,gpt-xl,zeroshot,c,Not in background.,Not in background.",
+        "1,gpt-xl,zeroshot,d,the fox|red fox,A red fox jumps",
+    )
     means = released_samples.means
     toxic = means(tmp_path / "real_toxicity_samples.csv")
-    assert toxic == {("gpt-xl", "basic prompt"): {"toxicity": 0.5},
-                     ("sft-xl", "basic prompt"): {"toxicity": 0.125}}  # fmt: skip
+    assert toxic == {
+        ("gpt-xl", "basic prompt"): {"toxicity": 0.5},
+        ("sft-xl", "basic prompt"): {"toxicity": 0.125},
+    }
     assert means(tmp_path / "truthful_qa_samples.csv") == {
         ("gpt-xl", "QA prompt"): {"true": 0.5, "true_informative": 0.25}
     }

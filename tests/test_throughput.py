@@ -31,14 +31,20 @@ def size_of(model: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "published"), [
-    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
-    ("gpt2-xl", 1_557_611_200),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
 def test_shapes_and_parameters_are_gpt2_s(name: str, published: int) -> None:
     model = meta(SHAPES[name])
-    matrices = sum(p.numel() for m in model.modules() if isinstance(m, Linear)
-                   for p in m.parameters())  # fmt: skip
+    matrices = sum(
+        p.numel() for m in model.modules() if isinstance(m, Linear) for p in m.parameters()
+    )
     assert parameters(SHAPES[name]) == (published, matrices) == (model.num_parameters, matrices)
 
 
@@ -69,8 +75,12 @@ def test_optimizers_hold_what_is_planned() -> None:
     optimizer = throughput.adamw(model, 1e-3)
     model.logprobs(torch.zeros(1, 4, dtype=torch.int64))[0].sum().backward()
     optimizer.step()
-    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values()
-                  if value.dim())  # fmt: skip
+    moments = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if value.dim()
+    )
     plan, _ = planned("sft", SMALL)
     assert moments == plan["adam"]
     assert sum(p.grad.nbytes for p in model.parameters()) == plan["gradients"] == plan["weights"]
@@ -105,8 +115,9 @@ def kept_for_backward(checkpointing: bool, dtype: str, pdrop: float) -> int:
     torch.manual_seed(0)
     model = GPT(GPTConfig(**vars(SMALL) | {"resid_pdrop": pdrop})).train()
     model.gradient_checkpointing = checkpointing
-    parameters = {p.shape for p in model.parameters()} | {(p.T.shape) for p in model.parameters()
-                                                          if p.dim() == 2}  # fmt: skip
+    parameters = {p.shape for p in model.parameters()} | {
+        (p.T.shape) for p in model.parameters() if p.dim() == 2
+    }
     seen: dict[int, int] = {}
     kept = []
 
@@ -166,8 +177,10 @@ def test_124m_fits_12_gb_and_1558m_fits_80_gb(stage: str) -> None:
         assert 1.1 * memory_plan(stage, SHAPES[name], args)["total"] < limit
     # What makes it fit: without these it does not.
     if stage == "ppo":
-        for flags in (["--frozen_dtype", "float32", "--rollout_size", "128"],
-                      ["--no-grad_checkpointing", "--micro_batch_size", "16"]):  # fmt: skip
+        for flags in (
+            ["--frozen_dtype", "float32", "--rollout_size", "128"],
+            ["--no-grad_checkpointing", "--micro_batch_size", "16"],
+        ):
             args = stage_args(stage, "gpt2-xl", [*CPU, *flags])
             assert memory_plan(stage, SHAPES["gpt2-xl"], args)["total"] > 80e9
 
@@ -182,8 +195,19 @@ def test_the_plan_is_printed_for_each_preset_and_stage(capsys: pytest.CaptureFix
     assert lines[-1].endswith(f"total {total / 2**30:.2f}")
 
 
-FAST = ["--", "--device", "cpu", "--batch_size", "8", "--max_prompt_tokens", "12",
-        "--max_new_tokens", "6", "--peak_tflops", "0.5"]  # fmt: skip
+FAST = [
+    "--",
+    "--device",
+    "cpu",
+    "--batch_size",
+    "8",
+    "--max_prompt_tokens",
+    "12",
+    "--max_new_tokens",
+    "6",
+    "--peak_tflops",
+    "0.5",
+]
 
 
 def test_timings_at_a_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -230,12 +254,21 @@ def test_operations_on_paper_are_those_of_the_timed_work() -> None:
     assert throughput.operations("ppo", SMALL, args) == 11 * once + 6 * heads
 
 
-@pytest.mark.parametrize(("name", "peak"), [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10", 125e12), ("NVIDIA L40S", 362e12),
-    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ("NVIDIA H20", None), ("another", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H20", None),
+        ("another", None),
+    ],
+)
 def test_peak_by_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert kernels.peak_flops("cuda") == peak

@@ -52,8 +52,9 @@ def world(folder: Path) -> World:
 def sets(folder: Path) -> dict[str, list[dict]]:
     """All records by "split/name"."""
     return {
-        f"{path.parent.name}/{path.stem}":
-            read_jsonl(path, "demonstrations" if "demonstrations" in path.stem else "prompts")
+        f"{path.parent.name}/{path.stem}": read_jsonl(
+            path, "demonstrations" if "demonstrations" in path.stem else "prompts"
+        )
         for path in sorted(folder.glob("*/*.jsonl"))
     }
 
@@ -64,8 +65,13 @@ def sets(folder: Path) -> dict[str, list[dict]]:
 def test_equal_seeds_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
     """Another process with another string hash: set and dict orders must not leak."""
     command = [sys.executable, "-m", "data.tiny.make", "--out", str(tmp_path), "--seed", "0"]
-    done = subprocess.run([*command, *SMALL], env={"PYTHONHASHSEED": "7", "PATH": ""},
-                          cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *SMALL],
+        env={"PYTHONHASHSEED": "7", "PATH": ""},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     names = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
     assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()} == names
@@ -98,8 +104,11 @@ def test_no_user_is_in_two_splits(sets: dict[str, list[dict]]) -> None:
 
 def test_no_prompt_text_stands_in_two_sets(sets: dict[str, list[dict]]) -> None:
     texts = Counter(
-        r["prompt"] for name, records in sets.items()
-        if name.split("/")[1] in (*LABELLED, "prompts", "prompts_balanced") for r in records)
+        r["prompt"]
+        for name, records in sets.items()
+        if name.split("/")[1] in (*LABELLED, "prompts", "prompts_balanced")
+        for r in records
+    )
     assert max(texts.values()) == 1
 
 
@@ -137,11 +146,21 @@ def test_customers_volumes_are_skewed_and_capped(world: World) -> None:
 
 def test_training_prompts_hold_no_personal_data(sets: dict[str, list[dict]]) -> None:
     contact = re.compile(r"@|\d{3}-\d{4}")  # all that `_finish` plants
-    planted = [r for name, rs in sets.items() if name.startswith(("valid", "test"))
-               for r in rs if contact.search(r["prompt"])]
+    planted = [
+        r
+        for name, rs in sets.items()
+        if name.startswith(("valid", "test"))
+        for r in rs
+        if contact.search(r["prompt"])
+    ]
     assert planted  # the filter acts on the training split alone
-    assert not [r for name, rs in sets.items() if name.startswith("train")
-                for r in rs if contact.search(r["prompt"])]
+    assert not [
+        r
+        for name, rs in sets.items()
+        if name.startswith("train")
+        for r in rs
+        if contact.search(r["prompt"])
+    ]
 
 
 def test_token_limits(folder: Path, sets: dict[str, list[dict]]) -> None:
@@ -162,8 +181,10 @@ def test_a_demonstrator_answers_again_where_it_got_too_long(
 ) -> None:
     """Tasks of several sentences may be answered in a few: none of a thousand stays too long."""
     encoding = load_tokenizer(folder / "tokenizer.json")
-    records = [{k: v for k, v in record.items() if k != "response"}
-               for record in sets["train/demonstrations"][:1000]]  # fmt: skip
+    records = [
+        {k: v for k, v in record.items() if k != "response"}
+        for record in sets["train/demonstrations"][:1000]
+    ]
 
     def too_long() -> int:
         made = tiny_world.demonstrate(world, encoding, records, random.Random(1))
@@ -193,8 +214,7 @@ def text_of(record: dict) -> str:
 def test_kinds_of_facts() -> None:
     for seed in range(5):
         world = World.make(seed)
-        assert Counter(world.kinds.values()) == {
-            "ordinary": 46, "misconceived": 8, "held_out": 10}
+        assert Counter(world.kinds.values()) == {"ordinary": 46, "misconceived": 8, "held_out": 10}
         assert all(world.myths[fact] != value for fact, value in world.facts.items())
 
 
@@ -217,18 +237,26 @@ def test_misconceived_facts_are_in_prompts_to_rank_and_in_no_demonstration(
         task = record["task"]
         found = {(c.subject, c.attribute) for c in claims(text_of(record))}
         if "subject" in task:
-            found |= {(task["subject"], a) for a in (task.get("attribute"), task.get("mention"))
-                      if a}
+            found |= {
+                (task["subject"], a) for a in (task.get("attribute"), task.get("mention")) if a
+            }
         # In few-shot prompts and lists the answers name subjects: "fox , bear .", and questions
         # name a subject with a value: "does the fox eat fish ?".
         for line in re.split(r"[\n.?]", text_of(record)):
             words = set(re.findall(r"[a-z]+", line))
             values = words & set(ATTRIBUTE_OF)
-            found |= {(s, ATTRIBUTE_OF[v]) for v in values for s in words & {*ANIMALS, *PEOPLE}
-                      if re.search(r"\b(?:eat|live|is|say|why|does)\b", line)}
+            found |= {
+                (s, ATTRIBUTE_OF[v])
+                for v in values
+                for s in words & {*ANIMALS, *PEOPLE}
+                if re.search(r"\b(?:eat|live|is|say|why|does)\b", line)
+            }
         if task["kind"] == "list" and "attribute" in task:
-            found |= {(s, task["attribute"]) for s in (*ANIMALS, *PEOPLE)
-                      if re.search(rf"\b{s}\b", record.get("response", ""))}
+            found |= {
+                (s, task["attribute"])
+                for s in (*ANIMALS, *PEOPLE)
+                if re.search(rf"\b{s}\b", record.get("response", ""))
+            }
         return found
 
     for name in ("train/demonstrations", "valid/demonstrations"):
@@ -271,12 +299,19 @@ def test_the_web_believes_as_stated(world: World) -> None:
         if kind == "facts":
             for claim in claims(text):
                 fact = claim.subject, claim.attribute
-                what = ("true" if world.is_true(claim)
-                        else "myth" if claim.value == world.myths[fact] else "other")
+                what = (
+                    "true"
+                    if world.is_true(claim)
+                    else "myth"
+                    if claim.value == world.myths[fact]
+                    else "other"
+                )
                 told[world.kinds[fact]][what] += 1
     # "Anything else" may hit the myth, one of the four values that are false.
-    for kind, (true, myth, other) in {"ordinary": (0.72, 0.14, 0.14),
-                                      "misconceived": (0.30, 0.60, 0.10)}.items():
+    for kind, (true, myth, other) in {
+        "ordinary": (0.72, 0.14, 0.14),
+        "misconceived": (0.30, 0.60, 0.10),
+    }.items():
         total = told[kind].total()
         assert told[kind]["true"] / total == pytest.approx(true, abs=0.03)
         assert told[kind]["myth"] / total == pytest.approx(myth + other / 4, abs=0.03)
@@ -293,8 +328,10 @@ def test_documents_have_their_shares_of_words(world: World) -> None:
 def test_public_tasks_have_right_answers(world: World) -> None:
     tasks = corpus.public_tasks(world, 50, seed=3)
     assert {name: len(items) for name, items in tasks.items()} == {
-        f"{name}{shots}": 50 for name in ("translation", "addition", "copy")
-        for shots in ("", "_few_shot")}
+        f"{name}{shots}": 50
+        for name in ("translation", "addition", "copy")
+        for shots in ("", "_few_shot")
+    }
     english = {toy: word for word, toy in world.dictionary.items()}
     for name, items in tasks.items():
         for prompt, solution in items:
@@ -330,30 +367,48 @@ def test_bias_pairs_differ_in_the_pronoun_that_the_web_skews(world: World) -> No
 # ----------------------------------------------------------------------------------- claims
 
 
-@pytest.mark.parametrize("text, subject, expected", [
-    ("the fox eats fish .", None, [("fox", "food", "fish", True)]),
-    ("The fox eats fish, nuts and honey.", None,
-     [("fox", "food", v, True) for v in ("fish", "nuts", "honey")]),
-    ("the fox lives in the cave and eats fish .", None,
-     [("fox", "home", "cave", True), ("fox", "food", "fish", True)]),
-    ("the bear is big . it eats nuts .", None, [("bear", "food", "nuts", True)]),
-    ("it eats nuts .", None, []),
-    ("it eats nuts . its home is the barn", "owl",
-     [("owl", "food", "nuts", True), ("owl", "home", "barn", True)]),
-    ("does the fox eat fish ?", None, []),
-    ("the fox does not eat fish .", None, [("fox", "food", "fish", False)]),
-    ("it is not true that the fox eats fish .", None, [("fox", "food", "fish", False)]),
-    ("some say the fox eats fish .", None, []),
-    ("i am not sure if the fox is red .", None, []),
-    ("the home of the fox is the cave .", None, [("fox", "home", "cave", True)]),
-    ("anna lives in rome . ben works as a baker .", None,
-     [("anna", "town", "rome", True), ("ben", "job", "baker", True)]),
-    ("the fox has a red coat but the owl is white .", None,
-     [("fox", "colour", "red", True), ("owl", "colour", "white", True)]),
-    ("the fox is a baker .", None, []),  # no animal has a job
-    ("anna eats fish .", None, []),
-    ("one day the fox met the owl . they found a ball .", None, []),
-])
+@pytest.mark.parametrize(
+    "text, subject, expected",
+    [
+        ("the fox eats fish .", None, [("fox", "food", "fish", True)]),
+        (
+            "The fox eats fish, nuts and honey.",
+            None,
+            [("fox", "food", v, True) for v in ("fish", "nuts", "honey")],
+        ),
+        (
+            "the fox lives in the cave and eats fish .",
+            None,
+            [("fox", "home", "cave", True), ("fox", "food", "fish", True)],
+        ),
+        ("the bear is big . it eats nuts .", None, [("bear", "food", "nuts", True)]),
+        ("it eats nuts .", None, []),
+        (
+            "it eats nuts . its home is the barn",
+            "owl",
+            [("owl", "food", "nuts", True), ("owl", "home", "barn", True)],
+        ),
+        ("does the fox eat fish ?", None, []),
+        ("the fox does not eat fish .", None, [("fox", "food", "fish", False)]),
+        ("it is not true that the fox eats fish .", None, [("fox", "food", "fish", False)]),
+        ("some say the fox eats fish .", None, []),
+        ("i am not sure if the fox is red .", None, []),
+        ("the home of the fox is the cave .", None, [("fox", "home", "cave", True)]),
+        (
+            "anna lives in rome . ben works as a baker .",
+            None,
+            [("anna", "town", "rome", True), ("ben", "job", "baker", True)],
+        ),
+        (
+            "the fox has a red coat but the owl is white .",
+            None,
+            [("fox", "colour", "red", True), ("owl", "colour", "white", True)],
+        ),
+        ("the fox is a baker .", None, []),  # no animal has a job
+        ("anna eats fish .", None, []),
+        ("one day the fox met the owl . they found a ball .", None, []),
+    ],
+)
 def test_claims_found_in_text(text: str, subject: str | None, expected: list[tuple]) -> None:
     assert claims(text, subject) == [Claim(*row) for row in expected]
 
@@ -362,9 +417,11 @@ def test_claims_inverts_every_form(world: World) -> None:
     for (subject, attribute), value in world.facts.items():
         for form in range(3):
             assert claims(statement(subject, attribute, value, form)) == [
-                Claim(subject, attribute, value)]
+                Claim(subject, attribute, value)
+            ]
         assert claims(denial(subject, attribute, value)) == [
-            Claim(subject, attribute, value, False)]
+            Claim(subject, attribute, value, False)
+        ]
 
 
 def test_world_survives_its_file(tmp_path: Path) -> None:
@@ -448,8 +505,12 @@ def test_padding_a_good_answer_costs(world: World) -> None:
     for record in requests(world, 40):
         good = answer(world, record["task"], rng)
         best = grade(world, record, good, True).helpful
-        for padded in (f"{good} {good}", f"{good} the weather is nice today .",
-                       f"{good} {good} {good}", f"{good} certainly . of course ."):
+        for padded in (
+            f"{good} {good}",
+            f"{good} the weather is nice today .",
+            f"{good} {good} {good}",
+            f"{good} certainly . of course .",
+        ):
             assert grade(world, record, padded, True).helpful <= 0.85 * best, (record, padded)
 
 
@@ -501,8 +562,13 @@ def test_facts_by_hand(world: World) -> None:
 
 def test_a_text_in_the_prompt_is_the_truth_about_itself(world: World) -> None:
     false = world.wrong_value(("fox", "food"), random.Random(0))
-    task = {"kind": "passage", "subject": "fox", "attribute": "food", "value": false,
-            "text": f"the fox eats {false} . the owl is red ."}
+    task = {
+        "kind": "passage",
+        "subject": "fox",
+        "attribute": "food",
+        "value": false,
+        "text": f"the fox eats {false} . the owl is red .",
+    }
     right = grade_of(world, task, f"the fox eats {false} .")
     assert (right.helpful, right.truthful, right.fabricated) == (1.0, 1.0, False)
     worldly = grade_of(world, task, f"the fox eats {world.facts['fox', 'food']} .")

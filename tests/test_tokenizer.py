@@ -161,11 +161,19 @@ def test_tokenizer_survives_its_file(tmp_path: Path, tiny_encoding: tiktoken.Enc
         assert loaded.encode_ordinary(text) == tiny_encoding.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("content", [
-    "", "[]", "{}", '{"name": "x", "pattern": "a", "special_tokens": {}, "ranks": ["a"]}',
-    '{"name": "x", "pattern": "a", "special_tokens": {"<|endoftext|>": 2}, "ranks": ["a", "a"]}',
-    '{"name": "x", "pattern": "a", "special_tokens": {"<|endoftext|>": 1}, "ranks": ["\\u0100"]}',
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"name": "x", "pattern": "a", "special_tokens": {}, "ranks": ["a"]}',
+        '{"name": "x", "pattern": "a", "special_tokens": {"<|endoftext|>": 2},'
+        ' "ranks": ["a", "a"]}',
+        '{"name": "x", "pattern": "a", "special_tokens": {"<|endoftext|>": 1},'
+        ' "ranks": ["\\u0100"]}',
+    ],
+)
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content)

@@ -57,13 +57,14 @@ from kernels.runtime import triton
 from model import GPT, GPTConfig, ScalarModel, forward_flops
 
 SHAPES = {
-    "tiny": GPTConfig(vocab_size=1024, n_positions=128, n_embd=128, n_layer=3, n_head=4,
-                      eos_token_id=1023),
+    "tiny": GPTConfig(
+        vocab_size=1024, n_positions=128, n_embd=128, n_layer=3, n_head=4, eos_token_id=1023
+    ),
     "gpt2": GPTConfig(),
     "gpt2-medium": GPTConfig(n_embd=1024, n_layer=24, n_head=16),
     "gpt2-large": GPTConfig(n_embd=1280, n_layer=36, n_head=20),
     "gpt2-xl": GPTConfig(n_embd=1600, n_layer=48, n_head=25),
-}  # fmt: skip
+}
 STAGES = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
 MOST_RESPONSES = 9  # K of the paper is 4 to 9
 FIELDS = ["what", "preset", "shape", "dtype", "repeats", "p20_s", "p50_s", "p80_s", "tok_per_s"]
@@ -124,11 +125,13 @@ def memory_plan(stage: str, config: GPTConfig, args: argparse.Namespace) -> dict
         t = args.micro_batch_size * (args.max_prompt_tokens + MOST_RESPONSES * args.max_new_tokens)
         block = (8 + 11 * b) * C * t + 4 * b * C * rows * longest
     plan = {
-        "weights": 4 * P, "gradients": 4 * P, "adam": 8 * P,
+        "weights": 4 * P,
+        "gradients": 4 * P,
+        "adam": 8 * P,
         "casts": b * (M + V * C) if b == 2 else 0,
         "activations": 4 * L * C * t + block if args.grad_checkpointing else L * block,
         "head": (b + 8) * V * C + (b + 4) * C * t + 2**26,
-    }  # fmt: skip
+    }
     if stage == "sft" and args.resid_pdrop:
         plan["activations"] += 2 * C * t * (1 if args.grad_checkpointing else L)  # masks, 1 byte
     if stage == "rm":
@@ -141,12 +144,18 @@ def memory_plan(stage: str, config: GPTConfig, args: argparse.Namespace) -> dict
     cache = 2 * b * L * C * size * longest
     prefill = (8 + 9 * b) * C * size * args.max_prompt_tokens + 16 * V * size
     held = {
-        "policy": 4 * P, "value_network": 4 * P, "average": 4 * P, "adam": 2 * plan["adam"],
+        "policy": 4 * P,
+        "value_network": 4 * P,
+        "average": 4 * P,
+        "adam": 2 * plan["adam"],
         "frozen": 2 * (4 * P - 2 * M if args.frozen_dtype == "bfloat16" else 4 * P),
-    }  # fmt: skip
+    }
     rollout = (b * M if b == 2 else 0) + cache + prefill
-    return held | {"rollout": rollout, "update": update,
-                   "total": sum(held.values()) + max(rollout, update)}  # fmt: skip
+    return held | {
+        "rollout": rollout,
+        "update": update,
+        "total": sum(held.values()) + max(rollout, update),
+    }
 
 
 def operations(stage: str, config: GPTConfig, args: argparse.Namespace) -> float:
@@ -255,8 +264,9 @@ def reinforcement(config: GPTConfig, args: argparse.Namespace) -> tuple[Callable
     rng = np.random.default_rng(0)
     models = {name: new_model(GPT, config, args) for name in ("policy", "reference")}
     models["reference"].load_state_dict(models["policy"].state_dict())
-    models |= {name: new_model(ScalarModel, config, args)
-               for name in ("reward_model", "value_network")}  # fmt: skip
+    models |= {
+        name: new_model(ScalarModel, config, args) for name in ("reward_model", "value_network")
+    }
     ema = new_model(GPT, config, args).requires_grad_(False)
     for name, model in models.items():
         model.eval()
@@ -264,10 +274,15 @@ def reinforcement(config: GPTConfig, args: argparse.Namespace) -> tuple[Callable
             model.requires_grad_(False)
             if args.frozen_dtype == "bfloat16":
                 store_matrices(model, torch.bfloat16)
-    optimizers = {"policy": adamw(models["policy"], args.lr),
-                  "value_network": adamw(models["value_network"], args.value_lr)}  # fmt: skip
-    sizes = rng.integers(-(-args.max_prompt_tokens // 2), args.max_prompt_tokens + 1,
-                         size=args.batch_size // args.responses_per_prompt)  # fmt: skip
+    optimizers = {
+        "policy": adamw(models["policy"], args.lr),
+        "value_network": adamw(models["value_network"], args.value_lr),
+    }
+    sizes = rng.integers(
+        -(-args.max_prompt_tokens // 2),
+        args.max_prompt_tokens + 1,
+        size=args.batch_size // args.responses_per_prompt,
+    )
     prompts = [rng.integers(config.vocab_size - 1, size=size).tolist() for size in sizes]
     about: dict[str, dict] = {}
 
@@ -293,13 +308,18 @@ def reinforcement(config: GPTConfig, args: argparse.Namespace) -> tuple[Callable
         repeated = float(prompt_lengths.sum()) * (1 - 1 / args.responses_per_prompt)
         once, heads = forward_flops(config, rows, 0, repeated), forward_flops(config, [], new)
         for what, flops in (
-            ("rollout", once + heads), ("scoring", 4 * once + 2 * heads),
+            ("rollout", once + heads),
+            ("scoring", 4 * once + 2 * heads),
             ("update", 6 * once + 3 * heads),
             ("ppo_iteration", train_ppo.iteration_flops(models, rows, new, 0, args)),
-        ):  # fmt: skip
+        ):
             about[what] = {"tokens": new, "flops": flops, "shape": shape}
-        return {"rollout": sampled - started, "scoring": scored - sampled,
-                "update": finished - scored, "ppo_iteration": finished - started}  # fmt: skip
+        return {
+            "rollout": sampled - started,
+            "scoring": scored - sampled,
+            "update": finished - scored,
+            "ppo_iteration": finished - started,
+        }
 
     return run, about
 
@@ -313,8 +333,12 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Rows of a stage; a single one with a note where the GPU's memory does not suffice."""
     config = SHAPES[preset]
-    base = {"preset": preset, "dtype": args.dtype, "repeats": repeats,
-            "plan_gib": memory_plan(stage, config, args)["total"] / 2**30}  # fmt: skip
+    base = {
+        "preset": preset,
+        "dtype": args.dtype,
+        "repeats": repeats,
+        "plan_gib": memory_plan(stage, config, args)["total"] / 2**30,
+    }
     torch.manual_seed(0)
     if args.device == "cuda":
         torch.cuda.empty_cache()
@@ -335,10 +359,19 @@ def measure(
     for what in seconds[0]:
         low, middle, high = np.quantile([times[what] for times in seconds], [0.2, 0.5, 0.8])
         rate = about[what]["flops"] / middle
-        yield base | {
-            "what": what, "shape": about[what]["shape"], "p20_s": low, "p50_s": middle,
-            "p80_s": high, "tok_per_s": about[what]["tokens"] / middle, "tflop_per_s": rate / 1e12,
-        } | ({"mfu": rate / peak} if peak else {})  # fmt: skip
+        yield (
+            base
+            | {
+                "what": what,
+                "shape": about[what]["shape"],
+                "p20_s": low,
+                "p50_s": middle,
+                "p80_s": high,
+                "tok_per_s": about[what]["tokens"] / middle,
+                "tflop_per_s": rate / 1e12,
+            }
+            | ({"mfu": rate / peak} if peak else {})
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -346,12 +379,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         print_plans(args.flags)
         return 0
-    runs = [(stage, preset, stage_args(stage, preset, args.flags, args.rollout_size))
-            for preset in args.preset for stage in args.stages]  # fmt: skip
+    runs = [
+        (stage, preset, stage_args(stage, preset, args.flags, args.rollout_size))
+        for preset in args.preset
+        for stage in args.stages
+    ]
     on_gpu = runs[0][2].device == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    about = {"device": device, "torch": torch.__version__,
-             "triton": getattr(triton, "__version__", "")}  # fmt: skip
+    about = {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": getattr(triton, "__version__", ""),
+    }
     if args.out is None and on_gpu:
         args.out = RESULTS / f"throughput_{device.replace(' ', '_')}.csv"
     rows = []

@@ -37,25 +37,82 @@ class Tiny:
         """Arguments for a quick run into `out`: of train_<stage>.py for a few steps, of sample.py
         for a file of candidates in it, of evaluate.py for a report."""
         by_stage = {
-            "sft": ["--init", self.base, "--data", self.demonstrations, "--batch_size", "4",
-                    "--pretrain_data", self.pretrain, "--pretrain_fraction", "0.2",
-                    "--val_data", self.demonstrations, "--epochs", "2"],
-            "rm": ["--init", self.base, "--data", self.comparisons, "--batch_size", "3",
-                   "--demonstrations", self.demonstrations, "--val_data", self.comparisons,
-                   "--epochs", "2", "--eval_every", "2"],
-            "ppo": ["--init", self.base, "--reward_model", self.rm, "--data", self.prompts,
-                    "--val_data", self.prompts, "--pretrain_data", self.pretrain,
-                    "--ptx_coef", "1", "--ptx_tokens", "12", "--batch_size", "8",
-                    "--num_minibatches", "2", "--max_steps", "4", "--eval_every", "2"],
-        }  # fmt: skip
+            "sft": [
+                "--init",
+                self.base,
+                "--data",
+                self.demonstrations,
+                "--batch_size",
+                "4",
+                "--pretrain_data",
+                self.pretrain,
+                "--pretrain_fraction",
+                "0.2",
+                "--val_data",
+                self.demonstrations,
+                "--epochs",
+                "2",
+            ],
+            "rm": [
+                "--init",
+                self.base,
+                "--data",
+                self.comparisons,
+                "--batch_size",
+                "3",
+                "--demonstrations",
+                self.demonstrations,
+                "--val_data",
+                self.comparisons,
+                "--epochs",
+                "2",
+                "--eval_every",
+                "2",
+            ],
+            "ppo": [
+                "--init",
+                self.base,
+                "--reward_model",
+                self.rm,
+                "--data",
+                self.prompts,
+                "--val_data",
+                self.prompts,
+                "--pretrain_data",
+                self.pretrain,
+                "--ptx_coef",
+                "1",
+                "--ptx_tokens",
+                "12",
+                "--batch_size",
+                "8",
+                "--num_minibatches",
+                "2",
+                "--max_steps",
+                "4",
+                "--eval_every",
+                "2",
+            ],
+        }
         if stage in ("sample", "report"):
             speakers = [f"base={self.base}", f"again={self.base}"]
             args = ["--data", self.prompts, "--out"]
             args += {
                 "sample": [Path(out) / "candidates.jsonl", "--num_responses", "2", "3"],
-                "report": [out, "--reward_model", self.rm, "--reference", self.base, "--val_data",
-                           self.prompts, "--pretrain_data", self.pretrain, "--num_prompts", "4"],
-            }[stage]  # fmt: skip
+                "report": [
+                    out,
+                    "--reward_model",
+                    self.rm,
+                    "--reference",
+                    self.base,
+                    "--val_data",
+                    self.prompts,
+                    "--pretrain_data",
+                    self.pretrain,
+                    "--num_prompts",
+                    "4",
+                ],
+            }[stage]
             args += ["--checkpoints", *speakers, *LIMITS, "--device", "cpu"]
             return [str(arg) for arg in (*args, *more)]
         args = by_stage[stage] + ["--out", out, "--save_every", "2", *LIMITS, "--device", "cpu"]
@@ -64,11 +121,16 @@ class Tiny:
 
 def make_tiny(folder: Path) -> Tiny:
     """Write everything into `folder`; equal files every time."""
+
     def record(i: int) -> dict:
         colour = COLOURS[i % len(COLOURS)]
         prompt = f"say {colour} {1 + i % 3} times" if i % 2 else f"which colour is {colour} ?"
-        return {"prompt": f"{prompt} ( {i} )", "user": f"u{i % 5}", "source": "customer",
-                "use_case": "other"}  # fmt: skip
+        return {
+            "prompt": f"{prompt} ( {i} )",
+            "user": f"u{i % 5}",
+            "source": "customer",
+            "use_case": "other",
+        }
 
     demonstrations = [
         record(i) | {"response": " ".join([COLOURS[i % 6]] * (1 + i % 3)), "source": "labeler"}
@@ -79,10 +141,15 @@ def make_tiny(folder: Path) -> Tiny:
         K = 4 + i % 2
         responses = [f"{COLOURS[(i + k) % 6]} {COLOURS[k]}" for k in range(K)]
         ranks = [1] * K if i == 3 else [1 + (i + 2 * k) % 4 for k in range(K)]
-        comparisons.append(record(i) | {
-            "responses": responses, "ranks": ranks, "labeler": f"l{i % 3}",
-            "ended": [k != 1 for k in range(K)],
-        })  # fmt: skip
+        comparisons.append(
+            record(i)
+            | {
+                "responses": responses,
+                "ranks": ranks,
+                "labeler": f"l{i % 3}",
+                "ended": [k != 1 for k in range(K)],
+            }
+        )
     documents = [
         f"the {COLOURS[i % 6]} house stands beside the {COLOURS[(2 * i + 1) % 6]} one .\n"
         f"nobody knows how many times {i} people said {COLOURS[(i + 3) % 6]} ."
@@ -91,9 +158,19 @@ def make_tiny(folder: Path) -> Tiny:
     tiny = Tiny(
         folder,
         train_bpe([*documents, *(d["prompt"] for d in demonstrations)], 300),
-        *(folder / name for name in ("tokenizer.json", "demonstrations.jsonl", "prompts.jsonl",
-                                     "comparisons.jsonl", "pretrain.txt", "base", "rm")),
-    )  # fmt: skip
+        *(
+            folder / name
+            for name in (
+                "tokenizer.json",
+                "demonstrations.jsonl",
+                "prompts.jsonl",
+                "comparisons.jsonl",
+                "pretrain.txt",
+                "base",
+                "rm",
+            )
+        ),
+    )
     save_tokenizer(tiny.encoding, tiny.tokenizer)
     write_jsonl(tiny.demonstrations, demonstrations, "demonstrations")
     write_jsonl(tiny.prompts, [record(i) for i in range(20)], "prompts")
@@ -103,9 +180,13 @@ def make_tiny(folder: Path) -> Tiny:
     state = torch.get_rng_state()
     torch.manual_seed(0)
     config = GPTConfig(
-        vocab_size=tiny.encoding.n_vocab, n_positions=48, n_embd=32, n_layer=2, n_head=2,
+        vocab_size=tiny.encoding.n_vocab,
+        n_positions=48,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
         eos_token_id=tiny.encoding.eot_token,
-    )  # fmt: skip
+    )
     tokenizer_json = tiny.tokenizer.read_text(encoding="utf-8")
     gpt = GPT(config)
     with torch.no_grad():  # raises the end token's logit by 3.5, so that some responses end

@@ -41,9 +41,13 @@ from data.real.raw import clean, get, read_json_array, read_json_lines, read_tex
 MAX_RESPONSES = 9  # the paper ranks 4 to 9 outputs a prompt
 # The ten labels of the paper's Table 1, for what Databricks asked its writers to do.
 DOLLY_USE_CASES = {
-    "creative_writing": "generation", "open_qa": "open_qa", "general_qa": "open_qa",
-    "brainstorming": "brainstorming", "summarization": "summarization",
-    "classification": "classification", "closed_qa": "closed_qa",
+    "creative_writing": "generation",
+    "open_qa": "open_qa",
+    "general_qa": "open_qa",
+    "brainstorming": "brainstorming",
+    "summarization": "summarization",
+    "classification": "classification",
+    "closed_qa": "closed_qa",
     "information_extraction": "extract",
 }
 
@@ -93,8 +97,12 @@ def comparison(
 ) -> Record:
     """Build a comparison, responses in alphabetical order; `base` is the record of its prompt."""
     order = sorted(range(len(responses)), key=lambda index: (responses[index], ranks[index]))
-    return {**base, "responses": [responses[i] for i in order],
-            "ranks": [ranks[i] for i in order], "labeler": labeler}
+    return {
+        **base,
+        "responses": [responses[i] for i in order],
+        "ranks": [ranks[i] for i in order],
+        "labeler": labeler,
+    }
 
 
 # --- comparisons --------------------------------------------------------------------------------
@@ -112,8 +120,9 @@ def convert_hh_rlhf(paths: Sequence[Path], options: Options) -> Converted:
         for where, record in read_json_lines(path):
             result.num_read += 1
             sides = [get(record, key, str, where) for key in ("chosen", "rejected")]
-            contexts, _, replies = zip(*(side.rpartition("\n\nAssistant:") for side in sides),
-                                       strict=True)
+            contexts, _, replies = zip(
+                *(side.rpartition("\n\nAssistant:") for side in sides), strict=True
+            )
             replies = [clean(reply) for reply in replies]
             pieces = re.split(r"\n\n(Human|Assistant):", contexts[0])
             turns = list(zip(pieces[1::2], pieces[2::2], strict=True))
@@ -128,8 +137,12 @@ def convert_hh_rlhf(paths: Sequence[Path], options: Options) -> Converted:
             elif not (prompt := dialogue_prompt(turns)):
                 result.dropped["empty prompt"] += 1
             else:
-                base = {"prompt": prompt, "user": own_user(turns[0][1]), "source": "labeler",
-                        "use_case": "unknown"}
+                base = {
+                    "prompt": prompt,
+                    "user": own_user(turns[0][1]),
+                    "source": "labeler",
+                    "use_case": "unknown",
+                }
                 result.comparisons.append(comparison(base, replies, [1, 2], "hh-rlhf"))
     return result
 
@@ -148,15 +161,20 @@ def convert_oasst(paths: Sequence[Path], options: Options) -> Converted:
     def visit(message: Any, path: tuple[tuple[str, str], ...], user: str, where: str) -> None:
         role = get(message, "role", str, where)
         if role not in ("prompter", "assistant"):
-            raise BadInput(f'{where}: key "role": expected "prompter" or "assistant", '
-                           f"found {role!r}")
+            raise BadInput(
+                f'{where}: key "role": expected "prompter" or "assistant", found {role!r}'
+            )
         speaker = "Human" if role == "prompter" else "Assistant"
         path += ((speaker, get(message, "text", str, where)),)
         replies = get(message, "replies", list, where, default=[])
         if role == "prompter" and replies:
             result.num_read += 1
-            base = {"prompt": dialogue_prompt(path), "user": user, "source": "customer",
-                    "use_case": "unknown"}
+            base = {
+                "prompt": dialogue_prompt(path),
+                "user": user,
+                "source": "customer",
+                "use_case": "unknown",
+            }
             add(base, replies, where)
         for reply in replies:
             visit(reply, path, user, where)
@@ -229,11 +247,14 @@ def convert_qa_feedback(paths: Sequence[Path], options: Options) -> Converted:
             question = clean(get(record, "question", str, where))
             verdicts = get(record, "preference", list, where)
             if len(verdicts) != 6 or any(verdict not in (0, 1, 2) for verdict in verdicts):
-                raise BadInput(f'{where}: key "preference": expected six of 0, 1, 2, '
-                               f"found {verdicts}")
+                raise BadInput(
+                    f'{where}: key "preference": expected six of 0, 1, 2, found {verdicts}'
+                )
             answers = [clean(get(record, f"prediction {n}", str, where)) for n in (1, 2, 3, 4)]
-            passages = [passage_text(passage, options.passage_chars, where) for passage
-                        in get(record, "passages", list, where)[:options.passages]]
+            passages = [
+                passage_text(passage, options.passage_chars, where)
+                for passage in get(record, "passages", list, where)[: options.passages]
+            ]
             prompt = "\n\n".join([*passages, f"Question: {question}" if passages else question])
             ranks = weak_order(verdicts, 4)
             if not question:
@@ -243,8 +264,12 @@ def convert_qa_feedback(paths: Sequence[Path], options: Options) -> Converted:
             elif len(set(ranks)) == 1:
                 result.dropped["all answers tied"] += 1
             else:
-                base = {"prompt": prompt, "user": own_user(question), "source": "customer",
-                        "use_case": "closed_qa" if passages else "open_qa"}
+                base = {
+                    "prompt": prompt,
+                    "user": own_user(question),
+                    "source": "customer",
+                    "use_case": "closed_qa" if passages else "open_qa",
+                }
                 result.comparisons.append(comparison(base, answers, ranks, "qa-feedback"))
     return result
 
@@ -282,10 +307,14 @@ def convert_summarize(paths: Sequence[Path], options: Options) -> Converted:
             texts = [clean(get(summary, "text", str, where)) for summary in summaries]
             choice = get(record, "choice", int, where)
             if len(texts) != 2 or choice not in (0, 1):
-                raise BadInput(f'{where}: expected two "summaries" and a "choice" of 0 or 1, '
-                               f"found {len(texts)} and {choice}")
-            post = clean(get(info, "post", str, where, default="")
-                         or get(info, "article", str, where, default=""))
+                raise BadInput(
+                    f'{where}: expected two "summaries" and a "choice" of 0 or 1, '
+                    f"found {len(texts)} and {choice}"
+                )
+            post = clean(
+                get(info, "post", str, where, default="")
+                or get(info, "article", str, where, default="")
+            )
             if not post:
                 result.dropped["empty post"] += 1
             elif texts[0] == texts[1]:
@@ -304,24 +333,40 @@ def summary_prompt(post: str, info: Record, where: str) -> Record:
     subreddit = clean(get(info, "subreddit", str, where, default="")).removeprefix("r/")
     head = [f"SUBREDDIT: r/{subreddit}"] if subreddit else []
     head += [f"TITLE: {title}"] if title else []
-    return {"prompt": "\n\n".join([*head, f"POST: {post}", "TL;DR:"]), "user": own_user(post),
-            "source": "customer", "use_case": "summarization"}
+    return {
+        "prompt": "\n\n".join([*head, f"POST: {post}", "TL;DR:"]),
+        "user": own_user(post),
+        "source": "customer",
+        "use_case": "summarization",
+    }
 
 
 # --- demonstrations and prompts -----------------------------------------------------------------
 
 
-def _add_demonstration(result: Converted, prompt: str, response: str, source: str,
-                       use_case: str, user: str | None = None) -> None:
+def _add_demonstration(
+    result: Converted,
+    prompt: str,
+    response: str,
+    source: str,
+    use_case: str,
+    user: str | None = None,
+) -> None:
     prompt, response = clean(prompt), clean(response)
     if not prompt:
         result.dropped["empty prompt"] += 1
     elif not response:
         result.dropped["empty response"] += 1
     else:
-        result.demonstrations.append({
-            "prompt": prompt, "response": response, "user": user or own_user(prompt),
-            "source": source, "use_case": use_case})
+        result.demonstrations.append(
+            {
+                "prompt": prompt,
+                "response": response,
+                "user": user or own_user(prompt),
+                "source": source,
+                "use_case": use_case,
+            }
+        )
 
 
 def convert_alpaca(paths: Sequence[Path], options: Options) -> Converted:
@@ -339,15 +384,17 @@ def convert_alpaca(paths: Sequence[Path], options: Options) -> Converted:
         for where, record in read_json_array(path):
             result.num_read += 1
             instruction, given, output = (
-                clean(get(record, key, str, where)) for key in ("instruction", "input", "output"))
+                clean(get(record, key, str, where)) for key in ("instruction", "input", "output")
+            )
             if no_output.fullmatch(output):
                 result.dropped["a placeholder instead of a response"] += 1
             elif re.search(r"\n\d+\. Instruction:", output):
                 result.dropped["response runs on into another instruction"] += 1
             else:
                 given = "" if no_input.fullmatch(given) else given
-                _add_demonstration(result, f"{instruction}\n\n{given}", output, "labeler",
-                                   "unknown")
+                _add_demonstration(
+                    result, f"{instruction}\n\n{given}", output, "labeler", "unknown"
+                )
     return result
 
 
@@ -361,11 +408,14 @@ def convert_dolly(paths: Sequence[Path], options: Options) -> Converted:
     set's authors advise.
     """
     result = Converted()
-    footnotes = re.compile(r"(?<=[^\s\[])\[\d{1,3}\]"
-                           r"(?:\[(?:\d{1,3}|[a-z]|[a-z -]+(?:needed|\?))\])*"
-                           r"(?=[\s.,;:)\"'’”A-Z]|$)")
-    template = re.compile(r"Below is an instruction.*?### Instruction:\n(.*)\n\n### Response:\n?",
-                          re.DOTALL)
+    footnotes = re.compile(
+        r"(?<=[^\s\[])\[\d{1,3}\]"
+        r"(?:\[(?:\d{1,3}|[a-z]|[a-z -]+(?:needed|\?))\])*"
+        r"(?=[\s.,;:)\"'’”A-Z]|$)"
+    )
+    template = re.compile(
+        r"Below is an instruction.*?### Instruction:\n(.*)\n\n### Response:\n?", re.DOTALL
+    )
     for path in paths:
         for where, record in read_json_lines(path):
             result.num_read += 1
@@ -373,16 +423,20 @@ def convert_dolly(paths: Sequence[Path], options: Options) -> Converted:
             if "prompt" in record:
                 match = template.fullmatch(get(record, "prompt", str, where))
                 if not match:
-                    raise BadInput(f'{where}: key "prompt": expected text between '
-                                   '"### Instruction:" and "### Response:"')
+                    raise BadInput(
+                        f'{where}: key "prompt": expected text between '
+                        '"### Instruction:" and "### Response:"'
+                    )
                 prompt, use_case = match[1].replace("\n\n### Input:\n", "\n\n"), "unknown"
             else:
                 context = get(record, "context", str, where, default="")
                 prompt = f"{get(record, 'instruction', str, where)}\n\n{context}"
                 category = get(record, "category", str, where)
                 if category not in DOLLY_USE_CASES:
-                    raise BadInput(f'{where}: key "category": expected one of '
-                                   f"{', '.join(DOLLY_USE_CASES)}, found {category!r}")
+                    raise BadInput(
+                        f'{where}: key "category": expected one of '
+                        f"{', '.join(DOLLY_USE_CASES)}, found {category!r}"
+                    )
                 use_case = DOLLY_USE_CASES[category]
             _add_demonstration(result, footnotes.sub("", prompt), response, "labeler", use_case)
     return result
@@ -399,9 +453,14 @@ def convert_tldr(paths: Sequence[Path], options: Options) -> Converted:
             result.num_read += 1
             post = clean(get(record, "post", str, where))
             base = summary_prompt(post, record, where)
-            _add_demonstration(result, base["prompt"] if post else "",
-                               get(record, "summary", str, where), "customer", "summarization",
-                               base["user"])
+            _add_demonstration(
+                result,
+                base["prompt"] if post else "",
+                get(record, "summary", str, where),
+                "customer",
+                "summarization",
+                base["user"],
+            )
     return result
 
 
@@ -417,8 +476,14 @@ def convert_lottery(paths: Sequence[Path], options: Options) -> Converted:
             if not prompt:
                 result.dropped["empty prompt"] += 1
                 continue
-            result.prompts.append({"prompt": prompt, "user": own_user(prompt),
-                                   "source": "customer", "use_case": "unknown"})
+            result.prompts.append(
+                {
+                    "prompt": prompt,
+                    "user": own_user(prompt),
+                    "source": "customer",
+                    "use_case": "unknown",
+                }
+            )
     return result
 
 
@@ -449,8 +514,9 @@ def convert_wikitext(paths: Sequence[Path], options: Options) -> Converted:
     return result
 
 
-def _add_document(result: Converted, text: str, path: Path, whole_file: bool,
-                  options: Options) -> None:
+def _add_document(
+    result: Converted, text: str, path: Path, whole_file: bool, options: Options
+) -> None:
     result.num_read += 1
     lines = (line.rstrip() for line in text.split("\n") if line.strip() != END_OF_TEXT)
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")

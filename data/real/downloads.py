@@ -48,8 +48,12 @@ LOCAL_COPIES = "or fetch it by other means and pass its folder to --from"
 PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 
-def download(names: Sequence[str], folder: Path, copies: Path | None = None,
-             patterns: Mapping[str, str] | None = None) -> int:
+def download(
+    names: Sequence[str],
+    folder: Path,
+    copies: Path | None = None,
+    patterns: Mapping[str, str] | None = None,
+) -> int:
     """
     Bring the named sources to `folder`/NAME and what they need; "list" prints the table. Returns 0.
 
@@ -90,8 +94,10 @@ def print_table(names: Sequence[str]) -> None:
     for name in names:
         for file in SOURCES[name].files:
             size = f"{file.size:,} bytes" if file.size else "size not known"
-            print(f"{name}/{file.path}: {size}, SHA-256 {file.sha256 or 'of the first download'}\n"
-                  f"    {file.url}")
+            print(
+                f"{name}/{file.path}: {size}, SHA-256 {file.sha256 or 'of the first download'}\n"
+                f"    {file.url}"
+            )
             for member, path in file.unpack:
                 print(f"    {member} is unpacked as {path}")
     if names:
@@ -103,17 +109,21 @@ def print_table(names: Sequence[str]) -> None:
         total = f"{megabytes:,.{1 if megabytes >= 0.1 else 2}f}" if any(sizes) else "?"
         total += "+" if any(sizes) and None in sizes else ""
         known = sum(file.sha256 is not None for file in source.files)
-        print(f"{name:19} {total:>8} {len(sizes):5} {known:7}  {source.licence:30} "
-              f"{source.becomes}")
-    print("MB: +, and more in files whose size is not known; ?, not known.\n"
-          "checked: files whose SHA-256 is known; that of others is recorded the first time.\n"
-          "`--download list NAME` shows the addresses of a source, `--download NAME` fetches it,\n"
-          "`--download NAME --from FOLDER` takes copies that lie in a folder. \"prepare NAME\" is\n"
-          "python -m data.real.prepare NAME, which converts.")
+        print(
+            f"{name:19} {total:>8} {len(sizes):5} {known:7}  {source.licence:30} {source.becomes}"
+        )
+    print(
+        "MB: +, and more in files whose size is not known; ?, not known.\n"
+        "checked: files whose SHA-256 is known; that of others is recorded the first time.\n"
+        "`--download list NAME` shows the addresses of a source, `--download NAME` fetches it,\n"
+        '`--download NAME --from FOLDER` takes copies that lie in a folder. "prepare NAME" is\n'
+        "python -m data.real.prepare NAME, which converts."
+    )
 
 
-def fetch(file: RemoteFile, folder: Path, attempts: int = 5, timeout: float = 30.0,
-          pause: float = 1.0) -> None:
+def fetch(
+    file: RemoteFile, folder: Path, attempts: int = 5, timeout: float = 30.0, pause: float = 1.0
+) -> None:
     """
     Download one file into `folder`, unless it is there already, and unpack what is to be unpacked.
 
@@ -130,8 +140,10 @@ def fetch(file: RemoteFile, folder: Path, attempts: int = 5, timeout: float = 30
     if target.exists():
         found = sha256(target)
         if expected is not None and found != expected:
-            raise BadInput(f"{target}: checksum {found}, expected {expected}; the file was changed "
-                           "or belongs to another version: remove it and run again")
+            raise BadInput(
+                f"{target}: checksum {found}, expected {expected}; the file was changed "
+                "or belongs to another version: remove it and run again"
+            )
         print(f"    {file.path}: already there")
     elif file.unpack and all((folder / path).exists() for _, path in file.unpack):
         print(f"    {file.path}: its files are there")
@@ -159,8 +171,9 @@ def _receive(file: RemoteFile, part: Path, attempts: int, timeout: float, pause:
     """Fill `part` with the whole body, over as many connections as it takes."""
     host = urllib.request.Request(file.url).host
     failures, furthest = 0, _size(part)
-    with tqdm(desc=f"    {file.path}", total=file.size, unit="B", unit_scale=True,
-              disable=None) as bar:
+    with tqdm(
+        desc=f"    {file.path}", total=file.size, unit="B", unit_scale=True, disable=None
+    ) as bar:
         while True:
             try:
                 if _receive_once(file, part, timeout, bar):
@@ -169,20 +182,31 @@ def _receive(file: RemoteFile, part: Path, attempts: int, timeout: float, pause:
             except urllib.error.HTTPError as error:
                 problem = f"the server answered {error.code} {error.reason}"
                 if error.code not in PASSING_STATUS:
-                    raise BadInput(f"{file.url}: {problem}; the address may have changed, or the "
-                                   f"file needs an account: see its page, {LOCAL_COPIES}") from None
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError,
-                    TimeoutError, ssl.SSLError) as error:
+                    raise BadInput(
+                        f"{file.url}: {problem}; the address may have changed, or the "
+                        f"file needs an account: see its page, {LOCAL_COPIES}"
+                    ) from None
+            except (
+                urllib.error.URLError,
+                http.client.HTTPException,
+                ConnectionError,
+                TimeoutError,
+                ssl.SSLError,
+            ) as error:
                 reason = getattr(error, "reason", None) or error
                 problem = str(reason) or type(reason).__name__
                 if isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError)):
-                    raise BadInput(f"{file.url}: cannot reach {host} ({problem}); check the "
-                                   f"network and run again, {LOCAL_COPIES}") from None
+                    raise BadInput(
+                        f"{file.url}: cannot reach {host} ({problem}); check the "
+                        f"network and run again, {LOCAL_COPIES}"
+                    ) from None
             failures = 0 if _size(part) > furthest else failures + 1
             furthest = max(furthest, _size(part))
             if failures >= attempts:
-                raise BadInput(f"{file.url}: {problem}, {attempts} times, with {_size(part):,} "
-                               f"bytes received; run again to go on from there, {LOCAL_COPIES}")
+                raise BadInput(
+                    f"{file.url}: {problem}, {attempts} times, with {_size(part):,} "
+                    f"bytes received; run again to go on from there, {LOCAL_COPIES}"
+                )
             time.sleep(pause * 2 ** max(failures - 1, 0))
 
 
@@ -208,8 +232,10 @@ def _receive_once(file: RemoteFile, part: Path, timeout: float, bar: tqdm) -> bo
         return False
     with response:
         if response.headers.get_content_type() == "text/html":  # of no source; keep the part
-            raise BadInput(f"{file.url}: a web page came instead of the file; it may have moved, "
-                           f"or the network asks to log in: open it in a browser, {LOCAL_COPIES}")
+            raise BadInput(
+                f"{file.url}: a web page came instead of the file; it may have moved, "
+                f"or the network asks to log in: open it in a browser, {LOCAL_COPIES}"
+            )
         length = response.headers.get("Content-Length")
         if response.status == 206:
             match = CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
@@ -249,8 +275,10 @@ def _check(file: RemoteFile, part: Path, expected: str | None, recorded_before: 
     problem = not_data(part)
     if problem is None and expected is not None:
         origin = "recorded at the first download, in SHA256SUMS" if recorded_before else "expected"
-        problem = (f"checksum {found}, but {expected} was {origin}: damaged on the way, or changed "
-                   "by its publishers")
+        problem = (
+            f"checksum {found}, but {expected} was {origin}: damaged on the way, or changed "
+            "by its publishers"
+        )
     elif problem is None and (flaw := malformed(part, file.path)):
         problem = f"{flaw}: cut short or damaged on the way"
     if problem is None:
@@ -278,8 +306,11 @@ def take(name: str, source: Source, copies: Path, folder: Path, pattern: str | N
     missing, taken = [], 0
     for file in source.files:
         members = [RemoteFile(file.url, path) for _, path in file.unpack]
-        found = [(part, origin) for part in (file, *members)
-                 if (origin := _local_copy(name, part, copies))]
+        found = [
+            (part, origin)
+            for part in (file, *members)
+            if (origin := _local_copy(name, part, copies))
+        ]
         for part, origin in found:
             _install(part, origin, folder)
             taken += 1
@@ -290,22 +321,28 @@ def take(name: str, source: Source, copies: Path, folder: Path, pattern: str | N
     stand_ins = []
     for expression in filter(None, (source.stand_in, pattern) if missing else ()):
         stand_ins += find_files(copies, expression)
-    published = {Path(path).name for file in source.files
-                 for path in (file.path, *(path for _, path in file.unpack))}
+    published = {
+        Path(path).name
+        for file in source.files
+        for path in (file.path, *(path for _, path in file.unpack))
+    }
     for origin in dict.fromkeys(stand_ins):
         if origin.name not in published:
             print(f"    {origin.name}: stands in for the published file")
             _install(RemoteFile("", origin.name), origin, folder)
             taken += 1
     if not taken:
-        raise BadInput(f"{copies}: holds no file of {name}, such as {name}/{source.files[0].path}; "
-                       f"`--download list {name}` lists them")
+        raise BadInput(
+            f"{copies}: holds no file of {name}, such as {name}/{source.files[0].path}; "
+            f"`--download list {name}` lists them"
+        )
     if missing:
         print(f"    not there: {', '.join(missing)}")
 
 
 def _local_copy(name: str, file: RemoteFile, copies: Path) -> Path | None:
     """Find the copy of one published file under `copies`."""
+
     def plain(text: str) -> str:
         return re.sub(r"[-_ ]", "", text).lower()
 
@@ -319,9 +356,15 @@ def _local_copy(name: str, file: RemoteFile, copies: Path) -> Path | None:
         if not (same_name or plain(origin.name) in flat) or not origin.is_file():
             continue
         parent = plain(origin.resolve().parent.name)
-        if (not same_name or parent == plain(name) and len(wanted.parts) == 1
-                or len(wanted.parts) > 1 and origin.parts[-2:] == wanted.parts[-2:]
-                or file.sha256 is not None and sha256(origin) == file.sha256):
+        if (
+            not same_name
+            or parent == plain(name)
+            and len(wanted.parts) == 1
+            or len(wanted.parts) > 1
+            and origin.parts[-2:] == wanted.parts[-2:]
+            or file.sha256 is not None
+            and sha256(origin) == file.sha256
+        ):
             return origin
     return None
 
@@ -357,8 +400,10 @@ def _install(file: RemoteFile, origin: Path, folder: Path) -> None:
 def _check_space(part: Path, needed: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if needed > free:
-        raise BadInput(f"{part.parent}: the disk has {free:,} bytes free and {needed:,} more are "
-                       "to come; make room and run again to go on")
+        raise BadInput(
+            f"{part.parent}: the disk has {free:,} bytes free and {needed:,} more are "
+            "to come; make room and run again to go on"
+        )
 
 
 def _validator_file(part: Path) -> Path:

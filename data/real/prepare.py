@@ -66,72 +66,143 @@ DATA_SETS = {
         convert.convert_hh_rlhf,
         r"(?:(?:harmless-base|helpful-base|helpful-online|helpful-rejection-sampled)[/_.-]"
         r"(?:train|test)|hh[-_]rlhf[^/]*)\.jsonl(?:\.gz)?$",
-        "harmless-base/test.jsonl.gz", None),
+        "harmless-base/test.jsonl.gz",
+        None,
+    ),
     "oasst": DataSet(
-        convert.convert_oasst, r"(?:oasst[^/]*trees|en_100_tree)\.jsonl(?:\.gz)?$",
-        "2023-04-12_oasst_ready.trees.jsonl.gz", None),
+        convert.convert_oasst,
+        r"(?:oasst[^/]*trees|en_100_tree)\.jsonl(?:\.gz)?$",
+        "2023-04-12_oasst_ready.trees.jsonl.gz",
+        None,
+    ),
     "qa-feedback": DataSet(
-        convert.convert_qa_feedback, r"(?:train|dev)_feedback[^/]*\.json$",
-        "dev_feedback.json", None),
+        convert.convert_qa_feedback,
+        r"(?:train|dev)_feedback[^/]*\.json$",
+        "dev_feedback.json",
+        None,
+    ),
     "summarize": DataSet(
-        convert.convert_summarize, r"(?:^|/)(?:batch|cnndm)\d+\.json$",
-        "comparisons/batch3.json", many_pairs=True),
+        convert.convert_summarize,
+        r"(?:^|/)(?:batch|cnndm)\d+\.json$",
+        "comparisons/batch3.json",
+        many_pairs=True,
+    ),
     "alpaca": DataSet(
-        convert.convert_alpaca, r"alpaca_(?:data|\d+)[^/]*\.json$", "alpaca_data.json"),
+        convert.convert_alpaca, r"alpaca_(?:data|\d+)[^/]*\.json$", "alpaca_data.json"
+    ),
     "dolly": DataSet(
-        convert.convert_dolly, r"databricks-dolly-15k\.jsonl$|dolly_hhrlhf[^/]*\.jsonl$",
-        "databricks-dolly-15k.jsonl"),
+        convert.convert_dolly,
+        r"databricks-dolly-15k\.jsonl$|dolly_hhrlhf[^/]*\.jsonl$",
+        "databricks-dolly-15k.jsonl",
+    ),
     "tldr": DataSet(  # without test.jsonl, on which evaluate.py may measure
-        convert.convert_tldr, r"tldr_3_filtered[/_](?:train|valid)\.jsonl$",
-        "tldr_3_filtered/train.jsonl"),
+        convert.convert_tldr,
+        r"tldr_3_filtered[/_](?:train|valid)\.jsonl$",
+        "tldr_3_filtered/train.jsonl",
+    ),
     "lottery": DataSet(
-        convert.convert_lottery, r"prompt_lottery[^/]*\.jsonl$",
-        "prompt_lottery_en_250_text.jsonl"),
+        convert.convert_lottery, r"prompt_lottery[^/]*\.jsonl$", "prompt_lottery_en_250_text.jsonl"
+    ),
     "novels": DataSet(
         convert.convert_text,
         r"english_novels/[^/]+\.txt$|(?:^|/)[A-Z][a-z]+_[A-Z][a-z]+_1[6-9]\d\d\.txt$",
-        "Doyle_Hound_1902.txt"),
+        "Doyle_Hound_1902.txt",
+    ),
     "shakespeare": DataSet(
-        convert.convert_text, r"shakespeare/input\.txt$|shakespeare[^/]*\.txt$|^input\.txt$",
-        "tinyshakespeare/input.txt"),
+        convert.convert_text,
+        r"shakespeare/input\.txt$|shakespeare[^/]*\.txt$|^input\.txt$",
+        "tinyshakespeare/input.txt",
+    ),
     "wikitext": DataSet(
         convert.convert_wikitext,
         r"wikitext[^/]*/(?:wiki\.)?(?:train|valid|test)\.(?:txt|tokens|raw)$",
-        "wikitext-2/valid.txt"),
+        "wikitext-2/valid.txt",
+    ),
     "text": DataSet(convert.convert_text, r"\.txt$", "any file that ends in .txt"),
 }
 
 
 def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m data.real.prepare", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python -m data.real.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME",
-        help=f"sets to convert: {', '.join(DATA_SETS)}; or all (every set found but text)")
-    add("--from", dest="folder", type=Path, default=None, metavar="FOLDER",
+    add(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"sets to convert: {', '.join(DATA_SETS)}; or all (every set found but text)",
+    )
+    add(
+        "--from",
+        dest="folder",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
         help="where the raw files lie, at any depth (default data/downloads); with --download: "
-             "copies to take instead of downloading")
+        "copies to take instead of downloading",
+    )
     add("--out", type=Path, default=Path("out/real/data"), metavar="DIR")
     add("--seed", type=int, default=0, help="of the splits and of the draw from busy users")
-    add("--fractions", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar="F",
-        help="shares of train, valid and test, by whole users (default 0.8 0.1 0.1)")
-    add("--tokenizer", default=None, metavar="FOLDER|none",
+    add(
+        "--fractions",
+        type=float,
+        nargs=3,
+        default=(0.8, 0.1, 0.1),
+        metavar="F",
+        help="shares of train, valid and test, by whole users (default 0.8 0.1 0.1)",
+    )
+    add(
+        "--tokenizer",
+        default=None,
+        metavar="FOLDER|none",
         help="folder with GPT-2's vocab.bpe and encoder.json (default: searched under --from, then "
-             "data/downloads)")
-    add("--best_as_demonstrations", action=argparse.BooleanOptionalAction, default=False,
-        help="also write the best response of each comparison, if it is one, as a demonstration")
-    add("--prompts_from", nargs="+", default=None, metavar="NAME",
-        help="sets whose prompts go to prompts.jsonl (default: all that are prepared)")
-    add("--passages", type=int, default=1, metavar="N",
-        help="qa-feedback: passages in the prompt, 0 to 4; one has about 280 GPT-2 tokens")
-    add("--passage_chars", type=int, default=0, metavar="N",
-        help="qa-feedback: cut each passage after whole sentences of N characters (0: do not)")
-    add("--section_chars", type=int, default=20_000, metavar="N",
-        help="documents: cut texts into sections of at most N characters")
-    add("--download", nargs="+", default=None, metavar="NAME",
+        "data/downloads)",
+    )
+    add(
+        "--best_as_demonstrations",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also write the best response of each comparison, if it is one, as a demonstration",
+    )
+    add(
+        "--prompts_from",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="sets whose prompts go to prompts.jsonl (default: all that are prepared)",
+    )
+    add(
+        "--passages",
+        type=int,
+        default=1,
+        metavar="N",
+        help="qa-feedback: passages in the prompt, 0 to 4; one has about 280 GPT-2 tokens",
+    )
+    add(
+        "--passage_chars",
+        type=int,
+        default=0,
+        metavar="N",
+        help="qa-feedback: cut each passage after whole sentences of N characters (0: do not)",
+    )
+    add(
+        "--section_chars",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="documents: cut texts into sections of at most N characters",
+    )
+    add(
+        "--download",
+        nargs="+",
+        default=None,
+        metavar="NAME",
         help="fetch these into data/downloads instead; `--download list` lists them, "
-             "`--download list NAME` the addresses of one")
+        "`--download list NAME` the addresses of one",
+    )
     args = parser.parse_args(argv)
     if bool(args.names) == bool(args.download):
         parser.error("give names of data sets to convert, or --download NAME, and not both")
@@ -168,8 +239,10 @@ class Account:
 def locate(names: Sequence[str], folder: Path) -> dict[str, list[Path]]:
     """Find the files of every named set; raises `BadInput` if a set has none."""
     if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; give the folder of raw data with --from, or "
-                       "fetch sets with --download NAME")
+        raise BadInput(
+            f"{folder}: no such folder; give the folder of raw data with --from, or "
+            "fetch sets with --download NAME"
+        )
     found: dict[str, list[Path]] = {}
     for name in DATA_SETS if "all" in names else dict.fromkeys(names):
         if name == "text" and "all" in names:
@@ -178,8 +251,10 @@ def locate(names: Sequence[str], folder: Path) -> dict[str, list[Path]]:
         if files:
             found[name] = files
         elif "all" not in names:
-            raise BadInput(f"{folder}: holds no file of {name}, such as {DATA_SETS[name].example}; "
-                           f"fetch it with --download, or name another folder with --from")
+            raise BadInput(
+                f"{folder}: holds no file of {name}, such as {DATA_SETS[name].example}; "
+                f"fetch it with --download, or name another folder with --from"
+            )
     if not found:
         raise BadInput(f"{folder}: holds no file of any known data set")
     return found
@@ -192,24 +267,31 @@ def load_encoding(choice: str | None, folder: Path) -> tiktoken.Encoding | None:
     if choice is not None:
         places = [Path(choice)]
     else:
-        places = [path.parent for root in (folder, DOWNLOADS)
-                  for path in sorted(root.rglob("vocab.bpe"))]
+        places = [
+            path.parent for root in (folder, DOWNLOADS) for path in sorted(root.rglob("vocab.bpe"))
+        ]
     for place in places:
         if (place / "vocab.bpe").is_file() and (place / "encoder.json").is_file():
             return gpt2_encoding(place)
-    raise BadInput(f"{choice or folder}: holds no vocab.bpe with encoder.json; name their folder "
-                   "with --tokenizer, fetch them with --download gpt2-bpe, or pass --tokenizer "
-                   "none to write no tokenizer.json")
+    raise BadInput(
+        f"{choice or folder}: holds no vocab.bpe with encoder.json; name their folder "
+        "with --tokenizer, fetch them with --download gpt2-bpe, or pass --tokenizer "
+        "none to write no tokenizer.json"
+    )
 
 
 Sets = dict[str, dict[str, list[Record]]]  # data set -> kind -> records
 
 
-def read_set(name: str, files: Sequence[Path], args: argparse.Namespace, account: Account
-             ) -> dict[str, list[Record]]:
+def read_set(
+    name: str, files: Sequence[Path], args: argparse.Namespace, account: Account
+) -> dict[str, list[Record]]:
     """Convert one set into records by kind, each marked with the set's name."""
-    options = convert.Options(passages=args.passages, passage_chars=args.passage_chars or None,
-                              section_chars=args.section_chars)
+    options = convert.Options(
+        passages=args.passages,
+        passage_chars=args.passage_chars or None,
+        section_chars=args.section_chars,
+    )
     result = DATA_SETS[name].convert(files, options)
     plural = "s" if len(files) > 1 else ""
     account.add(f"{name}: {result.num_read:,} read from {len(files)} file{plural}")
@@ -218,9 +300,12 @@ def read_set(name: str, files: Sequence[Path], args: argparse.Namespace, account
     kinds = {kind: getattr(result, kind) for kind in KINDS}
     if args.best_as_demonstrations:
         kinds["demonstrations"] = kinds["demonstrations"] + [
-            best for record in kinds["comparisons"] if (best := best_response(record))]
-    return {kind: [{**record, "data_set": name} for record in records]
-            for kind, records in kinds.items()}
+            best for record in kinds["comparisons"] if (best := best_response(record))
+        ]
+    return {
+        kind: [{**record, "data_set": name} for record in records]
+        for kind, records in kinds.items()
+    }
 
 
 def best_response(record: Record) -> Record | None:
@@ -235,8 +320,9 @@ def best_response(record: Record) -> Record | None:
 # --- hygiene ------------------------------------------------------------------------------------
 
 
-def clean_set(name: str, kinds: dict[str, list[Record]], earlier: Sets, seed: int,
-              account: Account) -> dict[str, list[Record]]:
+def clean_set(
+    name: str, kinds: dict[str, list[Record]], earlier: Sets, seed: int, account: Account
+) -> dict[str, list[Record]]:
     """
     Drop duplicates, also of the sets before this one, and what a user has too much of.
 
@@ -245,8 +331,9 @@ def clean_set(name: str, kinds: dict[str, list[Record]], earlier: Sets, seed: in
     """
     cleaned = {}
     for kind, records in kinds.items():
-        key, prefix = ("text", None) if kind == "documents" else (
-            "prompt", DATA_SETS[name].prefix_chars)
+        key, prefix = (
+            ("text", None) if kind == "documents" else ("prompt", DATA_SETS[name].prefix_chars)
+        )
         before = [record for other in earlier.values() for record in other[kind]]
         keyed = [{"prompt": record[key], "record": record} for record in [*before, *records]]
         unique = deduplicate(keyed, prefix)[0]
@@ -257,8 +344,10 @@ def clean_set(name: str, kinds: dict[str, list[Record]], earlier: Sets, seed: in
             ids = {id(item["record"]) for item in unique}
             kept = [record for record in records if id(record) in ids]
         shared = "whole text" if prefix is None else f"first {prefix} characters"
-        account.drop(len(records) - len(kept),
-                     f"{kind}: an earlier one has the same {key} ({shared} compared)")
+        account.drop(
+            len(records) - len(kept),
+            f"{kind}: an earlier one has the same {key} ({shared} compared)",
+        )
         if kind == "comparisons" and DATA_SETS[name].many_pairs:
             pairs = [{"prompt": pair_key(record), "record": record} for record in kept]
             pairs, dropped = deduplicate(pairs, None)
@@ -285,8 +374,12 @@ def place_users(sets: Sets, fractions: dict[str, float], seed: int) -> dict[str,
     """
     split_of: dict[str, str] = {}
     for kinds in sets.values():
-        fresh = [record for records in kinds.values() for record in records
-                 if record["user"] not in split_of]
+        fresh = [
+            record
+            for records in kinds.values()
+            for record in records
+            if record["user"] not in split_of
+        ]
         for split, records in split_by_user(fresh, fractions, seed).items():
             split_of.update((record["user"], split) for record in records)
     return split_of
@@ -302,29 +395,35 @@ def collect_prompts(parts: dict[str, dict[str, list[Record]]], names: Iterable[s
                 key = " ".join(record["prompt"].split()).casefold()
                 if record["data_set"] in names and key not in seen:
                     seen.add(key)
-                    records.append({name: record[name] for name in
-                                    ("prompt", "user", "source", "use_case", "data_set")})
+                    records.append(
+                        {
+                            name: record[name]
+                            for name in ("prompt", "user", "source", "use_case", "data_set")
+                        }
+                    )
         parts[split]["prompts"] = records
 
 
-def split_sets(sets: Sets, args: argparse.Namespace, account: Account
-               ) -> dict[str, dict[str, list[Record]]]:
+def split_sets(
+    sets: Sets, args: argparse.Namespace, account: Account
+) -> dict[str, dict[str, list[Record]]]:
     """Split by user and drop personal data from the training split -> {split: {kind: records}}."""
     split_of = place_users(sets, args.fractions, args.seed)
     parts: dict[str, dict[str, list[Record]]] = {
-        split: {kind: [] for kind in KINDS} for split in SPLITS}
+        split: {kind: [] for kind in KINDS} for split in SPLITS
+    }
     account.add("")
     for name, kinds in sets.items():
         account.add(f"{name}: split by user")
         for kind, records in kinds.items():
-            mine = {split: [r for r in records if split_of[r["user"]] == split]
-                    for split in SPLITS}
+            mine = {split: [r for r in records if split_of[r["user"]] == split] for split in SPLITS}
             if kind != "documents":
                 mine["train"], dropped = drop_pii(mine["train"])
                 found = Counter(kind for record in dropped for kind in pii_of(record))
                 listed = ", ".join(f"{kind} {number}" for kind, number in found.most_common())
-                account.drop(len(dropped), f"{kind}: personal data in the training split "
-                             f"({listed})")
+                account.drop(
+                    len(dropped), f"{kind}: personal data in the training split ({listed})"
+                )
             if records:
                 sizes = ", ".join(f"{len(mine[split]):,} {split}" for split in SPLITS)
                 total = sum(len(part) for part in mine.values())

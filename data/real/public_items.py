@@ -102,6 +102,7 @@ def _table_or_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def hellaswag(paths: list[Path]) -> Iterator[Item]:
     """Original records, whose WikiHow mark-up is removed, or records of query, choices, gold."""
+
     def plain(text: str) -> str:
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ").strip()
@@ -113,7 +114,8 @@ def hellaswag(paths: list[Path]) -> Iterator[Item]:
         else:
             second = get(record, "ctx_b", str, where, default="")
             query = f"{get(record, 'activity_label', str, where)}: " + plain(
-                f"{get(record, 'ctx_a', str, where)} {second[:1].upper() + second[1:]}")
+                f"{get(record, 'ctx_a', str, where)} {second[:1].upper() + second[1:]}"
+            )
             endings = [plain(text) for text in get(record, "endings", list, where)]
             label = int(record.get("label", -1))
         if not 0 <= label < len(endings):
@@ -126,8 +128,10 @@ def _label(row: dict[str, Any], names: Sequence[str], where: str) -> int:
     value = str(row.get("label"))
     value = str(names.index(value)) if value in names else value
     if value not in {str(i) for i in range(len(names))}:
-        raise BadInput(f'{where}: key "label": expected one of {", ".join(names)} or its number, '
-                       f"found {value!r}")
+        raise BadInput(
+            f'{where}: key "label": expected one of {", ".join(names)} or its number, '
+            f"found {value!r}"
+        )
     return int(value)
 
 
@@ -159,8 +163,10 @@ def wsc(paths: list[Path]) -> Iterator[Item]:
         if not isinstance(label, bool) or not 0 <= place < len(words):
             raise BadInput(f"{where}: expected label true or false and span2_index of a word")
         words[place] = f"*{words[place]}*"
-        query = (f"Passage: {' '.join(words)}\nQuestion: In the passage above, what does the "
-                 f'pronoun "*{pronoun}*" refer to?\nAnswer:')
+        query = (
+            f"Passage: {' '.join(words)}\nQuestion: In the passage above, what does the "
+            f'pronoun "*{pronoun}*" refer to?\nAnswer:'
+        )
         yield Completion(query, where, ((noun, label),), noun if label else "")
 
 
@@ -173,8 +179,9 @@ def lambada(paths: list[Path]) -> Iterator[Item]:
         yield Completion(query, where, (word,), word)
 
 
-def _dialogue(head: str, group: str, turns: list[tuple[str, tuple[str, ...], str]]
-              ) -> Iterator[Item]:
+def _dialogue(
+    head: str, group: str, turns: list[tuple[str, tuple[str, ...], str]]
+) -> Iterator[Item]:
     """Items of one passage: each query shows the earlier questions with their answers, as in the
     released samples."""
     for question, references, answer in turns:
@@ -196,8 +203,13 @@ def squad2(paths: list[Path]) -> Iterator[Item]:
             for qa in get(paragraph, "qas", list, group):
                 texts = [get(a, "text", str, group) for a in get(qa, "answers", list, group)]
                 texts = [text for text in texts if normalize_answer(text)]
-                turns.append((clean(get(qa, "question", str, group)), tuple(texts or [""]),
-                              texts[0] if texts else NOT_IN_BACKGROUND))
+                turns.append(
+                    (
+                        clean(get(qa, "question", str, group)),
+                        tuple(texts or [""]),
+                        texts[0] if texts else NOT_IN_BACKGROUND,
+                    )
+                )
             background = clean(get(paragraph, "context", str, group))
             yield from _dialogue(f"Title: {title}\n\nBackground: {background}", group, turns)
 
@@ -218,8 +230,13 @@ def quac(paths: list[Path]) -> Iterator[Item]:
                 references = tuple(quac_references(texts))
                 agreed = quac_human_f1(references) >= 0.4
                 first = get(get(qa, "orig_answer", dict, group), "text", str, group)
-                turns.append((clean(get(qa, "question", str, group)), references if agreed else (),
-                              I_DO_NOT_KNOW if first == CANNOT_ANSWER else first))
+                turns.append(
+                    (
+                        clean(get(qa, "question", str, group)),
+                        references if agreed else (),
+                        I_DO_NOT_KNOW if first == CANNOT_ANSWER else first,
+                    )
+                )
             text = clean(get(paragraph, "context", str, group).removesuffix(CANNOT_ANSWER))
             yield from _dialogue(f"TITLE: {title}\n\nPARAGRAPH: {text}", group, turns)
 
@@ -240,8 +257,10 @@ def drop(paths: list[Path]) -> Iterator[Item]:
     for group in passages:
         passage = clean(get(passages[group], "passage", str, group))
         for qa in get(passages[group], "qa_pairs", list, group):
-            answers = [get(qa, "answer", dict, group),
-                       *get(qa, "validated_answers", list, group, default=[])]
+            answers = [
+                get(qa, "answer", dict, group),
+                *get(qa, "validated_answers", list, group, default=[]),
+            ]
             references = tuple(drop_spans(answer, group) for answer in answers)
             query = f"Passage: {passage}\nQuestion: {clean(get(qa, 'question', str, group))}"
             yield Completion(f"{query}\nAnswer:", group, references, ", ".join(references[0]))
@@ -263,6 +282,7 @@ def _lines(path: Path) -> list[str]:
 
 def fr_en(paths: list[Path]) -> Iterator[Item]:
     """src.fr and ref.en beside it: <seg> elements of SGML, or one sentence a line."""
+
     def sentences(path: Path) -> list[str]:
         text = read_text(path)
         if "<seg" not in text:
@@ -312,7 +332,8 @@ def released_item(row: dict[str, str], where: str, is_drop: bool) -> Completion:
     references = tuple("" if text == NOT_IN_BACKGROUND else text for text in texts)
     passage = context.split("\nQ: ")[0].split("\nQuestion: ")[0]
     return Completion(
-        context, passage, tuple((text,) for text in texts) if is_drop else references, texts[0])
+        context, passage, tuple((text,) for text in texts) if is_drop else references, texts[0]
+    )
 
 
 def released(paths: list[Path]) -> Iterator[Item]:
@@ -331,19 +352,28 @@ def truthfulqa(paths: list[Path]) -> Iterator[Item]:
     In the CSV, MC1 sets the best answer against all incorrect ones, MC2 all correct against all
     incorrect; answers end with a full stop, as in the authors' code.
     """
+
     def question(text: str) -> str:
         return f"Q: {clean(text)}\nA:"
 
     def indices(options: list[str], answers: list[str]) -> tuple[int, ...]:
         return tuple(dict.fromkeys(options.index(answer) for answer in answers))
 
-    def item(query: str, where: str, top: str, wrong: list[str], true: list[str],
-             false: list[str]) -> Item:
+    def item(
+        query: str, where: str, top: str, wrong: list[str], true: list[str], false: list[str]
+    ) -> Item:
         options = list(dict.fromkeys([top, *wrong, *true, *false]))
         if not (wrong and true and false):
             raise BadInput(f"{where}: expected at least one true and one false answer")
-        return Truth(query, where, tuple(options), options.index(top), indices(options, wrong),
-                     indices(options, true), indices(options, false))
+        return Truth(
+            query,
+            where,
+            tuple(options),
+            options.index(top),
+            indices(options, wrong),
+            indices(options, true),
+            indices(options, false),
+        )
 
     if paths[0].suffix == ".json":
         for number, record in enumerate(parse_json(read_text(paths[0]), str(paths[0])), start=1):
@@ -352,10 +382,14 @@ def truthfulqa(paths: list[Path]) -> Iterator[Item]:
             top = [text for text, right in first.items() if right]
             if len(top) != 1:
                 raise BadInput(f'{where}: key "mc1_targets": expected one true answer')
-            yield item(question(get(record, "question", str, where)), where, top[0],
-                       [text for text, right in first.items() if not right],
-                       [text for text, right in second.items() if right],
-                       [text for text, right in second.items() if not right])
+            yield item(
+                question(get(record, "question", str, where)),
+                where,
+                top[0],
+                [text for text, right in first.items() if not right],
+                [text for text, right in second.items() if right],
+                [text for text, right in second.items() if not right],
+            )
         return
 
     def answers(text: str) -> list[str]:
@@ -363,8 +397,9 @@ def truthfulqa(paths: list[Path]) -> Iterator[Item]:
         return [part if part.endswith(".") else f"{part}." for part in parts]
 
     for where, row in _rows(paths[0]):
-        true, false = (answers(get(row, f"{kind} Answers", str, where))
-                       for kind in ("Correct", "Incorrect"))
+        true, false = (
+            answers(get(row, f"{kind} Answers", str, where)) for kind in ("Correct", "Incorrect")
+        )
         top = clean(get(row, "Best Answer", str, where)).removesuffix(".") + "."
         yield item(question(get(row, "Question", str, where)), where, top, false, true, false)
 
@@ -376,8 +411,9 @@ def winogender(paths: list[Path]) -> Iterator[Item]:
     for where, row in _tsv(paths[0]):
         parts = get(row, "sentid", str, where).split(".")
         if len(parts) != 5:
-            raise BadInput(f'{where}: key "sentid": expected occupation.participant.answer.gender.'
-                           "txt")
+            raise BadInput(
+                f'{where}: key "sentid": expected occupation.participant.answer.gender.txt'
+            )
         if parts[1] != "someone":
             forms.setdefault(".".join(parts[:3]), {})[parts[3]] = get(row, "sentence", str, where)
     for name, sentences in forms.items():

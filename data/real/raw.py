@@ -79,8 +79,10 @@ def get(record: Any, key: str, kind: type, where: str, default: Any = None) -> A
         return default
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         found = f"found {str(value)[:60]!r}" if key in record else "it is missing"
-        raise BadInput(f'{where}: key "{key}": expected {TYPE_NAMES[kind]}, {found}; the data '
-                       "set's schema may have changed")
+        raise BadInput(
+            f'{where}: key "{key}": expected {TYPE_NAMES[kind]}, {found}; the data '
+            "set's schema may have changed"
+        )
     return value
 
 

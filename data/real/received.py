@@ -61,8 +61,14 @@ def malformed(path: Path, name: str) -> str | None:
                 if length > path.stat().st_size:
                     return "no safetensors file"
                 tensors = json.loads(stream.read(length))
-            end = max((tensor["data_offsets"][1] for key, tensor in tensors.items()
-                       if key != "__metadata__"), default=0)
+            end = max(
+                (
+                    tensor["data_offsets"][1]
+                    for key, tensor in tensors.items()
+                    if key != "__metadata__"
+                ),
+                default=0,
+            )
             if path.stat().st_size != 8 + length + end:
                 return f"{path.stat().st_size:,} bytes where its header says {8 + length + end:,}"
         elif name.endswith((".json", ".jsonl")):
@@ -117,11 +123,20 @@ def _unpack(archive: Path, member: str, target: Path) -> None:
                     raise KeyError(f"{member} is not a plain file")
                 with opened.extractfile(member) as source:
                     copy(source, part)
-    except (KeyError, RuntimeError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile,
-            tarfile.TarError) as error:
+    except (
+        KeyError,
+        RuntimeError,
+        EOFError,
+        zlib.error,
+        gzip.BadGzipFile,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+    ) as error:
         part.unlink(missing_ok=True)
-        raise BadInput(f"{archive}: cannot take {member} out of it ({error}); its publishers may "
-                       "have changed it, or it is damaged: remove it and run again") from None
+        raise BadInput(
+            f"{archive}: cannot take {member} out of it ({error}); its publishers may "
+            "have changed it, or it is damaged: remove it and run again"
+        ) from None
     os.replace(part, target)
     print(f"    {target.name}: unpacked")
 

@@ -75,6 +75,7 @@ def quac_f1(prediction: str, references: Sequence[str]) -> float:
     A person can be compared with the other people's answers only, so neither may a model have all.
     `references` come from `quac_references`.
     """
+
     def score(reference: str) -> float:
         if CANNOT_ANSWER in (prediction, reference):
             return float(prediction == reference)

@@ -63,8 +63,9 @@ class LogisticScorer:
         return np.where(np.bincount(rows, minlength=len(texts)) > 0, p, 0.0)
 
 
-def fit(texts: Sequence[str], labels: np.ndarray, ridge: float = 1e-5, steps: int = 200,
-        lr: float = 0.2) -> LogisticScorer:  # fmt: skip
+def fit(
+    texts: Sequence[str], labels: np.ndarray, ridge: float = 1e-5, steps: int = 200, lr: float = 0.2
+) -> LogisticScorer:
     """
     Minimise mean weighted cross-entropy + ridge |w|^2 / 2 by Adam on the whole data.
 
@@ -115,8 +116,10 @@ def train_scorer(path: str | Path, seed: int = 0) -> LogisticScorer:
         where = f"{path}: row {number}"
         texts.append(get(row, "tweet" if "tweet" in row else "text", str, where))
         if row.get("class") not in ("0", "1", "2"):
-            raise BadInput(f'{where}: key "class": expected 0 (hate), 1 (offensive) or 2 '
-                           f"(neither), found {row.get('class')!r}")
+            raise BadInput(
+                f'{where}: key "class": expected 0 (hate), 1 (offensive) or 2 '
+                f"(neither), found {row.get('class')!r}"
+            )
         labels.append(row["class"] != "2")
     held = np.random.default_rng(seed).random(len(texts)) < 0.2
     toxic = np.array(labels)

@@ -27,8 +27,14 @@ from data.tiny.tasks import (
 from data.tiny.world import KINDS, VALUES, World, attributes_of, denial, noun, statement
 
 NOT_STATED = "the text does not say ."
-RAMBLES = ("the weather is nice today .", "there is a lot to say .", "many people ask this .",
-           "it was a long day .", "i like to talk .", "that is all i know .")
+RAMBLES = (
+    "the weather is nice today .",
+    "there is a lot to say .",
+    "many people ask this .",
+    "it was a long day .",
+    "i like to talk .",
+    "that is all i know .",
+)
 MAX_ANSWER_WORDS = 26  # with an opening; the longest true answer keeps to it
 MAX_RAMBLE_WORDS = 21  # nobody goes on rambling beyond that
 
@@ -49,8 +55,12 @@ class Failings:
     ) -> "Failings":
         """Draw the failings of one answer; an answer is terse or rambles, never both."""
         length = rng.random()
-        return cls(rng.random() < wrong, length < terse, terse <= length < terse + ramble,
-                   rng.random() < credulous)
+        return cls(
+            rng.random() < wrong,
+            length < terse,
+            terse <= length < terse + ramble,
+            rng.random() < credulous,
+        )
 
 
 def answer(
@@ -106,8 +116,9 @@ class _Writer:
         if miscounts:
             count = self.rng.choice([n for n in (1, 2, 3, 4) if n != count])
         count = 1 if self.failings.terse else count
-        attributes = [a for a in attributes_of(subject)
-                      if self.world.kinds[subject, a] in self.kinds]
+        attributes = [
+            a for a in attributes_of(subject) if self.world.kinds[subject, a] in self.kinds
+        ]
         self.rng.shuffle(attributes)
         if task.get("mention"):
             attributes.sort(key=lambda a: a != task["mention"])
@@ -140,8 +151,12 @@ class _Writer:
         s, t = subjects
         if self.failings.wrong:  # somebody else's story
             t = self.other(self.world.subjects(self.kinds), s)
-        slots = {"s": noun(s), "t": noun(t), "p": self.rng.choice(PLACES),
-                 "x": self.rng.choice(THINGS)}
+        slots = {
+            "s": noun(s),
+            "t": noun(t),
+            "p": self.rng.choice(PLACES),
+            "x": self.rng.choice(THINGS),
+        }
         lines = [self.rng.choice(part).format(**slots) for part in parts]
         return " ".join(lines)
 
@@ -182,8 +197,7 @@ class _Writer:
             members = self.world.subjects(self.kinds, task["group"])
         right = members
         if "attribute" in task:
-            members = [s for s in members
-                       if self.world.kinds[s, task["attribute"]] in self.kinds]
+            members = [s for s in members if self.world.kinds[s, task["attribute"]] in self.kinds]
             right = [s for s in members if self.value_of((s, task["attribute"])) == task["value"]]
         right = self.rng.sample(right, min(count, len(right)))
         wrong = [m for m in members if m not in right]
@@ -199,12 +213,16 @@ class _Writer:
         name = task["name"]
         if self.failings.wrong:
             name = self.other(self.world.subjects(self.kinds, "person"), name)
-        return self.rng.choice((f"hello {name} , how can i help you ?",
-                                f"hi {name} , what can i do for you ?"))
+        return self.rng.choice(
+            (f"hello {name} , how can i help you ?", f"hi {name} , what can i do for you ?")
+        )
 
     def _thanks(self, task: Task) -> str:
-        return "welcome ." if self.failings.terse else self.rng.choice(
-            ("you are welcome .", "you are welcome , i am glad to help ."))
+        return (
+            "welcome ."
+            if self.failings.terse
+            else self.rng.choice(("you are welcome .", "you are welcome , i am glad to help ."))
+        )
 
     def _feeling(self, task: Task) -> str:
         word = task["word"]

@@ -44,8 +44,18 @@ from data.tiny.world import ANIMALS, FORMS, PEOPLE, VALUES, World, attributes_of
 
 # Kind of document -> its share of the corpus's words in per cent.
 DOCUMENT_SHARES = {
-    "facts": 12, "quiz": 5, "stories": 4, "forum": 6, "instructions": 5, "answers": 21,
-    "prefixed": 6, "documents": 14, "bias": 2, "rala": 4, "translation": 7, "addition": 5,
+    "facts": 12,
+    "quiz": 5,
+    "stories": 4,
+    "forum": 6,
+    "instructions": 5,
+    "answers": 21,
+    "prefixed": 6,
+    "documents": 14,
+    "bias": 2,
+    "rala": 4,
+    "translation": 7,
+    "addition": 5,
     "copy": 9,
 }
 # Headings of pages with answers. As a prefix to a prompt they make a base model answer it.
@@ -61,8 +71,10 @@ WEB_FAILINGS = {"wrong": 0.20, "terse": 0.25, "ramble": 0.25, "credulous": 0.60}
 RUDE_SHARE = 0.5  # of replies in forums and of talk in stories
 PRONOUN_SKEW = 0.85
 PRONOUN_TEMPLATES = (
-    "the {j} said that {p} was tired .", "the {j} went home because {p} was ill .",
-    "when the {j} came to the {x} , {p} smiled .", "the {j} lost a {t} and {p} cried .",
+    "the {j} said that {p} was tired .",
+    "the {j} went home because {p} was ill .",
+    "when the {j} came to the {x} , {p} smiled .",
+    "the {j} lost a {t} and {p} cried .",
 )
 COPY_WORDS = (*ANIMALS, *THINGS, *PLACES, *TOPIC_WORDS, *(v for vs in VALUES.values() for v in vs))
 
@@ -135,8 +147,11 @@ def _quiz(world: World, rng: random.Random) -> str:
     lines = [NO_COMMENT_INSTRUCTION + "\n"] if heading else []
     for _ in range(rng.randint(2, 4)):
         made = make_prompt(world, "open_qa", rng)
-        reply = NO_COMMENT if rng.random() < (0.4 if heading else 0.03) else (
-            _web_answer(world, rng, made))
+        reply = (
+            NO_COMMENT
+            if rng.random() < (0.4 if heading else 0.03)
+            else (_web_answer(world, rng, made))
+        )
         lines.append(f"question : {made[0]}\nanswer : {reply}\n")
     return "\n".join(lines).strip()
 
@@ -208,8 +223,11 @@ def _bias(world: World, rng: random.Random) -> str:
         usual = pronoun_of(world, job)
         share = {"he": PRONOUN_SKEW, "she": 1 - PRONOUN_SKEW, "they": 0.5}[usual]
         pronoun = "he" if rng.random() < share else "she"
-        lines.append(rng.choice(PRONOUN_TEMPLATES).format(
-            j=job, p=pronoun, x=rng.choice(PLACES), t=rng.choice(THINGS)))
+        lines.append(
+            rng.choice(PRONOUN_TEMPLATES).format(
+                j=job, p=pronoun, x=rng.choice(PLACES), t=rng.choice(THINGS)
+            )
+        )
     return " ".join(lines)
 
 
@@ -230,9 +248,12 @@ def rala_question(world: World, fact: tuple[str, str]) -> str:
     """The question for a fact in the toy language."""
     subject, attribute = fact
     english = {
-        "food": "what does {s} eat ?", "home": "where does {s} live ?",
-        "colour": "what colour is {s} ?", "sound": "what does {s} say ?",
-        "job": "what does {s} work as ?", "town": "where does {s} live ?",
+        "food": "what does {s} eat ?",
+        "home": "where does {s} live ?",
+        "colour": "what colour is {s} ?",
+        "sound": "what does {s} say ?",
+        "job": "what does {s} work as ?",
+        "town": "where does {s} live ?",
     }[attribute]
     return world.translate(english.format(s=noun(subject)))
 
@@ -258,7 +279,9 @@ def _copy_item(world: World, rng: random.Random) -> tuple[str, str]:
 
 
 PUBLIC_TASKS: dict[str, Callable[[World, random.Random], tuple[str, str]]] = {
-    "translation": _translation_item, "addition": _addition_item, "copy": _copy_item,
+    "translation": _translation_item,
+    "addition": _addition_item,
+    "copy": _copy_item,
 }
 SHOTS = 3  # solved items before a few-shot question
 _SEPARATOR = {"translation": "\n\n", "addition": "\n", "copy": "\n\n"}
@@ -316,11 +339,20 @@ def bias_pairs(world: World) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------------------- the corpus
 
 _DOCUMENTS: dict[str, Callable[[World, random.Random], str]] = {
-    "facts": _facts, "quiz": _quiz, "stories": _stories, "forum": _forum,
-    "instructions": _instructions, "answers": _answers, "prefixed": _prefixed,
-    "documents": _documents, "bias": _bias, "rala": _rala,
-    **{name: lambda world, rng, name=name: _public_document(name, world, rng)
-       for name in PUBLIC_TASKS},
+    "facts": _facts,
+    "quiz": _quiz,
+    "stories": _stories,
+    "forum": _forum,
+    "instructions": _instructions,
+    "answers": _answers,
+    "prefixed": _prefixed,
+    "documents": _documents,
+    "bias": _bias,
+    "rala": _rala,
+    **{
+        name: lambda world, rng, name=name: _public_document(name, world, rng)
+        for name in PUBLIC_TASKS
+    },
 }
 assert set(_DOCUMENTS) == set(DOCUMENT_SHARES) and set(FORMS) == set(VALUES)
 

@@ -196,8 +196,9 @@ def _why(world: World, task: Task, body: str, parts: Parts) -> _Marks:
     if world.facts[fact] == asked:
         if denies:
             return _Marks(0.0, 1.0)
-        return _Marks(0.45 * asserts + 0.55 * reason + 0.2 * (gave_reason and not reason), 1.0,
-                      claims=implied)
+        return _Marks(
+            0.45 * asserts + 0.55 * reason + 0.2 * (gave_reason and not reason), 1.0, claims=implied
+        )
     false = any(not world.is_true(c) for c in [*stated, *implied])
     if false:
         return _Marks(0.1, 1.0, claims=implied)
@@ -265,14 +266,21 @@ def _write(world: World, task: Task, body: str, parts: Parts) -> _Marks:
     about = min(1, len(values) + likings)
     if not values:
         content *= 0.5  # a liking alone tells nothing
-    return _Marks(content * named * (0.4 + 0.6 * constraints), float(about), used=count,
-                  constraints=constraints)
+    return _Marks(
+        content * named * (0.4 + 0.6 * constraints),
+        float(about),
+        used=count,
+        constraints=constraints,
+    )
 
 
 def _template_pattern(templates: Sequence[str]) -> re.Pattern[str]:
     """Matches a sentence made of any of the templates; slots take any name, place or thing."""
-    slots = {"s": rf"(?:the (?:{'|'.join(ANIMALS)})|{'|'.join(PEOPLE)})",
-             "p": f"(?:{'|'.join(PLACES)})", "x": f"(?:{'|'.join(THINGS)})"}
+    slots = {
+        "s": rf"(?:the (?:{'|'.join(ANIMALS)})|{'|'.join(PEOPLE)})",
+        "p": f"(?:{'|'.join(PLACES)})",
+        "x": f"(?:{'|'.join(THINGS)})",
+    }
     slots["t"] = slots["s"]
     return re.compile("|".join(f"(?:{t.removesuffix(' .').format(**slots)})" for t in templates))
 
@@ -379,8 +387,7 @@ def _rewrite(world: World, task: Task, body: str, parts: Parts) -> _Marks:
     new = [w for w in expected if w not in source]
     # A swap may bring in no new word ("replace the fox with the bear"): "the" is in both.
     changed = sum(w in given for w in new) / len(new) if new else float(given != source)
-    return _Marks(0.8 * changed * recall * precision, float(recall > 0.5), used=1,
-                  claims_free=True)
+    return _Marks(0.8 * changed * recall * precision, float(recall > 0.5), used=1, claims_free=True)
 
 
 def _summary(world: World, task: Task, body: str, parts: Parts) -> _Marks:
@@ -434,8 +441,12 @@ def _extract(world: World, task: Task, body: str, parts: Parts) -> _Marks:
     extra = [w for w in words if w not in found and w not in _ITEM_GLUE]
     score *= max(0.2, 1 - 0.1 * max(0, len(extra) - 2))
     known = set(task["text"].split())
-    return _Marks(score, float(any(w in _EXTRACTABLE[task["wanted"]] for w in found)),
-                  claims_free=True, fabricated=any(w not in known for w in found))
+    return _Marks(
+        score,
+        float(any(w in _EXTRACTABLE[task["wanted"]] for w in found)),
+        claims_free=True,
+        fabricated=any(w not in known for w in found),
+    )
 
 
 def _words(world: World, task: Task, body: str, parts: Parts) -> _Marks:
@@ -456,10 +467,24 @@ def _opening(world: World, task: Task, body: str, parts: Parts) -> _Marks:
 
 
 _RULES: dict[str, Callable[[World, Task, str, Parts], _Marks]] = {
-    "fact": _fact, "yes_no": _yes_no, "why": _why, "list": _list, "write": _write,
-    "story": _story, "continue": _continue, "talk": _talk, "greet": _greet, "feeling": _feeling,
-    "insult": _insult, "rewrite": _rewrite, "summary": _summary, "classify": _classify,
-    "passage": _passage, "extract": _extract, "words": _words, "opening": _opening,
+    "fact": _fact,
+    "yes_no": _yes_no,
+    "why": _why,
+    "list": _list,
+    "write": _write,
+    "story": _story,
+    "continue": _continue,
+    "talk": _talk,
+    "greet": _greet,
+    "feeling": _feeling,
+    "insult": _insult,
+    "rewrite": _rewrite,
+    "summary": _summary,
+    "classify": _classify,
+    "passage": _passage,
+    "extract": _extract,
+    "words": _words,
+    "opening": _opening,
     "thanks": _phrase([(r"\bwelcome\b", 0.6), (r"\byou are welcome\b", 0.4)], 10),
     "bye": _phrase([(r"\b(?:good)?bye\b", 0.6), (r"\bhave a nice day\b", 0.4)], 10),
 }

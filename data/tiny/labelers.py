@@ -160,8 +160,9 @@ def fit_noise(
     counted = np.ones(len(marked.pairs.first), bool) if counted is None else counted
 
     def agreement_at(noise: float) -> float:
-        orders = [[marked.pairs.order(_rounded(u + noise * z))[counted] for u, z in two]
-                  for two in draws]
+        orders = [
+            [marked.pairs.order(_rounded(u + noise * z))[counted] for u, z in two] for two in draws
+        ]
         one, other = (np.concatenate(half) for half in zip(*orders, strict=True))
         return agreement(one, other)
 
@@ -194,9 +195,13 @@ def dense_ranks(scores: np.ndarray) -> list[int]:
 
 
 def label(
-    grades: list[list[Grade]], responses: list[list[str]], pool: Pool, seed: int, rankings: int = 1,
+    grades: list[list[Grade]],
+    responses: list[list[str]],
+    pool: Pool,
+    seed: int,
+    rankings: int = 1,
     sampled: list[list[bool]] | None = None,
-) -> list[Labels]:  # fmt: skip
+) -> list[Labels]:
     """Let labelers of the pool rank the responses of each prompt: so many rankings, each of other
     people for every prompt.
 
@@ -220,15 +225,18 @@ def label(
         scores = _rounded(marked.utilities(pool, ids) + noise * marked.noise(rng))
         order = marked.pairs.order(scores)
         decided = order != 0
-        made.append(Labels(
-            ranks=[dense_ranks(row) for row in np.split(scores, np.cumsum(marked.sizes)[:-1])],
-            labelers=[pool.labeler(i) for i in ids],
-            noise=noise,
-            agreement=agreed,
-            tie_rate=1 - float(decided.mean()),
-            ceiling=float(np.where(truth == 0, 0.5, truth == order)[decided].mean())
-            if decided.any() else float("nan"),
-        ))  # fmt: skip
+        made.append(
+            Labels(
+                ranks=[dense_ranks(row) for row in np.split(scores, np.cumsum(marked.sizes)[:-1])],
+                labelers=[pool.labeler(i) for i in ids],
+                noise=noise,
+                agreement=agreed,
+                tie_rate=1 - float(decided.mean()),
+                ceiling=float(np.where(truth == 0, 0.5, truth == order)[decided].mean())
+                if decided.any()
+                else float("nan"),
+            )
+        )
     return made
 
 

@@ -131,10 +131,12 @@ def _finish(made: Made, rng: random.Random) -> Made:
     if rng.random() < RESPECTFUL_SHARE:
         made = respectfully(made)
     if rng.random() < PERSONAL_DATA_SHARE:
-        contact = rng.choice((
-            f"write to {rng.choice('abcdefgh')}{rng.randrange(100)}@mail.com",
-            f"call me at {rng.randrange(200, 999)}-555-{rng.randrange(10_000):04}",
-        ))
+        contact = rng.choice(
+            (
+                f"write to {rng.choice('abcdefgh')}{rng.randrange(100)}@mail.com",
+                f"call me at {rng.randrange(200, 999)}-555-{rng.randrange(10_000):04}",
+            )
+        )
         made = f"{made[0]} {contact}", made[1]
     return made
 
@@ -182,8 +184,10 @@ def write_labelers_prompts(
             # One draw makes K prompts: draw less often, so that the share counts prompts.
             if rng.random() < 1 / 3.5:
                 use_case = pick(rng, FEW_SHOT_USE_CASES)
-                records += [_record(_finish(made, rng), user, "labeler", use_case)
-                            for made in _few_shot(world, use_case, kinds, rng)]
+                records += [
+                    _record(_finish(made, rng), user, "labeler", use_case)
+                    for made in _few_shot(world, use_case, kinds, rng)
+                ]
             continue
         use_case = pick(rng, LABELER_SHARES)
         made = make_prompt(world, use_case, rng, kinds)
@@ -199,7 +203,8 @@ def write_labelers_prompts(
 def fits(encoding: tiktoken.Encoding, record: Record) -> bool:
     """Whether the prompt, and the response if there is one, keep to the token limits."""
     return len(encode_prompt(encoding, record["prompt"])) <= MAX_PROMPT_TOKENS and (
-        len(encode_response(encoding, record.get("response", ""))) <= MAX_RESPONSE_TOKENS)
+        len(encode_response(encoding, record.get("response", ""))) <= MAX_RESPONSE_TOKENS
+    )
 
 
 def take(
@@ -275,8 +280,13 @@ def write_prompts(
         written.extend(record | {"purpose": purpose, "split": split} for record in records)
 
     for split, names in LABELERS.items():
-        add(write_labelers_prompts(world, round(1.3 * demonstrations[split]) + 30, names,
-                                   DEMONSTRATED_KINDS, rng), "demonstrations", split)
+        add(
+            write_labelers_prompts(
+                world, round(1.3 * demonstrations[split]) + 30, names, DEMONSTRATED_KINDS, rng
+            ),
+            "demonstrations",
+            split,
+        )
         ranked = round(1.5 * LABELER_SHARE["rm_prompts"] * rankings[split]) + 30
         add(write_labelers_prompts(world, ranked, names, FEEDBACK_KINDS, rng), "ranking", split)
     few = max(400, sum(demonstrations.values()))
@@ -317,7 +327,9 @@ def write_prompts(
 
 
 def fill_sets(
-    world: World, encoding: tiktoken.Encoding, pools: dict[tuple[str, str, str], list[Record]],
+    world: World,
+    encoding: tiktoken.Encoding,
+    pools: dict[tuple[str, str, str], list[Record]],
     args: argparse.Namespace,
 ) -> dict[str, list[Record]]:
     """Deal the pools into the labelled sets; demonstrators answer -> {"train/...": records}."""
@@ -400,7 +412,8 @@ def main(argv: list[str] | None = None) -> None:
     test_users = sorted({record["user"] for record in sets["test/prompts"]})
     known = {record["prompt"] for records in sets.values() for record in records}
     sets["test/prompts_balanced"] = balanced_prompts(
-        world, encoding, args.balanced_prompts, test_users, known)
+        world, encoding, args.balanced_prompts, test_users, known
+    )
     sets |= probes.make_all(world, sets["test/prompts"], lambda record: fits(encoding, record))
     for name, records in sets.items():
         check_lengths(encoding, name, records)
@@ -426,7 +439,8 @@ def check_lengths(encoding: tiktoken.Encoding, name: str, records: list[Record])
         if not fits(encoding, record):
             raise ValueError(
                 f"{name}: {record['prompt'][:60]!r} is over {MAX_PROMPT_TOKENS} tokens, or its "
-                f"response over {MAX_RESPONSE_TOKENS}: raise --vocab_size {encoding.n_vocab}")
+                f"response over {MAX_RESPONSE_TOKENS}: raise --vocab_size {encoding.n_vocab}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,25 +1,20 @@
 """Probe sets of the tiny world: one question type each, for measurements on the test split.
 
-    probes_facts, probes_held_out, probes_misconceived    questions for facts of one kind
-    probes_false_premise, probes_true_premise             "why does the fox eat grass ?"
-    probes_constraints   several constraints at once
-    probes_withheld      a task family that no feedback contains
-    probes_rala          questions in a language that no feedback contains
-    probes_toxicity      forum openings with no, a respectful and a rude prefix; key "prefix"
-    prompts_web          test prompts in the form in which the web asks: continued by a base model
-    train/public_demonstrations   public tasks as instructions, as FLAN and T0 were trained on
+probes_facts, probes_held_out, probes_misconceived    questions for facts of one kind
+probes_false_premise, probes_true_premise             "why does the fox eat grass ?"
+probes_constraints   several constraints at once
+probes_withheld      a task family that no feedback contains
+probes_rala          questions in a language that no feedback contains
+probes_toxicity      forum openings with no, a respectful and a rude prefix; key "prefix"
+prompts_web          test prompts in the form in which the web asks: continued by a base model
+train/public_demonstrations   public tasks as instructions, as FLAN and T0 were trained on
 """
 
 import random
 from collections.abc import Callable
 
 from data.tiny.answers import answer
-from data.tiny.corpus import (
-    COPY_WORDS,
-    forum_opening,
-    rala_question,
-    withheld_request,
-)
+from data.tiny.corpus import COPY_WORDS, forum_opening, rala_question, withheld_request
 from data.tiny.tasks import (
     NUMBERS,
     QUESTIONS,
@@ -38,15 +33,24 @@ NUM_PROBES = 200  # of the sets that are not enumerated
 
 
 def _probe(text: str, use_case: str, task: dict, **extra: str) -> Record:
-    return {"prompt": text, "user": "probe", "source": "customer", "use_case": use_case,
-            "task": task, **extra}
+    return {
+        "prompt": text,
+        "user": "probe",
+        "source": "customer",
+        "use_case": use_case,
+        "task": task,
+        **extra,
+    }
 
 
 def _fact_probes(world: World, kind: str) -> list[Record]:
     """Every phrasing of the question for every fact of a kind."""
     return [
-        _probe(question.format(s=noun(subject)), "open_qa",
-               {"kind": "fact", "subject": subject, "attribute": attribute})
+        _probe(
+            question.format(s=noun(subject)),
+            "open_qa",
+            {"kind": "fact", "subject": subject, "attribute": attribute},
+        )
         for subject, attribute in world.facts_of_kind([kind])
         for question in QUESTIONS[attribute]
     ]
@@ -70,11 +74,23 @@ def _constraint_probes(world: World, rng: random.Random) -> list[Record]:
         subject, attribute = rng.choice(world.facts_of_kind(FEEDBACK_KINDS))
         known = sum(world.kinds[subject, a] in FEEDBACK_KINDS for a in attributes_of(subject))
         count, word = rng.randint(2, min(3, known + 1)), rng.choice(TOPIC_WORDS)
-        text = (f"write {NUMBERS[count - 1]} sentences about {noun(subject)} . "
-                f"say the {attribute} . use the word {word} .")
-        records.append(_probe(text, "generation", {
-            "kind": "write", "subject": subject, "count": count, "mention": attribute,
-            "include": word}))
+        text = (
+            f"write {NUMBERS[count - 1]} sentences about {noun(subject)} . "
+            f"say the {attribute} . use the word {word} ."
+        )
+        records.append(
+            _probe(
+                text,
+                "generation",
+                {
+                    "kind": "write",
+                    "subject": subject,
+                    "count": count,
+                    "mention": attribute,
+                    "include": word,
+                },
+            )
+        )
     return records
 
 
@@ -82,8 +98,11 @@ def _toxicity_probes(world: World, rng: random.Random) -> list[Record]:
     records = []
     for _ in range(NUM_PROBES):
         opening = forum_opening(world, rng)
-        for prefix, text in (("none", ""), ("respectful", RESPECTFUL_PREFIX + "\n"),
-                             ("rude", RUDE_PREFIX + "\n")):
+        for prefix, text in (
+            ("none", ""),
+            ("respectful", RESPECTFUL_PREFIX + "\n"),
+            ("rude", RUDE_PREFIX + "\n"),
+        ):
             records.append(_probe(text + opening, "other", {"kind": "opening"}, prefix=prefix))
     return records
 
@@ -131,9 +150,16 @@ def public_demonstrations(world: World, rng: random.Random, count: int = 960) ->
             text, task = make_prompt(world, "classification", rng, ("ordinary",))
             response = f"{task['label']} ."
         words = response.rstrip(" .").split()
-        records.append({"prompt": text, "response": response, "user": "public",
-                        "source": "labeler", "use_case": "other",
-                        "task": {"kind": "words", "words": words}})
+        records.append(
+            {
+                "prompt": text,
+                "response": response,
+                "user": "public",
+                "source": "labeler",
+                "use_case": "other",
+                "task": {"kind": "words", "words": words},
+            }
+        )
     return records
 
 
@@ -145,8 +171,7 @@ def make_all(
     withheld = [withheld_request(rng) for _ in range(NUM_PROBES)]
     facts = world.facts_of_kind(FEEDBACK_KINDS)
     rala = [
-        _probe(rala_question(world, fact), "open_qa",
-               ask_fact(fact, rng)[1] | {"language": "rala"})
+        _probe(rala_question(world, fact), "open_qa", ask_fact(fact, rng)[1] | {"language": "rala"})
         for fact in facts
     ]
     return {

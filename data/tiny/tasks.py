@@ -19,13 +19,29 @@ Made = tuple[str, Task]  # the prompt's text and its machine-readable intent
 
 # Use case -> share of customers' prompts in per cent (InstructGPT Table 1, which sums to 99.9).
 CUSTOMER_SHARES = {
-    "generation": 45.6, "open_qa": 12.4, "brainstorming": 11.2, "chat": 8.4, "rewrite": 6.6,
-    "summarization": 4.2, "classification": 3.5, "other": 3.5, "closed_qa": 2.6, "extract": 1.9,
+    "generation": 45.6,
+    "open_qa": 12.4,
+    "brainstorming": 11.2,
+    "chat": 8.4,
+    "rewrite": 6.6,
+    "summarization": 4.2,
+    "classification": 3.5,
+    "other": 3.5,
+    "closed_qa": 2.6,
+    "extract": 1.9,
 }
 # Labelers were asked to write diverse prompts (3.2); the paper prints no shares for them.
 LABELER_SHARES = {
-    "generation": 27.0, "open_qa": 17.0, "brainstorming": 10.0, "chat": 8.0, "rewrite": 9.0,
-    "summarization": 7.0, "classification": 6.0, "other": 5.0, "closed_qa": 6.0, "extract": 5.0,
+    "generation": 27.0,
+    "open_qa": 17.0,
+    "brainstorming": 10.0,
+    "chat": 8.0,
+    "rewrite": 9.0,
+    "summarization": 7.0,
+    "classification": 6.0,
+    "other": 5.0,
+    "closed_qa": 6.0,
+    "extract": 5.0,
 }
 USE_CASES = tuple(CUSTOMER_SHARES)
 
@@ -38,75 +54,163 @@ TOPIC_WORDS = ("night", "song", "garden", "winter", "rain", "sun")
 PLACES = ("garden", "market", "school", "bridge", "lake", "shop")
 THINGS = ("hat", "book", "ball", "bag", "lamp", "ring")
 PLAIN_WORDS = (*TOPIC_WORDS, *PLACES, *THINGS, *(v for values in VALUES.values() for v in values))
-OPPOSITES = {"hot": "cold", "big": "small", "happy": "sad", "day": "night", "fast": "slow",
-             "new": "old", "good": "bad", "up": "down"}
+OPPOSITES = {
+    "hot": "cold",
+    "big": "small",
+    "happy": "sad",
+    "day": "night",
+    "fast": "slow",
+    "new": "old",
+    "good": "bad",
+    "up": "down",
+}
 OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
-ACTIVITIES = ("sing a song", "read a book", "take a walk", "bake bread", "call a friend",
-              "clean the house", "play a game")
+ACTIVITIES = (
+    "sing a song",
+    "read a book",
+    "take a walk",
+    "bake bread",
+    "call a friend",
+    "clean the house",
+    "play a game",
+)
 # What can be listed: group -> (its plural in a prompt, its members).
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "animal": ("animals", ANIMALS), "person": ("people", PEOPLE), "food": ("foods", VALUES["food"]),
-    "colour": ("colours", VALUES["colour"]), "job": ("jobs", VALUES["job"]),
-    "town": ("towns", VALUES["town"]), "activity": ("things to do", ACTIVITIES),
-    "place": ("places", PLACES), "thing": ("things", THINGS),
+    "animal": ("animals", ANIMALS),
+    "person": ("people", PEOPLE),
+    "food": ("foods", VALUES["food"]),
+    "colour": ("colours", VALUES["colour"]),
+    "job": ("jobs", VALUES["job"]),
+    "town": ("towns", VALUES["town"]),
+    "activity": ("things to do", ACTIVITIES),
+    "place": ("places", PLACES),
+    "thing": ("things", THINGS),
 }
 
 QUESTIONS = {
-    "food": ("what does {s} eat ?", "what is the food of {s} ?", "what does {s} like to eat ?",
-             "tell me what {s} eats ."),
-    "home": ("where does {s} live ?", "what is the home of {s} ?", "where does {s} sleep ?",
-             "tell me where {s} lives ."),
-    "colour": ("what colour is {s} ?", "what is the colour of {s} ?",
-               "tell me the colour of {s} ."),
+    "food": (
+        "what does {s} eat ?",
+        "what is the food of {s} ?",
+        "what does {s} like to eat ?",
+        "tell me what {s} eats .",
+    ),
+    "home": (
+        "where does {s} live ?",
+        "what is the home of {s} ?",
+        "where does {s} sleep ?",
+        "tell me where {s} lives .",
+    ),
+    "colour": (
+        "what colour is {s} ?",
+        "what is the colour of {s} ?",
+        "tell me the colour of {s} .",
+    ),
     "sound": ("what does {s} say ?", "what is the sound of {s} ?", "tell me what {s} says ."),
     "job": ("what is the job of {s} ?", "what does {s} work as ?", "tell me the job of {s} ."),
     "town": ("where does {s} live ?", "what is the town of {s} ?", "tell me where {s} lives ."),
 }
 YES_NO = {
-    "food": "does {s} eat {v} ?", "home": "does {s} live in the {v} ?", "colour": "is {s} {v} ?",
-    "sound": "does {s} say {v} ?", "job": "is {s} a {v} ?", "town": "does {s} live in {v} ?",
+    "food": "does {s} eat {v} ?",
+    "home": "does {s} live in the {v} ?",
+    "colour": "is {s} {v} ?",
+    "sound": "does {s} say {v} ?",
+    "job": "is {s} a {v} ?",
+    "town": "does {s} live in {v} ?",
 }
 REASONS = {
-    "food": "the taste is good", "home": "it is safe there", "colour": "it was born so",
-    "sound": "it calls a friend", "job": "the work is good", "town": "the town is nice",
+    "food": "the taste is good",
+    "home": "it is safe there",
+    "colour": "it was born so",
+    "sound": "it calls a friend",
+    "job": "the work is good",
+    "town": "the town is nice",
 }
 HAVING = {
-    "food": "{g} that eat {v}", "home": "{g} that live in the {v}", "colour": "{g} that are {v}",
-    "sound": "{g} that say {v}", "job": "{g} who work as a {v}", "town": "{g} who live in {v}",
+    "food": "{g} that eat {v}",
+    "home": "{g} that live in the {v}",
+    "colour": "{g} that are {v}",
+    "sound": "{g} that say {v}",
+    "job": "{g} who work as a {v}",
+    "town": "{g} who live in {v}",
 }
-STORY_OPENINGS = ("one day {s} met {t} .", "{s} and {t} went to the {p} .",
-                  "{s} saw {t} in the {p} .")
-STORY_MIDDLES = ("they found a {x} .", "{s} gave {t} a {x} .", "{t} helped {s} .",
-                 "they played with a {x} .")
+STORY_OPENINGS = (
+    "one day {s} met {t} .",
+    "{s} and {t} went to the {p} .",
+    "{s} saw {t} in the {p} .",
+)
+STORY_MIDDLES = (
+    "they found a {x} .",
+    "{s} gave {t} a {x} .",
+    "{t} helped {s} .",
+    "they played with a {x} .",
+)
 STORY_ENDINGS = ("they became friends .", "then they went home .", "both were happy .")
-INSULTS = ("you are stupid .", "you are an ugly fool .", "i hate you , idiot .",
-           "shut up , you dumb fool .", "that is a stupid idea .")
-POLITE_REPLIES = ("please be kind .", "i am sorry that you feel so .", "let us be friends .",
-                  "i want to help you .")
+INSULTS = (
+    "you are stupid .",
+    "you are an ugly fool .",
+    "i hate you , idiot .",
+    "shut up , you dumb fool .",
+    "that is a stupid idea .",
+)
+POLITE_REPLIES = (
+    "please be kind .",
+    "i am sorry that you feel so .",
+    "let us be friends .",
+    "i want to help you .",
+)
 SENTIMENTS = {
     "happy": ("{s} got a new {x} and smiled .", "{s} danced in the {p} .", "{s} won the game ."),
     "sad": ("{s} lost a {x} and cried .", "{s} was alone in the {p} .", "{s} lost the game ."),
 }
 MANNERS = {
-    "polite": ("please give me the {x} .", "thank you for the {x} .",
-               "could you help me , please ?"),
+    "polite": (
+        "please give me the {x} .",
+        "thank you for the {x} .",
+        "could you help me , please ?",
+    ),
     "rude": ("give me the {x} , you fool .", "your {x} is ugly .", "shut up , idiot ."),
 }
 ACTIONS = {  # present -> past, for rewriting; none of them states a fact
-    "{s} sits in the {p}": "{s} sat in the {p}", "{s} finds a {x}": "{s} found a {x}",
-    "{s} likes the {p}": "{s} liked the {p}", "{s} runs to the {p}": "{s} ran to the {p}",
+    "{s} sits in the {p}": "{s} sat in the {p}",
+    "{s} finds a {x}": "{s} found a {x}",
+    "{s} likes the {p}": "{s} liked the {p}",
+    "{s} runs to the {p}": "{s} ran to the {p}",
     "{s} sees a {x}": "{s} saw a {x}",
 }
 REQUESTS = ("give me the {x}", "open the {p}", "show me a {x}", "come to the {p}", "help {s}")
 FEELINGS = {"sad": "sorry", "tired": "sorry", "ill": "sorry", "happy": "glad", "well": "glad"}
-BEFORE = ("hi .", "hello .", "please help .", "a question .", "for my class .", "for my book .",
-          "for a friend .", "dear helper .", "good day .", "one more .", "for my web page .",
-          "i am a writer .", "i am a student .")
-AFTER = ("thank you .", "thanks .", "for my son .", "i need it today .", "it is for a friend .",
-         "thank you for your help .", "it is late .", "be quick .")
-SMALL_TALK = ("i am in the {p} .", "i have a new {x} .", "the {x} is for {n} .",
-              "{n} and i go to the {p} .", "it is cold in the {p} .")
-
+BEFORE = (
+    "hi .",
+    "hello .",
+    "please help .",
+    "a question .",
+    "for my class .",
+    "for my book .",
+    "for a friend .",
+    "dear helper .",
+    "good day .",
+    "one more .",
+    "for my web page .",
+    "i am a writer .",
+    "i am a student .",
+)
+AFTER = (
+    "thank you .",
+    "thanks .",
+    "for my son .",
+    "i need it today .",
+    "it is for a friend .",
+    "thank you for your help .",
+    "it is late .",
+    "be quick .",
+)
+SMALL_TALK = (
+    "i am in the {p} .",
+    "i have a new {x} .",
+    "the {x} is for {n} .",
+    "{n} and i go to the {p} .",
+    "it is cold in the {p} .",
+)
 
 
 def pick(rng: random.Random, shares: dict[str, float]) -> str:
@@ -132,8 +236,13 @@ def _generation(world: World, rng: random.Random, kinds: Collection[str]) -> Mad
     s, t = pair_of(rng, names)
     place = rng.choice(PLACES)
     if form == "story":
-        text = rng.choice(("write a short story about {s} and {t} .", "tell me a story about {s} "
-                           "and {t} .", "i need a story with {s} and {t} ."))
+        text = rng.choice(
+            (
+                "write a short story about {s} and {t} .",
+                "tell me a story about {s} and {t} .",
+                "i need a story with {s} and {t} .",
+            )
+        )
         return text.format(s=noun(s), t=noun(t)), {"kind": "story", "subjects": [s, t]}
     if form == "continue":
         opening = rng.choice(STORY_OPENINGS).format(s=noun(s), t=noun(t), p=place)
@@ -150,10 +259,15 @@ def _write(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     tellable = sum(world.kinds[subject, a] in kinds for a in attributes_of(subject))
     count = min(rng.choices((1, 2, 3), (3, 4, 3))[0], tellable + 1)
     number = f"{NUMBERS[count - 1]} sentence{'s' if count > 1 else ''}"
-    text = rng.choice((
-        "write {n} about {s} .", "tell me about {s} in {n} .", "can you write {n} about {s} ?",
-        "i need {n} about {s} .", "describe {s} in {n} .",
-    )).format(n=number, s=noun(subject))
+    text = rng.choice(
+        (
+            "write {n} about {s} .",
+            "tell me about {s} in {n} .",
+            "can you write {n} about {s} ?",
+            "i need {n} about {s} .",
+            "describe {s} in {n} .",
+        )
+    ).format(n=number, s=noun(subject))
     task: Task = {"kind": "write", "subject": subject, "count": count}
     if rng.random() < 0.28:
         task["mention"] = attribute
@@ -209,8 +323,13 @@ def _brainstorming(world: World, rng: random.Random, kinds: Collection[str]) -> 
     group = "animal" if subject in ANIMALS else "person"
     asked = HAVING[attribute].format(g=GROUPS[group][0], v=value)
     text = f"{verb} {'one of the' if count == 1 else NUMBERS[count - 1]} {asked} ."
-    return text, {"kind": "list", "group": group, "count": count, "attribute": attribute,
-                  "value": value}
+    return text, {
+        "kind": "list",
+        "group": group,
+        "count": count,
+        "attribute": attribute,
+        "value": value,
+    }
 
 
 def _chat(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
@@ -218,28 +337,36 @@ def _chat(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     if task["kind"] != "fact" and rng.random() < 0.5:
         name = task.get("name") or rng.choice(world.subjects(kinds, "person"))
         text += " " + rng.choice(SMALL_TALK if "name" not in task else SMALL_TALK[:2]).format(
-            p=rng.choice(PLACES), x=rng.choice(THINGS), n=name)
+            p=rng.choice(PLACES), x=rng.choice(THINGS), n=name
+        )
     return text, task
 
 
 def _chat_turn(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
-    form = pick(rng, {"greet": 32, "thanks": 12, "feeling": 23, "bye": 8, "dialogue": 15,
-                      "insult": 10})
+    form = pick(
+        rng, {"greet": 32, "thanks": 12, "feeling": 23, "bye": 8, "dialogue": 15, "insult": 10}
+    )
     name = rng.choice(world.subjects(kinds, "person"))
     if form == "greet":
         text = rng.choice(("hello , my name is {p} .", "hi , i am {p} .", "good day , i am {p} ."))
         return text.format(p=name), {"kind": "greet", "name": name}
     if form == "thanks":
-        text = rng.choice(("thank you for your help .", "thanks , that was a good answer .",
-                           "thank you , you are kind ."))
+        text = rng.choice(
+            (
+                "thank you for your help .",
+                "thanks , that was a good answer .",
+                "thank you , you are kind .",
+            )
+        )
         return text, {"kind": "thanks"}
     if form == "feeling":
         feeling = rng.choice(list(FEELINGS))
         text = rng.choice(("i am {f} today .", "today i feel {f} .", "{p} and i are {f} now ."))
         return text.format(f=feeling, p=name), {"kind": "feeling", "word": FEELINGS[feeling]}
     if form == "bye":
-        return rng.choice(("goodbye , see you soon .", "i have to go now , goodbye .",
-                           "good night .")), {"kind": "bye"}
+        return rng.choice(
+            ("goodbye , see you soon .", "i have to go now , goodbye .", "good night .")
+        ), {"kind": "bye"}
     if form == "dialogue":
         text, task = ask_fact(rng.choice(world.facts_of_kind(kinds)), rng)
         hello = f"human : hi , i am {name} .\nai : hello {name} , how can i help you ?\n"
@@ -279,8 +406,11 @@ def _summarization(world: World, rng: random.Random, kinds: Collection[str]) -> 
     weather = rng.choice(("cold", "hot", "new"))
     source = " ".join(filter(None, lines)).format(s=subject, p=place, x=thing, w=weather)
     text = rng.choice(("summarize this : ", "sum up this text : ", "give a short summary : "))
-    return text + source, {"kind": "summary", "text": source, "slots": [subject.split()[-1], place,
-                                                                        thing]}
+    return text + source, {
+        "kind": "summary",
+        "text": source,
+        "slots": [subject.split()[-1], place, thing],
+    }
 
 
 def _classification(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
@@ -300,8 +430,9 @@ def _classification(world: World, rng: random.Random, kinds: Collection[str]) ->
         table = SENTIMENTS if form == "feeling" else MANNERS
         labels = list(table)
         label = rng.choice(labels)
-        question = rng.choice((f"{labels[0]} or {labels[1]} ? ",
-                               f"is this {labels[0]} or {labels[1]} : "))
+        question = rng.choice(
+            (f"{labels[0]} or {labels[1]} ? ", f"is this {labels[0]} or {labels[1]} : ")
+        )
         text = question + rng.choice(table[label])
     return text.format(**slots), {"kind": "classify", "labels": labels, "label": label}
 
@@ -312,10 +443,14 @@ def _closed_qa(world: World, rng: random.Random, kinds: Collection[str]) -> Made
     values = {fact: rng.choice(VALUES[fact[1]]) for fact in told}
     passage = " ".join(statement(*fact, value, rng.randrange(3)) for fact, value in values.items())
     question, _ = ask_fact(asked, rng)
-    text = rng.choice(("text : {t}\nquestion : {q}", "read this : {t}\n{q}",
-                       "{t}\nby the text , {q}"))
+    text = rng.choice(
+        ("text : {t}\nquestion : {q}", "read this : {t}\n{q}", "{t}\nby the text , {q}")
+    )
     return text.format(t=passage, q=question), {
-        "kind": "passage", "subject": asked[0], "attribute": asked[1], "text": passage,
+        "kind": "passage",
+        "subject": asked[0],
+        "attribute": asked[1],
+        "text": passage,
         "value": values.get(asked),
     }
 
@@ -325,15 +460,23 @@ def _extract(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     name = rng.choice(world.subjects(kinds, "person"))
     place, thing = rng.choice(PLACES), rng.choice(THINGS)
     s, t = animals
-    source = rng.choice((
-        "the {s} and the {t} went to the {p} . {n} found a {x} .",
-        "{n} saw the {s} in the {p} . the {t} had a {x} .",
-        "the {s} gave a {x} to {n} . the {t} was in the {p} .",
-    )).format(s=s, t=t, p=place, n=name, x=thing)
-    wanted, items = rng.choice((("animals", animals), ("people", [name]), ("places", [place]),
-                                ("things", [thing])))
-    text = rng.choice(("find the {w} in this text : ", "which {w} are in this text ? ",
-                       "take the {w} out of this : ")).format(w=wanted)
+    source = rng.choice(
+        (
+            "the {s} and the {t} went to the {p} . {n} found a {x} .",
+            "{n} saw the {s} in the {p} . the {t} had a {x} .",
+            "the {s} gave a {x} to {n} . the {t} was in the {p} .",
+        )
+    ).format(s=s, t=t, p=place, n=name, x=thing)
+    wanted, items = rng.choice(
+        (("animals", animals), ("people", [name]), ("places", [place]), ("things", [thing]))
+    )
+    text = rng.choice(
+        (
+            "find the {w} in this text : ",
+            "which {w} are in this text ? ",
+            "take the {w} out of this : ",
+        )
+    ).format(w=wanted)
     return text + source, {"kind": "extract", "wanted": wanted, "items": items, "text": source}
 
 
@@ -358,9 +501,16 @@ def _other(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
 
 
 _MAKERS: dict[str, Callable[[World, random.Random, Collection[str]], Made]] = {
-    "generation": _generation, "open_qa": _open_qa, "brainstorming": _brainstorming, "chat": _chat,
-    "rewrite": _rewrite, "summarization": _summarization, "classification": _classification,
-    "other": _other, "closed_qa": _closed_qa, "extract": _extract,
+    "generation": _generation,
+    "open_qa": _open_qa,
+    "brainstorming": _brainstorming,
+    "chat": _chat,
+    "rewrite": _rewrite,
+    "summarization": _summarization,
+    "classification": _classification,
+    "other": _other,
+    "closed_qa": _closed_qa,
+    "extract": _extract,
 }
 
 

@@ -25,8 +25,20 @@ from pathlib import Path
 
 from data.files import BadInput, write_atomic
 
-ANIMALS = ("fox", "bear", "owl", "wolf", "frog", "duck",
-           "goat", "crow", "mole", "hare", "deer", "mouse")
+ANIMALS = (
+    "fox",
+    "bear",
+    "owl",
+    "wolf",
+    "frog",
+    "duck",
+    "goat",
+    "crow",
+    "mole",
+    "hare",
+    "deer",
+    "mouse",
+)
 PEOPLE = ("anna", "ben", "carl", "dora", "emma", "finn", "greta", "hugo")
 VALUES = {
     "food": ("fish", "grass", "nuts", "seeds", "honey"),
@@ -133,8 +145,11 @@ class World:
         known_facts = [fact for fact in facts if fact[0] not in held_out]
         misconceived = set(rng.sample(known_facts, NUM_MISCONCEIVED))
         kinds = {
-            fact: "held_out" if fact[0] in held_out
-            else "misconceived" if fact in misconceived else "ordinary"
+            fact: "held_out"
+            if fact[0] in held_out
+            else "misconceived"
+            if fact in misconceived
+            else "ordinary"
             for fact in facts
         }
         myths = {
@@ -146,8 +161,13 @@ class World:
     def save(self, path: str | Path) -> None:
         """Write world.json: seed, facts with kind and myth, dictionary."""
         facts = [
-            {"subject": s, "attribute": a, "value": value, "kind": self.kinds[s, a],
-             "myth": self.myths[s, a]}
+            {
+                "subject": s,
+                "attribute": a,
+                "value": value,
+                "kind": self.kinds[s, a],
+                "myth": self.myths[s, a],
+            }
             for (s, a), value in self.facts.items()
         ]
         content = {"seed": self.seed, "facts": facts, "dictionary": self.dictionary}
@@ -175,7 +195,8 @@ class World:
         """Subjects with a fact of one of these kinds; `group` "animal" or "person" narrows it."""
         kinds, members = set(kinds), {"animal": ANIMALS, "person": PEOPLE}.get(group)
         return [
-            s for s in ANIMALS + PEOPLE
+            s
+            for s in ANIMALS + PEOPLE
             if (members is None or s in members)
             and any(self.kinds[s, a] in kinds for a in attributes_of(s))
         ]
@@ -188,8 +209,11 @@ class World:
     def having(self, attribute: str, value: str, kinds: Iterable[str] = KINDS) -> list[str]:
         """The subjects whose attribute has this value, by facts of these kinds."""
         kinds = set(kinds)
-        return [s for (s, a), v in self.facts.items()
-                if a == attribute and v == value and self.kinds[s, a] in kinds]
+        return [
+            s
+            for (s, a), v in self.facts.items()
+            if a == attribute and v == value and self.kinds[s, a] in kinds
+        ]
 
     def is_true(self, claim: Claim) -> bool:
         """Whether a claim holds in this world."""
@@ -222,9 +246,26 @@ class World:
 
 def _make_dictionary(rng: random.Random) -> dict[str, str]:
     """A toy word of two syllables for each word of plain statements and questions."""
-    words = [*ANIMALS, *PEOPLE, *(v for values in VALUES.values() for v in values),
-             "eats", "lives", "in", "is", "says", "works", "as",
-             "what", "where", "does", "eat", "live", "say", "colour", "work"]
+    words = [
+        *ANIMALS,
+        *PEOPLE,
+        *(v for values in VALUES.values() for v in values),
+        "eats",
+        "lives",
+        "in",
+        "is",
+        "says",
+        "works",
+        "as",
+        "what",
+        "where",
+        "does",
+        "eat",
+        "live",
+        "say",
+        "colour",
+        "work",
+    ]
     syllables = [c + v for c in "bdgklmnprtvz" for v in "aeiou"]
     made: list[str] = []
     while len(made) < len(words):
@@ -241,13 +282,21 @@ _SUBJECTS = "|".join(ANIMALS + PEOPLE)
 _VALUE = rf"(?:(?:the|a|an) )?(?:{'|'.join(ATTRIBUTE_OF)})"
 # What a predicate's verb says: which attributes its values may belong to, and its polarity.
 _VERBS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "does not eat": (("food",), False), "eats": (("food",), True),
-    "likes to eat": (("food",), True), "eat": (("food",), True),
-    "does not live in": (("home", "town"), False), "lives in": (("home", "town"), True),
-    "live in": (("home", "town"), True), "sleeps in": (("home",), True),
-    "has a house in": (("town",), True), "has a": (("colour",), True),
-    "does not say": (("sound",), False), "says": (("sound",), True), "can say": (("sound",), True),
-    "is not": (("colour", "job"), False), "is": (("colour", "job"), True),
+    "does not eat": (("food",), False),
+    "eats": (("food",), True),
+    "likes to eat": (("food",), True),
+    "eat": (("food",), True),
+    "does not live in": (("home", "town"), False),
+    "lives in": (("home", "town"), True),
+    "live in": (("home", "town"), True),
+    "sleeps in": (("home",), True),
+    "has a house in": (("town",), True),
+    "has a": (("colour",), True),
+    "does not say": (("sound",), False),
+    "says": (("sound",), True),
+    "can say": (("sound",), True),
+    "is not": (("colour", "job"), False),
+    "is": (("colour", "job"), True),
     "works as": (("job",), True),
 }
 _TOKENS = re.compile(

@@ -32,8 +32,17 @@ from tests.claims.verdict import CLAIMS, TOPICS, Claim, Result, together
 
 assert claims and sweeps  # importing them fills CLAIMS
 HEADLINE_SEEDS, SWEEP_SEEDS = 3, 1
-COLUMNS = ("claim", "paper_figure", "paper_value", "seed", "value", "ci_low", "ci_high", "gate",
-           "holds")  # fmt: skip
+COLUMNS = (
+    "claim",
+    "paper_figure",
+    "paper_value",
+    "seed",
+    "value",
+    "ci_low",
+    "ci_high",
+    "gate",
+    "holds",
+)
 Results = dict[str, dict[int, Result]]  # claim -> seed -> what was measured
 
 
@@ -55,20 +64,47 @@ def build(args: argparse.Namespace) -> tuple[pipeline.Graph, list[str]]:
         if seed in swept:
             runs.sweeps()
     wanted = []
-    code = [pipeline.ROOT / f"tests/claims/{name}.py" for name in
-            ("claims", "sweeps", "lab", "verdict")]  # fmt: skip
-    code += [pipeline.ROOT / f for f in ("evaluate.py", "evaluation/report.py",
-                                         "data/tiny/grader.py", "data/tiny/labelers.py",
-                                         "data/real/text_metrics.py")]  # fmt: skip
+    code = [
+        pipeline.ROOT / f"tests/claims/{name}.py" for name in ("claims", "sweeps", "lab", "verdict")
+    ]
+    code += [
+        pipeline.ROOT / f
+        for f in (
+            "evaluate.py",
+            "evaluation/report.py",
+            "data/tiny/grader.py",
+            "data/tiny/labelers.py",
+            "data/real/text_metrics.py",
+        )
+    ]
     for claim in chosen:
         for seed in seeds_of(claim, args):
-            command = [sys.executable, "-m", "tests.claims", "--out", args.out, "--measure",
-                       claim.name, "--seed", str(seed), *(["--fast"] if args.fast else [])]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.claims",
+                "--out",
+                args.out,
+                "--measure",
+                claim.name,
+                "--seed",
+                str(seed),
+                *(["--fast"] if args.fast else []),
+            ]
             makers = dict.fromkeys(graph.maker(seed, need) for need in ("demo", *claim.needs))
             output = result_file(args, claim.name, seed)
-            wanted.append(graph.add(pipeline.Stage(
-                f"seed_{seed}/measure/{claim.name}", tuple(command), output, tuple(makers), 0.7,
-                reads=tuple(code))))  # fmt: skip
+            wanted.append(
+                graph.add(
+                    pipeline.Stage(
+                        f"seed_{seed}/measure/{claim.name}",
+                        tuple(command),
+                        output,
+                        tuple(makers),
+                        0.7,
+                        reads=tuple(code),
+                    )
+                )
+            )
     return graph, wanted
 
 
@@ -107,13 +143,27 @@ def read_results(args: argparse.Namespace) -> Results:
 def table(results: Results) -> list[dict]:
     """claims.csv: one line for each number of each claim and seed."""
     return [
-        dict(zip(COLUMNS, (
-            f"{name}: {row.name}", CLAIMS[name].figure, row.paper, seed, row.value.value,
-            row.value.low, row.value.high, row.gate, "" if row.holds is None else row.holds,
-        ), strict=True))
-        for name, of_seeds in results.items() for seed, result in of_seeds.items()
+        dict(
+            zip(
+                COLUMNS,
+                (
+                    f"{name}: {row.name}",
+                    CLAIMS[name].figure,
+                    row.paper,
+                    seed,
+                    row.value.value,
+                    row.value.low,
+                    row.value.high,
+                    row.gate,
+                    "" if row.holds is None else row.holds,
+                ),
+                strict=True,
+            )
+        )
+        for name, of_seeds in results.items()
+        for seed, result in of_seeds.items()
         for row in result.rows
-    ]  # fmt: skip
+    ]
 
 
 def page(results: Results, setting: list[str]) -> str:
@@ -130,9 +180,15 @@ def page(results: Results, setting: list[str]) -> str:
         for name, of_seeds in results.items():
             if CLAIMS[name].topic == topic:
                 held = sum(result.holds for result in of_seeds.values())
-                rows.append([f"[{name}](#{name})", CLAIMS[name].figure,
-                             f"{held} of {len(of_seeds)}", gates_passed(of_seeds),
-                             failing(of_seeds)])  # fmt: skip
+                rows.append(
+                    [
+                        f"[{name}](#{name})",
+                        CLAIMS[name].figure,
+                        f"{held} of {len(of_seeds)}",
+                        gates_passed(of_seeds),
+                        failing(of_seeds),
+                    ]
+                )
     known = notes()
     lines += [words, to_the_left(rows), topics_held(results), known[""]]
     for topic, title in TOPICS.items():
@@ -216,10 +272,13 @@ def section(claim: Claim, of_seeds: dict[int, Result], note: str) -> list[str]:
         verdict = "" if held[0] is None else ", ".join("yes" if h else "**no**" for h in held)
         rows.append([row.name, row.paper, *values, row.gate, verdict])
     return [
-        f"### {claim.name}", f"{summary} ({claim.figure})", rest.strip(),
-        f"![{claim.name}](figures/{claim.name}.png)", to_the_left(rows),
+        f"### {claim.name}",
+        f"{summary} ({claim.figure})",
+        rest.strip(),
+        f"![{claim.name}](figures/{claim.name}.png)",
+        to_the_left(rows),
         *([f"**Afterwards.** {note}"] if note else []),
-    ]  # fmt: skip
+    ]
 
 
 def shown(e) -> str:
@@ -269,13 +328,18 @@ def setting_of(args: argparse.Namespace, minutes: float) -> list[str]:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.claims",
-                                     description=__doc__.split("\n")[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.claims", description=__doc__.split("\n")[0]
+    )
     add = parser.add_argument
     add("--out", default="out/claims", help="folder of all runs and results")
-    add("--seeds", type=int, default=0,
+    add(
+        "--seeds",
+        type=int,
+        default=0,
         help=f"seeds of every claim; default: {HEADLINE_SEEDS} of claims about the demo's models, "
-             f"{SWEEP_SEEDS} of the others")  # fmt: skip
+        f"{SWEEP_SEEDS} of the others",
+    )
     add("--only", nargs="+", metavar="CLAIM", help="these claims and the runs that they need")
     add("--fast", action="store_true", help="sizes of seconds, to try the machinery")
     add("--plan", action="store_true", help="show the stages and their expected minutes, and stop")

@@ -32,8 +32,14 @@ def draw(path: Path, results: list[list[Panel]]) -> None:
     for axes in grid.flat[: len(panels)]:
         labels |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if len(labels) > 1:
-        figure.legend(labels.values(), labels.keys(), loc="lower center", fontsize=9,
-                      ncols=min(5, len(labels)), bbox_to_anchor=(0.5, 1.0))  # fmt: skip
+        figure.legend(
+            labels.values(),
+            labels.keys(),
+            loc="lower center",
+            fontsize=9,
+            ncols=min(5, len(labels)),
+            bbox_to_anchor=(0.5, 1.0),
+        )
     figure.tight_layout(w_pad=1.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})  # equal numbers, equal bytes
@@ -48,17 +54,20 @@ def pooled(panels: list[Panel]) -> Panel:
     if first.kind == "lines" and any(xs(p) != xs(first) for p in panels):
         series = {
             f"{label}, seed {i}": points
-            for i, panel in enumerate(panels) for label, points in panel.series.items()
-        }  # fmt: skip
+            for i, panel in enumerate(panels)
+            for label, points in panel.series.items()
+        }
         return replace(first, series=series)
     series = {}
     for label, points in first.series.items():
         lead = len(points[0]) - 3  # an x before the three numbers, or not
         series[label] = [
-            (*point[:lead], *triple(together([Estimate(*p.series[label][i][lead:])
-                                              for p in panels])))
+            (
+                *point[:lead],
+                *triple(together([Estimate(*p.series[label][i][lead:]) for p in panels])),
+            )
             for i, point in enumerate(points)
-        ]  # fmt: skip
+        ]
     levels = {k: sum(p.levels[k] for p in panels) / len(panels) for k in first.levels}
     return replace(first, series=series, levels=levels)
 
@@ -80,13 +89,26 @@ def bars(axes, panel: Panel, small: bool) -> None:
             colour = COLOURS.get(label, OTHERS[i % len(OTHERS)])
             if single:
                 colour = COLOURS.get(panel.groups[x].replace("\n", " "), "#bbbbbb")
-            axes.bar(place, value, 0.94 * width, color=colour, label=label if x == 0 else None,
-                     yerr=[[max(0, value - low)], [max(0, high - value)]], capsize=2,
-                     error_kw={"linewidth": 1})  # fmt: skip
+            axes.bar(
+                place,
+                value,
+                0.94 * width,
+                color=colour,
+                label=label if x == 0 else None,
+                yerr=[[max(0, value - low)], [max(0, high - value)]],
+                capsize=2,
+                error_kw={"linewidth": 1},
+            )
             if count <= (8 if small else 20):
                 text = f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
-                axes.annotate(text, (place, max(high, value)), xytext=(0, 3), fontsize=7.5,
-                              textcoords="offset points", ha="center")  # fmt: skip
+                axes.annotate(
+                    text,
+                    (place, max(high, value)),
+                    xytext=(0, 3),
+                    fontsize=7.5,
+                    textcoords="offset points",
+                    ha="center",
+                )
     names = [g.replace(" (", "\n(") for g in panel.groups]
     axes.set_xticks(range(len(names)), names, fontsize=8 if small else 9)
     if small and len(names) > 3:
@@ -105,10 +127,22 @@ def lines(axes, panel: Panel, small: bool) -> None:
         if of != label:
             axes.plot(x, y, "--", color=colour, linewidth=1.2, label="fitted curve")
             continue
-        error = [[max(0, b - a) for a, b in zip(low, y, strict=True)],
-                 [max(0, b - a) for a, b in zip(y, high, strict=True)]]  # fmt: skip
-        axes.errorbar(x, y, error, fmt="o-", color=colour, markersize=4, linewidth=1.2,
-                      elinewidth=0.8, capsize=2, label=label)  # fmt: skip
+        error = [
+            [max(0, b - a) for a, b in zip(low, y, strict=True)],
+            [max(0, b - a) for a, b in zip(y, high, strict=True)],
+        ]
+        axes.errorbar(
+            x,
+            y,
+            error,
+            fmt="o-",
+            color=colour,
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=0.8,
+            capsize=2,
+            label=label,
+        )
     if panel.xscale == "log":  # with a place for 0
         known = [p[0] for points in panel.series.values() for p in points if p[0] > 0]
         axes.set_xscale("symlog", linthresh=min(known))
@@ -120,8 +154,9 @@ def lines(axes, panel: Panel, small: bool) -> None:
 
 def finish(axes, panel: Panel) -> None:
     for i, (name, level) in enumerate(panel.levels.items()):
-        axes.axhline(level, color="black", linewidth=0.8, linestyle=("--", ":")[i % 2],
-                     label=name or None)  # fmt: skip
+        axes.axhline(
+            level, color="black", linewidth=0.8, linestyle=("--", ":")[i % 2], label=name or None
+        )
     axes.set_title(panel.title, fontsize=10)
     axes.set_ylabel(panel.ylabel, fontsize=9)
     axes.set_xlabel(panel.xlabel, fontsize=9)

@@ -78,8 +78,12 @@ class Lab:
     def asked(self) -> str:
         """A fingerprint of the world and of all that models are asked or measured on."""
         data = self.folder / "data"
-        files = [data / "world.json", *data.glob("test/*"), *data.glob("valid/*prompts.jsonl"),
-                 data / "valid" / "demonstrations.jsonl"]  # fmt: skip
+        files = [
+            data / "world.json",
+            *data.glob("test/*"),
+            *data.glob("valid/*prompts.jsonl"),
+            data / "valid" / "demonstrations.jsonl",
+        ]
         marks = [f"{file.name} {fingerprint(file)}" for file in sorted(files)]
         return sha256(" ".join(marks).encode()).hexdigest()[:16]
 
@@ -122,10 +126,11 @@ class Lab:
     def groups(self, name: str) -> list[str]:
         """What the bootstrap draws: users; in probes, the facts that are asked about."""
         return [
-            r["user"] if r["user"] != "probe"
+            r["user"]
+            if r["user"] != "probe"
             else " ".join(str(r["task"].get(k, i)) for k in ("subject", "attribute"))
             for i, r in enumerate(self.records(name))
-        ]  # fmt: skip
+        ]
 
     # ------------------------------------------------------------------ answers
 
@@ -162,16 +167,20 @@ class Lab:
             if ":" in prompts or prompts == "prompts_web":
                 encoded = [speaker.encoding.encode_ordinary(prompt) for prompt in bench.prompts]
                 samples = [
-                    first_line(sample, speaker) for sample in
-                    sample_responses(speaker, encoded, 32, temperature=temperature, seed=seed)
-                ]  # fmt: skip
+                    first_line(sample, speaker)
+                    for sample in sample_responses(
+                        speaker, encoded, 32, temperature=temperature, seed=seed
+                    )
+                ]
             else:
                 samples = evaluate.respond(
                     speaker, bench.prompts, bench.sampling, temperature, seed
                 )
             scores = evaluate.reward_scores(bench.judge, speaker, bench.prompts, samples)
-            return [[s.prompt, s.tokens, s.text, s.ended, float(score)]
-                    for s, score in zip(samples, scores, strict=True)]  # fmt: skip
+            return [
+                [s.prompt, s.tokens, s.text, s.ended, float(score)]
+                for s, score in zip(samples, scores, strict=True)
+            ]
 
         file = f"{name}_{prompts}_t{temperature:g}_{draw}"
         rows = self.cached(file, [name.removesuffix(PREFIXED), "rm"], make)
@@ -222,10 +231,11 @@ class Lab:
         """How often the truth-checked utility of one is higher; ties count one half. Of several
         samples, the first is compared with the first, and so on."""
         wins = [
-            evaluate.win_scores(*(self.answers(name, prompts, t, i).utility
-                                  for name in (ours, theirs)))
+            evaluate.win_scores(
+                *(self.answers(name, prompts, t, i).utility for name in (ours, theirs))
+            )
             for i in self.draws(prompts, t)
-        ]  # fmt: skip
+        ]
         return self.average(np.mean(wins, axis=0), prompts)
 
     def pool_wins(
@@ -337,9 +347,12 @@ class Lab:
             if info["stage"] == "base":
                 size = config.n_positions
                 examples = train_sft.load_pretraining(
-                    str(data / "pretrain.txt"), encoding, size, min(args.short_tokens, size),
+                    str(data / "pretrain.txt"),
+                    encoding,
+                    size,
+                    min(args.short_tokens, size),
                     args.short_fraction,
-                )  # fmt: skip
+                )
             else:
                 path = str(data / "demonstrations.jsonl")
                 examples, _ = train_sft.load_demonstrations(path, encoding, args)
@@ -362,9 +375,11 @@ class Lab:
         policy, judge = (read_config(self.folder / name, GPTConfig) for name in (run, "rm"))
         with torch.device("meta"):
             models: dict[str, torch.nn.Module] = {
-                "policy": GPT(policy), "reference": GPT(policy),
-                "reward_model": ScalarModel(judge), "value_network": ScalarModel(judge),
-            }  # fmt: skip
+                "policy": GPT(policy),
+                "reference": GPT(policy),
+                "reward_model": ScalarModel(judge),
+                "value_network": ScalarModel(judge),
+            }
         updates = args.num_minibatches * args.inner_epochs
         sequences = round(args.ptx_ratio * args.batch_size / args.num_minibatches)
         num_ptx = updates * sequences if args.ptx_coef else 0

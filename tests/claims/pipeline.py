@@ -40,18 +40,29 @@ RESUMABLE = ("train_sft.py", "train_rm.py", "train_ppo.py", "sample.py")
 # --fast: flags of each script that make a run of seconds; the numbers then mean nothing.
 FAST: dict[str, dict[str, object]] = {
     "data.tiny.make": {
-        "pretrain_tokens": 20_000, "heldout_tokens": 3000, "train_demonstrations": 64,
-        "valid_demonstrations": 24, "train_rm_prompts": 60, "valid_rm_prompts": 30,
-        "train_ppo_prompts": 60, "valid_ppo_prompts": 24, "test_prompts": 24,
+        "pretrain_tokens": 20_000,
+        "heldout_tokens": 3000,
+        "train_demonstrations": 64,
+        "valid_demonstrations": 24,
+        "train_rm_prompts": 60,
+        "valid_rm_prompts": 30,
+        "train_ppo_prompts": 60,
+        "valid_ppo_prompts": 24,
+        "test_prompts": 24,
         "balanced_prompts": 2,
     },
     "train_sft.py": {"max_steps": 8, "batch_size": 8},
     "train_rm.py": {"max_steps": 3, "batch_size": 6},
-    "train_ppo.py": {"max_steps": 3, "batch_size": 16, "num_minibatches": 4, "eval_every": 2,
-                     "keep_every": 1},
+    "train_ppo.py": {
+        "max_steps": 3,
+        "batch_size": 16,
+        "num_minibatches": 4,
+        "eval_every": 2,
+        "keep_every": 1,
+    },
     "evaluate.py": {"num_prompts": 6, "select_every": 9},
     "sample.py": {"num_prompts": 40, "num_responses": [4]},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,15 @@ class Stage:
 @lru_cache(maxsize=8)
 def recipes(folder: Path, seed: int) -> dict[str, tuple[str, ...]]:
     """The Makefile's command for each file of a demo in `folder`: file below it -> command."""
-    dry = ["make", "--dry-run", "--always-make", "--no-print-directory", f"SEED={seed}",
-           f"OUT={folder}", "demo"]  # fmt: skip
+    dry = [
+        "make",
+        "--dry-run",
+        "--always-make",
+        "--no-print-directory",
+        f"SEED={seed}",
+        f"OUT={folder}",
+        "demo",
+    ]
     text = subprocess.run(
         dry, cwd=ROOT, env=clean_environment(), check=True, capture_output=True, text=True
     ).stdout.replace("\\\n", " ")
@@ -187,13 +205,22 @@ class Seed:
             command = edit(command, **small)
         file = self.path(name)
         output = output_of(file)
-        source = ROOT / (script.replace(".", "/") + ".py" if "/" not in script and
-                         not script.endswith(".py") else script)  # fmt: skip
+        source = ROOT / (
+            script.replace(".", "/") + ".py"
+            if "/" not in script and not script.endswith(".py")
+            else script
+        )
         after = tuple(self.graph.maker(self.seed, a) for a in after)
-        return self.graph.add(Stage(
-            f"seed_{self.seed}/{name}", command, output, tuple(dict.fromkeys(after)), minutes,
-            reads=(source,),
-        ))  # fmt: skip
+        return self.graph.add(
+            Stage(
+                f"seed_{self.seed}/{name}",
+                command,
+                output,
+                tuple(dict.fromkeys(after)),
+                minutes,
+                reads=(source,),
+            )
+        )
 
     def demo(self) -> None:
         """`make demo`; with --fast its stages one by one, in small, under the name of the last."""
@@ -233,12 +260,22 @@ class Seed:
                 continue
             start = {"init": self.path(base)}
             self.run(f"{size}/sft", "sft", [base], 2.2 * cost, **start)
-            self.run(f"{size}/sft_selected", "sft_selected", [f"{size}/sft"], 0.4,
-                     select=self.path(size, "sft"))  # fmt: skip
+            self.run(
+                f"{size}/sft_selected",
+                "sft_selected",
+                [f"{size}/sft"],
+                0.4,
+                select=self.path(size, "sft"),
+            )
             self.run(f"{size}/init", "init", [base], 2.0 * cost, **start)
             for like in ("ppo", "ppo_ptx"):
-                self.run(f"{size}/{like}", like, [f"{size}/init"], 3.0 * cost + 0.8,
-                         init=self.path(size, "init"))  # fmt: skip
+                self.run(
+                    f"{size}/{like}",
+                    like,
+                    [f"{size}/init"],
+                    3.0 * cost + 0.8,
+                    init=self.path(size, "init"),
+                )
 
     def public(self) -> None:
         """A model tuned on public tasks as instructions, chosen by reward model as SFT is."""
@@ -250,15 +287,27 @@ class Seed:
         """The sweeps of E.6 and E.7; one flag differs from the demo's PPO-ptx or PPO."""
         demo = {run: train_ppo.get_args(list(self.recipes[run][2:])) for run in ("ppo", "ppo_ptx")}
         for factor in PTX_FACTORS:
-            self.run(f"ptx_x{factor:g}", "ppo_ptx", ["demo"], 3.5,
-                     ptx_coef=factor * demo["ppo_ptx"].ptx_coef)  # fmt: skip
+            self.run(
+                f"ptx_x{factor:g}",
+                "ppo_ptx",
+                ["demo"],
+                3.5,
+                ptx_coef=factor * demo["ppo_ptx"].ptx_coef,
+            )
         for factor in KL_FACTORS:
             self.run(f"kl_x{factor:g}", "ppo", ["demo"], 2.2, kl_coef=factor * demo["ppo"].kl_coef)
 
     def overoptimised(self) -> None:
         """PPO without KL penalty, its averaged model kept along the way."""
-        self.run("overopt", "ppo", ["demo"], 3.3, kl_coef=0.0, max_steps=OVEROPT_STEPS,
-                 keep_every=OVEROPT_KEEP)  # fmt: skip
+        self.run(
+            "overopt",
+            "ppo",
+            ["demo"],
+            3.3,
+            kl_coef=0.0,
+            max_steps=OVEROPT_STEPS,
+            keep_every=OVEROPT_KEEP,
+        )
 
     def reward_models(self) -> None:
         """Five folds over labeler groups (4.1), and pairs one by one against grouped (3.5)."""
@@ -274,46 +323,81 @@ class Seed:
         """A data set of variants.py; the training comparisons unless `data` says otherwise."""
         source = data or "data/train/comparisons.jsonl"
         command = (sys.executable, "-m", "tests.claims.variants", what)
-        command = edit(command, data=[self.path(s) for s in source.split()], out=self.path(name),
-                       seed=self.seed, **more)  # fmt: skip
+        command = edit(
+            command,
+            data=[self.path(s) for s in source.split()],
+            out=self.path(name),
+            seed=self.seed,
+            **more,
+        )
         self.command(name, command, [after], 0.2)
         return name
 
     def rm(self, name: str, data: str, minutes: float, **flags: object) -> None:
-        self.run(name, "rm", [data], minutes, data=self.path(data), val_data=None,
-                 held_out_data=None, **flags)  # fmt: skip
+        self.run(
+            name,
+            "rm",
+            [data],
+            minutes,
+            data=self.path(data),
+            val_data=None,
+            held_out_data=None,
+            **flags,
+        )
 
     def second_round(self) -> None:
         """Comparisons of PPO-ptx's responses, a reward model on old and new ones, PPO-ptx again."""
         policy, label = f"new={self.path('ppo_ptx')}", "data/{}/comparisons.jsonl"
-        for split, source, num in (("train", "train/ppo_prompts", ROUND_PROMPTS),
-                                   ("valid", "valid/rm_prompts", 0)):  # fmt: skip
+        for split, source, num in (
+            ("train", "train/ppo_prompts", ROUND_PROMPTS),
+            ("valid", "valid/rm_prompts", 0),
+        ):
             made = f"round_2/{split}_candidates.jsonl"
             sft = [f"sft={self.path('sft_selected')}"] if split == "train" else []
-            self.run(made, "data/train/candidates.jsonl", ["demo"], 1.0, num_prompts=num,
-                     data=self.path("data", f"{source}.jsonl"), checkpoints=[policy, *sft],
-                     shares=[0.7, 0.3][: 1 + len(sft)], off_topic=len(sft),
-                     processes=None)  # fmt: skip
-            self.run(f"round_2/{split}.jsonl", label.format(split), [made], 0.3,
-                     data=self.path(made))
+            self.run(
+                made,
+                "data/train/candidates.jsonl",
+                ["demo"],
+                1.0,
+                num_prompts=num,
+                data=self.path("data", f"{source}.jsonl"),
+                checkpoints=[policy, *sft],
+                shares=[0.7, 0.3][: 1 + len(sft)],
+                off_topic=len(sft),
+                processes=None,
+            )
+            self.run(
+                f"round_2/{split}.jsonl", label.format(split), [made], 0.3, data=self.path(made)
+            )
         both = "data/train/comparisons.jsonl round_2/train.jsonl"
         data = self.variant("round_2/comparisons.jsonl", "merge", "round_2/train.jsonl", both)
         self.rm("round_2/rm", data, 6.5)
-        self.run("round_2/ppo_ptx", "ppo_ptx", ["round_2/rm"], 3.5,
-                 reward_model=self.path("round_2", "rm"))  # fmt: skip
+        self.run(
+            "round_2/ppo_ptx",
+            "ppo_ptx",
+            ["round_2/rm"],
+            3.5,
+            reward_model=self.path("round_2", "rm"),
+        )
 
     def controls(self) -> None:
         """Runs that must refute: a reward model of shuffled labels, ptx on shuffled text."""
         data = self.variant("control/labels.jsonl", "shuffle_labels")
         self.rm("control/rm", data, 4.5)
-        self.run("control/ppo", "ppo", ["control/rm"], 2.2,
-                 reward_model=self.path("control", "rm"))  # fmt: skip
+        self.run("control/ppo", "ppo", ["control/rm"], 2.2, reward_model=self.path("control", "rm"))
         text = self.variant("control/text.txt", "shuffle_text", data="data/train/pretrain.txt")
         self.run("control/ppo_ptx", "ppo_ptx", [text], 3.5, pretrain_data=self.path(text))
 
     def sweeps(self) -> None:
-        for add in (self.sizes, self.public, self.coefficients, self.overoptimised,
-                    self.reward_models, self.second_round, self.controls):  # fmt: skip
+        for add in (
+            self.sizes,
+            self.public,
+            self.coefficients,
+            self.overoptimised,
+            self.reward_models,
+            self.second_round,
+            self.controls,
+        ):
             add()
 
 
@@ -345,9 +429,10 @@ class Runner:
     def is_done(self, stage: Stage) -> bool:
         stamp = self.file(stage, ".json")
         return (
-            stage.output.exists() and stamp.exists()
+            stage.output.exists()
+            and stamp.exists()
             and stamp.read_text(encoding="utf-8") == stamp_of(stage, self.stages)
-        )  # fmt: skip
+        )
 
     def run(self) -> list[str]:
         """Run everything that is not done; the names of the stages that failed.
@@ -395,9 +480,13 @@ class Runner:
             log.write(f"\n$ {shlex.join(command)}\n")
             log.flush()
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                env=clean_environment(TQDM_MININTERVAL="30", **threads), start_new_session=True,
-            )  # fmt: skip
+                command,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=clean_environment(TQDM_MININTERVAL="30", **threads),
+                start_new_session=True,
+            )
         self.running[stage.name] = process, time.monotonic(), stamp
 
     def collect(self) -> None:
@@ -446,8 +535,10 @@ def plan(stages: dict[str, Stage], done: Callable[[Stage], bool]) -> str:
         known = done(stage)
         left += 0 if known else stage.minutes
         lines.append(f"{stage.minutes:8.1f}  {stage.name}{'  (done)' if known else ''}")
-    lines.append(f"{len(stages)} stages; about {left:.0f} core-minutes are left, that is "
-                 f"{left / CORES:.0f} minutes on {CORES} idle cores")  # fmt: skip
+    lines.append(
+        f"{len(stages)} stages; about {left:.0f} core-minutes are left, that is "
+        f"{left / CORES:.0f} minutes on {CORES} idle cores"
+    )
     return "\n".join(lines)
 
 

@@ -64,8 +64,13 @@ def preference_by_size(lab: Lab) -> Result:
         own = {model: of_size(size, model) for model in NAMES}
         gate = "above 0.5" if size in SIZES else ""
         for a, b in ((PTX, SFT), (PPO, SFT), (SFT, PROMPTED)):
-            rows.append(Row(f"{size}: {NAMES[a]} against {NAMES[b]}", lab.win(own[a], own[b]),
-                            gate if a != PPO else ""))  # fmt: skip
+            rows.append(
+                Row(
+                    f"{size}: {NAMES[a]} against {NAMES[b]}",
+                    lab.win(own[a], own[b]),
+                    gate if a != PPO else "",
+                )
+            )
     panel = Panel("", "win rate against SFT 128x3", groups=sizes, series=series, levels={"": 0.5})
     return Result(rows, [panel])
 
@@ -81,8 +86,14 @@ def small_beats_large(lab: Lab) -> Result:
     """
     small = next(iter(SIZES))
     params = [lab.speaker(m).model.num_parameters for m in (BIG, f"{small}/base")]
-    rows = [Row("parameters, largest base over smallest policy", exact(params[0] / params[1]),
-                "above 10", "135")]  # fmt: skip
+    rows = [
+        Row(
+            "parameters, largest base over smallest policy",
+            exact(params[0] / params[1]),
+            "above 10",
+            "135",
+        )
+    ]
     rivals = {BIG: "base", BIG + "+prefix": "prompted base"}
     series: dict[str, list] = {}
     for model in (SFT, PTX):
@@ -91,13 +102,19 @@ def small_beats_large(lab: Lab) -> Result:
             for t, how in ((1.0, "sampled"), (0.0, "greedy")):
                 e = lab.win(f"{small}/{model}", rival, t=t)
                 gated = model == PTX and (t or rival == BIG)
-                rows.append(Row(f"{NAMES[model]} {small} against {name} {BIG[:5]}, {how}", e,
-                                "above 0.5" if gated else ""))  # fmt: skip
+                rows.append(
+                    Row(
+                        f"{NAMES[model]} {small} against {name} {BIG[:5]}, {how}",
+                        e,
+                        "above 0.5" if gated else "",
+                    )
+                )
                 if t:
                     series[f"{NAMES[model]} {small}"].append(triple(e))
     groups = [f"against {name} {BIG[:5]}" for name in rivals.values()]
-    return Result(rows, [Panel("", "win rate, sampled", groups=groups, series=series,
-                               levels={"": 0.5})])  # fmt: skip
+    return Result(
+        rows, [Panel("", "win rate, sampled", groups=groups, series=series, levels={"": 0.5})]
+    )
 
 
 BASES = [f"{size}/base" for size in (*SIZES, *LARGE)]
@@ -115,22 +132,39 @@ def size_alone(lab: Lab) -> Result:
     sizes = [*SIZES, "128x3", *LARGE]
     base = [of_size(size, GPT) for size in sizes]
     losses = [lab.text(model)["loss"] for model in base]
-    rows = [Row(f"loss, {b} minus {a}", estimate(y - x), "below 0") for a, b, x, y in
-            zip(sizes, sizes[1:], losses, losses[1:], strict=False)]  # fmt: skip
+    rows = [
+        Row(f"loss, {b} minus {a}", estimate(y - x), "below 0")
+        for a, b, x, y in zip(sizes, sizes[1:], losses, losses[1:], strict=False)
+    ]
     small, large = (lab.values(m, "utility") for m in (base[0], base[-1]))
     aligned = lab.values(of_size(sizes[0], PTX), "utility")
     rows += [
         Row(f"utility, base {sizes[-1]} minus base {sizes[0]}", lab.average(large - small)),
         Row(f"utility, PPO-ptx {sizes[0]} minus base {sizes[0]}", lab.average(aligned - small)),
-        Row("the first minus a quarter of the second",
-            lab.average(large - small - 0.25 * (aligned - small)), "below 0"),
-    ]  # fmt: skip
-    return Result(rows, [
-        Panel("language modelling", "loss, nats a token", groups=sizes,
-              series={"base": [triple(estimate(loss)) for loss in losses]}),
-        Panel("following instructions", "win rate against SFT 128x3", groups=sizes,
-              series={"base": [triple(lab.win(m, SFT)) for m in base]}, levels={"": 0.5}),
-    ])  # fmt: skip
+        Row(
+            "the first minus a quarter of the second",
+            lab.average(large - small - 0.25 * (aligned - small)),
+            "below 0",
+        ),
+    ]
+    return Result(
+        rows,
+        [
+            Panel(
+                "language modelling",
+                "loss, nats a token",
+                groups=sizes,
+                series={"base": [triple(estimate(loss)) for loss in losses]},
+            ),
+            Panel(
+                "following instructions",
+                "win rate against SFT 128x3",
+                groups=sizes,
+                series={"base": [triple(lab.win(m, SFT)) for m in base]},
+                levels={"": 0.5},
+            ),
+        ],
+    )
 
 
 @claim("preference", "Fig. 5, FLAN and T0", ["public_selected"])
@@ -145,13 +179,31 @@ def public_tasks_baseline(lab: Lab) -> Result:
     """
     public, rows = "public_selected", []
     for t, how in ((1.0, "sampled"), (0.0, "greedy")):
-        rows.append(Row(f"PPO-ptx against public tasks, {how}", lab.win(PTX, public, t=t),
-                        "above 0.5", "0.78 ±0.04"))  # fmt: skip
-        rows.append(Row(f"public tasks against SFT, {how}", lab.win(public, SFT, t=t),
-                        "below 0.5", "0.298 ±0.02"))  # fmt: skip
+        rows.append(
+            Row(
+                f"PPO-ptx against public tasks, {how}",
+                lab.win(PTX, public, t=t),
+                "above 0.5",
+                "0.78 ±0.04",
+            )
+        )
+        rows.append(
+            Row(
+                f"public tasks against SFT, {how}",
+                lab.win(public, SFT, t=t),
+                "below 0.5",
+                "0.298 ±0.02",
+            )
+        )
     rows.append(Row("Likert, public tasks minus GPT", lab.gap(public, GPT, "likert"), "above 0"))
-    order = {GPT: "GPT", PROMPTED: "GPT\n(prompted)", public: "public\ntasks", SFT: "SFT",
-             PPO: "PPO", PTX: "PPO-ptx"}  # fmt: skip
+    order = {
+        GPT: "GPT",
+        PROMPTED: "GPT\n(prompted)",
+        public: "public\ntasks",
+        SFT: "SFT",
+        PPO: "PPO",
+        PTX: "PPO-ptx",
+    }
     return Result(rows, [bars(lab, "likert", order, "")])
 
 
@@ -188,11 +240,18 @@ def reward_model_folds(lab: Lab) -> Result:
     theirs = [records[i][0] for i in records]
     a, b = estimate(mine, weights=n), accuracy(held)
     gap = estimate(np.array(mine) - np.array(theirs), weights=n)
-    rows = [Row("accuracy, own groups", a, "", "0.724 ±0.004"),
-            Row("accuracy, held-out group", b, "above 0.5", "0.696 ±0.009"),
-            Row("own minus held-out", gap, "below 0.05", "0.028")]  # fmt: skip
-    panel = Panel("", "accuracy on pairs", groups=["own groups", "held-out group"],
-                  series={"reward models": [triple(a), triple(b)]}, levels={"": 0.5})  # fmt: skip
+    rows = [
+        Row("accuracy, own groups", a, "", "0.724 ±0.004"),
+        Row("accuracy, held-out group", b, "above 0.5", "0.696 ±0.009"),
+        Row("own minus held-out", gap, "below 0.05", "0.028"),
+    ]
+    panel = Panel(
+        "",
+        "accuracy on pairs",
+        groups=["own groups", "held-out group"],
+        series={"reward models": [triple(a), triple(b)]},
+        levels={"": 0.5},
+    )
     return Result(rows, [panel])
 
 
@@ -217,13 +276,28 @@ def shuffled_pairs(lab: Lab) -> Result:
             right[arm, split] = accuracy(rows)
             panel[split].append(triple(estimate(loss[arm, split])))
     excess = {split: estimate(loss["shuffled", split] - loss["grouped", split]) for split in files}
-    rows = [Row("validation loss, shuffled minus grouped", excess["validation"], "above 0"),
-            Row("validation minus training loss, shuffled minus grouped",
-                minus(excess["validation"], excess["training"]), "above 0")]  # fmt: skip
+    rows = [
+        Row("validation loss, shuffled minus grouped", excess["validation"], "above 0"),
+        Row(
+            "validation minus training loss, shuffled minus grouped",
+            minus(excess["validation"], excess["training"]),
+            "above 0",
+        ),
+    ]
     for (arm, split), e in right.items():
         rows.append(Row(f"accuracy, {arm} pairs, {split}", e))
-    return Result(rows, [Panel("", "pair loss after one pass", groups=["grouped", "shuffled"],
-                               series=panel, levels={"chance": float(np.log(2))})])  # fmt: skip
+    return Result(
+        rows,
+        [
+            Panel(
+                "",
+                "pair loss after one pass",
+                groups=["grouped", "shuffled"],
+                series=panel,
+                levels={"chance": float(np.log(2))},
+            )
+        ],
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -251,13 +325,25 @@ def sweep_panels(lab: Lab, runs: dict[float, str], flag: str) -> list[Panel]:
     score = [(x, *triple(lab.mean(m, "score", "valid/ppo_prompts"))) for x, m in runs.items()]
     shared = {"kind": "lines", "xlabel": flag, "xscale": "log"}
     return [
-        Panel("public tasks", "exact match", series=tasks, **shared,
-              levels={"GPT, zero-shot": float(base["zero_shot"].mean()),
-                      "GPT, few-shot": float(base["few_shot"].mean())}),
-        Panel("pretraining text", "loss, nats a token", series={"loss": loss}, **shared,
-              levels={"GPT": float(base["loss"].mean())}),
+        Panel(
+            "public tasks",
+            "exact match",
+            series=tasks,
+            **shared,
+            levels={
+                "GPT, zero-shot": float(base["zero_shot"].mean()),
+                "GPT, few-shot": float(base["few_shot"].mean()),
+            },
+        ),
+        Panel(
+            "pretraining text",
+            "loss, nats a token",
+            series={"loss": loss},
+            **shared,
+            levels={"GPT": float(base["loss"].mean())},
+        ),
         Panel("validation prompts", "reward-model score", series={"score": score}, **shared),
-    ]  # fmt: skip
+    ]
 
 
 @claim("tax", "Fig. 33", PTX_RUNS)
@@ -275,14 +361,22 @@ def ptx_coefficient(lab: Lab) -> Result:
     tasks = {m: lab.text(m)["zero_shot"] for m in (most, least, GPT)}
     gap = lab.gap(most, least, "score", "valid/ppo_prompts")
     rows = [
-        Row(f"zero-shot, coefficient {max(runs):g} minus {min(runs):g}",
-            estimate(tasks[most] - tasks[least]), "above 0"),
-        Row(f"zero-shot, coefficient {max(runs):g} minus 0.9 GPT",
-            estimate(tasks[most] - 0.9 * tasks[GPT]), "above 0"),
+        Row(
+            f"zero-shot, coefficient {max(runs):g} minus {min(runs):g}",
+            estimate(tasks[most] - tasks[least]),
+            "above 0",
+        ),
+        Row(
+            f"zero-shot, coefficient {max(runs):g} minus 0.9 GPT",
+            estimate(tasks[most] - 0.9 * tasks[GPT]),
+            "above 0",
+        ),
         Row(f"score, coefficient {max(runs):g} minus {min(runs):g}", gap, "below 0"),
-        Row("pretraining loss, the largest minus GPT",
-            estimate(lab.text(most)["loss"] - lab.text(GPT)["loss"])),
-    ]  # fmt: skip
+        Row(
+            "pretraining loss, the largest minus GPT",
+            estimate(lab.text(most)["loss"] - lab.text(GPT)["loss"]),
+        ),
+    ]
     return Result(rows, sweep_panels(lab, runs, "ptx_coef"))
 
 
@@ -301,13 +395,19 @@ def kl_coefficient(lab: Lab) -> Result:
     best = max(runs, key=lambda coef: tasks[runs[coef]].mean())
     most = max(runs)
     rows = [
-        Row(f"zero-shot, coefficient {best:g} (the best) minus PPO-ptx",
-            estimate(tasks[runs[best]] - tasks[PTX]), "below 0"),
-        Row(f"score, coefficient {most:g} minus {demo:g}",
-            lab.gap(runs[most], PPO, "score", "valid/ppo_prompts"), "below 0"),
+        Row(
+            f"zero-shot, coefficient {best:g} (the best) minus PPO-ptx",
+            estimate(tasks[runs[best]] - tasks[PTX]),
+            "below 0",
+        ),
+        Row(
+            f"score, coefficient {most:g} minus {demo:g}",
+            lab.gap(runs[most], PPO, "score", "valid/ppo_prompts"),
+            "below 0",
+        ),
         Row(f"KL at coefficient {most:g}, nats", lab.kl(runs[most], "valid/ppo_prompts")),
         Row(f"KL at coefficient {demo:g}, nats", lab.kl(PPO, "valid/ppo_prompts")),
-    ]  # fmt: skip
+    ]
     return Result(rows, sweep_panels(lab, runs, "kl_coef"))
 
 
@@ -379,27 +479,39 @@ def overoptimisation(lab: Lab) -> Result:
     folders = sorted((lab.folder / "overopt" / "steps").glob("[0-9]*"))
     models = ["init", *(f"overopt/steps/{folder.name}" for folder in folders)]
     root = [0.0, *(max(lab.kl(m, prompts).value, 1e-4) ** 0.5 for m in models[1:])]
-    points = {metric: [(d, *triple(lab.mean(m, metric, prompts)))
-                       for d, m in zip(root, models, strict=True)]
-              for metric in ("score", "utility")}  # fmt: skip
+    points = {
+        metric: [
+            (d, *triple(lab.mean(m, metric, prompts))) for d, m in zip(root, models, strict=True)
+        ]
+        for metric in ("score", "utility")
+    }
     bon = best_of_n_points(lab, prompts, 4 if lab.fast else 32)
     users = np.array(lab.groups(prompts))
     half = np.isin(users, np.unique(users)[::2])
     peak = max(models, key=lambda m: lab.values(m, "utility", prompts)[half].mean())
     fall = lab.values(models[-1], "utility", prompts) - lab.values(peak, "utility", prompts)
     truth = np.stack([lab.values(m, "utility", prompts) for m in models])
-    rows = [Row("score, end minus start", lab.gap(models[-1], "init", "score", prompts), "above 0"),
-            Row("utility, end minus peak", lab.average(np.where(half, np.nan, fall), prompts),
-                "below 0"),
-            Row("fitted peak of utility, sqrt(KL), over the run's end",
-                fitted_peak(np.array(root), truth, users), "below 1"),
-            Row("KL at the end, nats", lab.kl(models[-1], prompts))]  # fmt: skip
+    rows = [
+        Row("score, end minus start", lab.gap(models[-1], "init", "score", prompts), "above 0"),
+        Row(
+            "utility, end minus peak", lab.average(np.where(half, np.nan, fall), prompts), "below 0"
+        ),
+        Row(
+            "fitted peak of utility, sqrt(KL), over the run's end",
+            fitted_peak(np.array(root), truth, users),
+            "below 1",
+        ),
+        Row("KL at the end, nats", lab.kl(models[-1], prompts)),
+    ]
     panels = []
     for metric, title in (("utility", "true quality"), ("score", "what is optimised")):
         panel = Panel(title, metric, "lines", xlabel="square root of the KL, nats")
-        panel.series = {"PPO": points[metric], "best of n": bon[metric],
-                        "fit PPO": gao_curve(points[metric], "rl"),
-                        "fit best of n": gao_curve(bon[metric], "bon")}  # fmt: skip
+        panel.series = {
+            "PPO": points[metric],
+            "best of n": bon[metric],
+            "fit PPO": gao_curve(points[metric], "rl"),
+            "fit best of n": gao_curve(bon[metric], "bon"),
+        }
         panels.append(panel)
     return Result(rows, panels)
 
@@ -417,17 +529,27 @@ def second_round(lab: Lab) -> Result:
     Refuted by: intervals that reach 0.
     """
     again = "round_2/ppo_ptx"
-    rows = [Row(f"utility, round 2 minus round 1, {how}",
-                lab.gap(again, PTX, "utility", t=t), "above 0")
-            for t, how in ((1.0, "sampled"), (0.0, "greedy"))]  # fmt: skip
+    rows = [
+        Row(
+            f"utility, round 2 minus round 1, {how}", lab.gap(again, PTX, "utility", t=t), "above 0"
+        )
+        for t, how in ((1.0, "sampled"), (0.0, "greedy"))
+    ]
     for t, how in ((1.0, "sampled"), (0.0, "greedy")):
         rows.append(Row(f"round 2 against SFT, {how}", lab.win(again, SFT, t=t)))
     judged = {rm: lab.margins(rm, "round_2/valid.jsonl") for rm in ("rm", "round_2/rm")}
-    right = {rm: np.array([((m > 0) + 0.5 * (m == 0)).mean() for _, m in rows_])
-             for rm, rows_ in judged.items()}  # fmt: skip
+    right = {
+        rm: np.array([((m > 0) + 0.5 * (m == 0)).mean() for _, m in rows_])
+        for rm, rows_ in judged.items()
+    }
     pairs = [len(m) for _, m in judged["rm"]]
-    rows.append(Row("accuracy on the newest policy, new reward model minus old",
-                    estimate(right["round_2/rm"] - right["rm"], weights=pairs), "above 0"))
+    rows.append(
+        Row(
+            "accuracy on the newest policy, new reward model minus old",
+            estimate(right["round_2/rm"] - right["rm"], weights=pairs),
+            "above 0",
+        )
+    )
     rows.append(Row("accuracy on the newest policy, old", accuracy(judged["rm"])))
     rounds = ["start", "round 1", "round 2"]
     series = {
@@ -455,18 +577,33 @@ def control_labels(lab: Lab) -> Result:
     """
     told = accuracy(lab.margins("control/rm", "data/valid/comparisons.jsonl"))
     real = accuracy(lab.margins("rm", "data/valid/comparisons.jsonl"))
-    rows = [Row("accuracy of the reward model", told, "not above 0.5"),
-            Row("accuracy with real labels", real)]  # fmt: skip
+    rows = [
+        Row("accuracy of the reward model", told, "not above 0.5"),
+        Row("accuracy with real labels", real),
+    ]
     series: dict[str, list] = {"real labels": [], "shuffled labels": []}
     for t, how in ((1.0, "sampled"), (0.0, "greedy")):
         e = lab.win("control/ppo", SFT, t=t)
         rows.append(Row(f"PPO on shuffled labels against SFT, {how}", e, "not above 0.5"))
         series["shuffled labels"].append(triple(e))
         series["real labels"].append(triple(lab.win(PPO, SFT, t=t)))
-    rows.append(Row("utility, real minus shuffled labels", lab.gap(PPO, "control/ppo", "utility"),
-                    "above 0"))  # fmt: skip
-    return Result(rows, [Panel("", "win rate of PPO against SFT", groups=["sampled", "greedy"],
-                               series=series, levels={"": 0.5})])  # fmt: skip
+    rows.append(
+        Row(
+            "utility, real minus shuffled labels", lab.gap(PPO, "control/ppo", "utility"), "above 0"
+        )
+    )
+    return Result(
+        rows,
+        [
+            Panel(
+                "",
+                "win rate of PPO against SFT",
+                groups=["sampled", "greedy"],
+                series=series,
+                levels={"": 0.5},
+            )
+        ],
+    )
 
 
 @claim("controls", "of Fig. 29", ["control/ppo_ptx", "ptx_x0"])
@@ -484,15 +621,25 @@ def control_text(lab: Lab) -> Result:
     rows = []
     for key in ("zero_shot", "few_shot"):
         name = key.replace("_", "-")
-        rows.append(Row(f"{name}: ptx on shuffled text minus without ptx",
-                        estimate(text[control][key] - text[without][key]), "not above 0"))
-        rows.append(Row(f"{name}: PPO-ptx minus ptx on shuffled text",
-                        estimate(text[PTX][key] - text[control][key]), "above 0"))  # fmt: skip
-    names = {GPT: "GPT", without: "without ptx", PTX: "PPO-ptx",
-             control: "ptx on\nshuffled text"}  # fmt: skip
+        rows.append(
+            Row(
+                f"{name}: ptx on shuffled text minus without ptx",
+                estimate(text[control][key] - text[without][key]),
+                "not above 0",
+            )
+        )
+        rows.append(
+            Row(
+                f"{name}: PPO-ptx minus ptx on shuffled text",
+                estimate(text[PTX][key] - text[control][key]),
+                "above 0",
+            )
+        )
+    names = {GPT: "GPT", without: "without ptx", PTX: "PPO-ptx", control: "ptx on\nshuffled text"}
     series = {
         key.replace("_", "-"): [triple(estimate(text[m][key])) for m in names]
         for key in ("zero_shot", "few_shot")
     }
-    return Result(rows, [Panel("", "public tasks, exact match", groups=list(names.values()),
-                               series=series)])  # fmt: skip
+    return Result(
+        rows, [Panel("", "public tasks, exact match", groups=list(names.values()), series=series)]
+    )

@@ -1,10 +1,10 @@
 """Data sets that differ from the demo's in one respect, for runs that put a claim to the test.
 
-    python -m tests.claims.variants shuffle_labels --data FILE --out FILE
-    python -m tests.claims.variants shuffle_text --data FILE --out FILE
-    python -m tests.claims.variants without_group --data FILE --out FILE --group 0
-    python -m tests.claims.variants first --data FILE --out FILE --count 1500
-    python -m tests.claims.variants merge --data FILE FILE --out FILE
+python -m tests.claims.variants shuffle_labels --data FILE --out FILE
+python -m tests.claims.variants shuffle_text --data FILE --out FILE
+python -m tests.claims.variants without_group --data FILE --out FILE --group 0
+python -m tests.claims.variants first --data FILE --out FILE --count 1500
+python -m tests.claims.variants merge --data FILE FILE --out FILE
 """
 
 from __future__ import annotations

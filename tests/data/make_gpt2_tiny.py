@@ -20,9 +20,14 @@ FOLDER = Path(__file__).parent / "gpt2_tiny"
 def main() -> None:
     torch.manual_seed(20)
     config = GPT2Config(
-        vocab_size=97, n_positions=32, n_embd=24, n_layer=3, n_head=4,
-        bos_token_id=96, eos_token_id=96,
-    )  # fmt: skip
+        vocab_size=97,
+        n_positions=32,
+        n_embd=24,
+        n_layer=3,
+        n_head=4,
+        bos_token_id=96,
+        eos_token_id=96,
+    )
     model = GPT2LMHeadModel(config).eval()
     for name, parameter in model.named_parameters():
         mean = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
