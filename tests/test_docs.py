@@ -100,7 +100,7 @@ def test_the_way_on_one_gpu_is_complete() -> None:
 def test_flags_that_docstrings_name_exist(name: str) -> None:
     module = importlib.import_module(name)
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    defined = set(re.findall(r'add\("--(\w+)"', source))
+    defined = set(re.findall(r'add\(\s*"--(\w+)"', source))
     named = set(re.findall(r"--(\w+)", module.__doc__ or "")) | set(
         re.findall(rf"`--(\w+)`(?= to `{name})", README)
     )
@@ -110,7 +110,7 @@ def test_flags_that_docstrings_name_exist(name: str) -> None:
 def test_every_flag_is_read() -> None:
     for name in SCRIPTS:
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        for flag in re.findall(r'add\("--(\w+)"', source):
+        for flag in re.findall(r'add\(\s*"--(\w+)"', source):
             assert f"args.{flag}" in source or f'"{flag}"' in source.replace(
                 f'add("--{flag}"', ""
             ), f"{name}.py never reads --{flag}"
@@ -121,7 +121,7 @@ def test_makefile_flags_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
     for script in ("train_sft", "train_rm", "train_ppo", "sample", "evaluate"):
         source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-        defined = set(re.findall(r'add\("--(?:no-)?(\w+)"', source))
+        defined = set(re.findall(r'add\(\s*"--(?:no-)?(\w+)"', source))
         for line in re.findall(rf"{script}\.py (--.*)$", makefile, flags=re.M):
             line = line.split('"')[0]
             for flag in re.findall(r"--(?:no-)?(\w+)", line):
@@ -227,7 +227,7 @@ def test_flags_of_evaluate_are_read() -> None:
     """By it, or by the files that its commands are in."""
     names = ("evaluate", "evaluation/folds", "evaluation/public")
     source = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in names)
-    flags = re.findall(r'add\("--(\w+)"', source)
+    flags = re.findall(r'add\(\s*"--(\w+)"', source)
     assert {"public", "sets", "shots", "toxicity_labels", "toxicity_scorer"} <= set(flags)
     for flag in flags:
         assert f"args.{flag}" in source, f"nobody reads --{flag}"
