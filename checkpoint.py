@@ -18,6 +18,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import tiktoken
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from data import files
 from data.files import BadInput
+from data.tokenizer import load_tokenizer
 
 MAX_PARAMETERS = 10**12  # a config that asks for more is a mistake: 4 TB of weights
 DOWNLOADS = Path(__file__).parent / "data" / "downloads"
@@ -135,47 +137,34 @@ def load_model(
     folder: Path,
     *,
     impl: str = "auto",
+    dtype: str = "float32",
     resid_pdrop: float = 0.0,
 ) -> Any:
-    """A `kind(config, impl)` of the folder's shape, with its weights in float32, ready to train.
+    """A `kind(config, impl, dtype)` of the folder's shape, with its weights in float32.
 
-    Keys may begin with "transformer."; mask buffers and a tied lm_head are ignored. Dropout is set
-    by the caller, not by the file. Raises `BadInput` where the folder holds another kind of model,
-    or weights that do not fit config.json.
+    Keys may begin with "transformer."; mask buffers and a tied lm_head are ignored. Raises
+    `BadInput` where the folder holds another kind of model, or weights that do not fit config.json.
     """
     config = read_config(folder, config_class)
     config.resid_pdrop = resid_pdrop
     weights = _read_weights(folder)
-    expects_scalar = kind.__name__ == "ScalarModel"
-    if ("score.weight" in weights) != expects_scalar:
-        stage = read_info(folder).get("stage", "?")
-        raise BadInput(
-            f"{folder}: holds a language model (stage {stage}), expected a reward model: give a "
-            "checkpoint of train_rm.py"
-            if expects_scalar
-            else f"{folder}: holds a scalar model (stage {stage}), expected a language model: give "
-            "a checkpoint of train_sft.py or train_ppo.py"
-        )
     path = folder / "model.safetensors"
-    # Read off the embeddings first: a config may ask for a model that no memory holds.
-    outer = {
-        "wte.weight": (config.vocab_size, config.n_embd),
-        "wpe.weight": (config.n_positions, config.n_embd),
-    }
-    for name, shape in outer.items():
-        if name in weights and weights[name].shape != shape:
-            raise BadInput(
-                f"{path}: does not fit config.json; {name} is {tuple(weights[name].shape)}, "
-                f"expected {shape}"
-            )
     num_layers = sum(name.endswith(".ln_1.weight") for name in weights)
-    if num_layers != config.n_layer:
+    if num_layers != config.n_layer:  # first: a config may ask for a billion layers
         raise BadInput(
             f"{path}: does not fit config.json; holds {num_layers} layers, expected n_layer "
             f"{config.n_layer}"
         )
-    with torch.device("meta"):
-        model = kind(config, impl)
+    with torch.device("meta"):  # shapes without memory
+        model = kind(config, impl, dtype)
+    kinds = {False: "language model", True: "reward model"}
+    makers = {False: "train_sft.py or train_ppo.py", True: "train_rm.py"}
+    found, wanted = "score.weight" in weights, "score.weight" in model.state_dict()
+    if found != wanted:
+        raise BadInput(
+            f"{folder}: holds a {kinds[found]} (stage {read_info(folder).get('stage', '?')}), "
+            f"expected a {kinds[wanted]}: give a checkpoint of {makers[wanted]}"
+        )
     fill(model, weights, path)
     return model.requires_grad_(True)
 
@@ -221,13 +210,31 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def check_tokenizer(config: Any, encoding: Any, path: str | Path) -> None:
-    """Raise `BadInput` unless the tokenizer's ids are the model's and so is its end token."""
-    if encoding.n_vocab > config.vocab_size or encoding.eot_token != config.eos_token_id:
+def read_tokenizer(path: str | Path, *models: nn.Module) -> tiktoken.Encoding:
+    """The tokenizer of a file or of a model's folder.
+
+    Raises `BadInput` unless it fits every model given: its ids are the model's, and its end token.
+    """
+    path = find_model(path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    encoding = load_tokenizer(path)
+    for config in (model.config for model in models):
+        if encoding.n_vocab > config.vocab_size or encoding.eot_token != config.eos_token_id:
+            raise BadInput(
+                f"{path}: {encoding.n_vocab} entries with end token {encoding.eot_token} do not "
+                f"fit a model with vocab_size {config.vocab_size} and eos_token_id "
+                f"{config.eos_token_id}; give the tokenizer that the model was trained with"
+            )
+    return encoding
+
+
+def check_same_tokenizer(one: str | Path, other: str | Path) -> None:
+    """Raise `BadInput` unless the tokenizers of two models' folders are the same file."""
+    one, other = (find_model(folder) / "tokenizer.json" for folder in (one, other))
+    if one.read_bytes() != other.read_bytes():
         raise BadInput(
-            f"{path}: {encoding.n_vocab} entries with end token {encoding.eot_token} do not fit a "
-            f"model with vocab_size {config.vocab_size} and eos_token_id {config.eos_token_id}; "
-            "give the tokenizer that the model was trained with"
+            f"{other} differs from {one}: policy and reward model must share a tokenizer; give "
+            "models that grew from one base model"
         )
 
 

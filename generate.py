@@ -1,10 +1,11 @@
 """A response, token by token: what `GPT.generate` does.
 
-A prompt goes through the model once and leaves its keys and values in a cache; from then on a step
-takes one new token a row. Rows that ended leave the batch. On a GPU a step is one CUDA graph.
+A prompt goes through the model once and leaves its keys and values in a cache. From then on a step
+takes one new token a row. Rows that ended are dropped from the batch. On a GPU a step is one CUDA
+graph. This file imports no model: functions take one.
 
-Dimensions: B rows of the result, N rows still being written, S cache length, H heads, D head size,
-V vocabulary. This file imports no model: functions take one.
+Dimensions: B rows of the result, N rows still being written, P prompt tokens, S cache length,
+H heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,45 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from model import GPT, GPTConfig
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that matrix products with `weight` have: autocast's where that is on."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def without_autocast(tensor: Tensor) -> torch.autocast:
-    """A context in which products keep the dtype of their inputs."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def store_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights and biases of the `Linear` layers in `dtype`, half the memory at 16 bits.
-
-    Under autocast to `dtype` results stay the same bit for bit: there products cast them at each
-    use. Embeddings, layer norms and a scalar head, which autocast leaves alone, stay as they are.
-    """
-    for module in model.modules():
-        if hasattr(module, "weight") and type(module).__module__ == "model":
-            module.to(dtype)
-
-
-class KVCache:
-    """Keys and values of every layer for the tokens seen so far, (B, H, S, D) each."""
-
-    def __init__(self, config: GPTConfig, batch: int, size: int, weight: Tensor):
-        shape = (batch, config.n_head, size, config.n_embd // config.n_head)
-        kind = {"dtype": compute_dtype(weight), "device": weight.device}
-        self.keys = [torch.empty(shape, **kind) for _ in range(config.n_layer)]
-        self.values = [torch.empty(shape, **kind) for _ in range(config.n_layer)]
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all but the given batch rows; one that is given twice is there twice."""
-        for tensors in (self.keys, self.values):
-            for layer, tensor in enumerate(tensors):  # one at a time: the old one is freed
-                tensors[layer] = tensor[rows]
+    from model import GPT
 
 
 @torch.no_grad()
@@ -64,19 +27,20 @@ def generate(
     prompts: Tensor,
     prompt_lengths: Tensor,
     max_new_tokens: int,
-    *,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
-    repeats: Tensor | None = None,
     static: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `GPT.generate`. `static` says how a GPU does it; None: on a GPU only."""
+    """Sample a response to each prompt: arguments and result as of `GPT.generate`.
+
+    The randomness is one uniform number per row and step, all drawn at the start as
+    (B, max_new_tokens): what a row gets does not depend on when other rows end. With `static` (on a
+    GPU, and in tests) a step's tensors stay where they are and batch sizes are few, so that a step
+    can be one CUDA graph. Raises ValueError if a prompt and its response do not fit n_positions.
+    """
     device, end = prompts.device, model.config.eos_token_id
     static = device.type == "cuda" if static is None else static
-    sources = torch.arange(len(prompts), device=device)  # row of the result -> its prompt
-    if repeats is not None:
-        sources = sources.repeat_interleave(repeats)
-    B, P = len(sources), prompts.shape[1]
+    B, P = prompts.shape
     longest_prompt = int(prompt_lengths.max())
     longest = longest_prompt + max_new_tokens
     if longest > model.config.n_positions:
@@ -84,54 +48,67 @@ def generate(
             f"prompt and max_new_tokens {max_new_tokens} come to {longest} tokens, over "
             f"n_positions {model.config.n_positions}: lower max_prompt_tokens or max_new_tokens"
         )
-    inside = torch.arange(P, device=device) < prompt_lengths[:, None]
-    prompts = torch.where(inside, prompts, end)
     tokens = prompts.new_full((B, P + max_new_tokens), end)
-    tokens[:, :P] = prompts[sources]
-    lengths = prompt_lengths[sources].to(torch.int64)
+    inside = torch.arange(P, device=device) < prompt_lengths[:, None]
+    tokens[:, :P] = torch.where(inside, prompts, end)
+    lengths = prompt_lengths.long().clone()  # grows with the responses
     if max_new_tokens == 0:
         return tokens, lengths.int()
     uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
 
     model = for_decoding(model)
-    cache = KVCache(model.config, len(prompts), longest, model.h[0].attn.c_attn.weight)
-    hidden = model(prompts[:, :longest_prompt], prompt_lengths.int(), cache)
-    if repeats is not None:
-        cache.keep_rows(sources)
-    decoder = _Decoder(model, tokens, lengths, cache, uniforms, temperature)
-    decoder.write(hidden[sources, lengths - 1])
-    del hidden
-    # A look at `ended` waits for the device, so on a GPU it is rationed.
-    look_every = 8 if static else 1
-    for step in range(1, max_new_tokens):
-        if step % look_every == 0:
-            going = int((~decoder.ended).sum())
-            if going == 0:
-                break
-            left = max_new_tokens - step
-            decoder.keep(_next_size(going, len(decoder.rows), left, static))
-        decoder.step()
+    with model.autocast():
+        cache = KVCache(model, B, longest)
+        hidden = model(tokens[:, :longest_prompt], prompt_lengths.int(), cache)
+        rows = torch.arange(B, device=device)
+        decoder = Decoder(model, tokens, lengths, cache, uniforms, temperature)
+        decoder.write(hidden[rows, lengths - 1])
+        del hidden
+        look_every = 8 if static else 1  # a look at `ended` waits for the device
+        for step in range(1, max_new_tokens):
+            if step % look_every == 0:
+                going = int((~decoder.ended).sum())
+                if going == 0:
+                    break
+                decoder.keep(next_size(going, len(decoder.rows), max_new_tokens - step, static))
+            decoder.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the graph must not go while it runs
-    return tokens, lengths.int()
+    return tokens, decoder.lengths.int()
 
 
 def for_decoding(gpt: GPT) -> GPT:
-    """The model with its matrices in the dtype of their products: cast once, not each step."""
-    weight = gpt.h[0].attn.c_attn.weight
-    if compute_dtype(weight) == weight.dtype:
+    """The model with its blocks' matrices in the dtype of their products: cast once, not each
+    step. All else is shared with `gpt`, which itself is returned where there is nothing to cast."""
+    dtype = getattr(torch, gpt.dtype)
+    if dtype == torch.float32 or gpt.h[0].mlp.c_fc.weight.dtype == dtype:
         return gpt
-    model = copy.copy(gpt)  # shares all parameters but the blocks'
+    model = copy.copy(gpt)
     model._modules = dict(gpt._modules)
-    blocks = nn.ModuleList()
-    for block in gpt.h:
-        blocks.append(copy.deepcopy(block))
-        store_matrices(blocks[-1], compute_dtype(weight))
-    model.h = blocks
+    model.h = nn.ModuleList(copy.deepcopy(block) for block in gpt.h)
+    for block in model.h:
+        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            linear.to(dtype)
     return model
 
 
-class _Decoder:
+class KVCache:
+    """Keys and values of every layer for the tokens seen so far, (B, H, S, D) each."""
+
+    def __init__(self, model: GPT, batch: int, size: int):
+        config, weight = model.config, model.h[0].attn.c_attn.weight
+        shape = (batch, config.n_head, size, config.n_embd // config.n_head)
+        self.keys = [weight.new_empty(shape) for _ in range(config.n_layer)]
+        self.values = [weight.new_empty(shape) for _ in range(config.n_layer)]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all but the given batch rows."""
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):  # one at a time: the old one is freed
+                tensors[layer] = tensor[rows]
+
+
+class Decoder:
     """Rows being written, N of the B of a result: the tensors of a step, and the step.
 
     Nothing in `step` reads a value on the host or makes a tensor that the next step needs: it works
@@ -163,13 +140,13 @@ class _Decoder:
     def write(self, hidden: Tensor) -> None:
         """Choose a token for each row from its last hidden state (N, C), and append it."""
         places = self.lengths[self.rows]
-        with without_autocast(self.weight):
+        with torch.autocast(self.weight.device.type, enabled=False):
             logits = hidden.float() @ self.weight.T
         uniforms = self.uniforms[self.rows, places - self.start[self.rows]]
         end = self.model.config.eos_token_id
-        self.new.copy_(_sample(logits, uniforms, self.temperature))
+        self.new.copy_(sample(logits, uniforms, self.temperature))
         self.new.masked_fill_(self.ended, end)
-        # A row that ended but is still here writes the end token behind its end, where one stands.
+        # A row that ended but is still here writes the end token past its end, where one is.
         self.tokens[self.rows, places] = self.new
         self.lengths[self.rows] = places + (~self.ended).long()
         self.ended.logical_or_(self.new == end)
@@ -204,7 +181,7 @@ class _Decoder:
         self.rows, self.new, self.ended = self.rows[kept], self.new[kept], self.ended[kept]
 
 
-def _next_size(going: int, size: int, steps_left: int, static: bool) -> int:
+def next_size(going: int, size: int, steps_left: int, static: bool) -> int:
     """The batch size to go on with, where `going` of `size` rows have not ended.
 
     Copying the cache of fewer rows pays when a tenth has ended. With CUDA graphs a new size also
@@ -217,7 +194,7 @@ def _next_size(going: int, size: int, steps_left: int, static: bool) -> int:
     return smaller if smaller <= 0.75 * size and steps_left >= 16 else size
 
 
-def _sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """Invert the distribution function: logits (N, V) float32, uniforms (N,) -> tokens (N,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)

@@ -1,13 +1,13 @@
 """GPT-2 and its scalar-headed twin: the architecture that the three stages share.
 
-    GPT           tokens -> hidden states; log-probs of given tokens; sampling with a KV cache
+    GPT           tokens -> hidden states; log-probs of given tokens; responses (generate.py)
     ScalarModel   the same trunk with one number per position: reward model and value network
 
-Dimensions: B batch, T tokens, C width, H heads, D = C / H head size, V vocabulary, S cache length.
+Dimensions: B batch, T tokens, C width, H heads, D = C / H head size, V vocabulary, N listed tokens.
 
 Sequences are right-padded and masks come from lengths, never from token ids. A causal model never
-looks to the right, so what stands behind a row's end cannot reach the row: training needs no
-attention mask, positions are a plain 0..T-1, and there is no pad token (any id may fill the tail).
+looks to the right, so tokens past a row's end cannot affect it: training needs no attention mask,
+positions are a plain 0..T-1, and there is no pad token (any id may fill the tail).
 
 The architecture is GPT-2's (Radford et al. 2019), as GPT-3 and InstructGPT use it: pre-norm blocks,
 learned positions, tanh GELU, output embedding tied to the input embedding. GPT-3 alternates dense
@@ -17,8 +17,8 @@ Parameter names and layout are GPT-2's, so its weights load here and ours load e
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import generate
 import kernels
 from checkpoint import check_config, find_model, load_model
-from generate import KVCache, compute_dtype, generate, without_autocast
 
 
 @dataclass
@@ -65,52 +65,30 @@ class Linear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def forward_flops(
-    config: GPTConfig, lengths: Sequence[float], predicted: float, repeated: float = 0
-) -> float:
-    """Operations of a forward pass over rows of these lengths, by the usual count: a product of
-    (n, a) and (a, b) has 2 n a b, attention is counted without its causal half left out.
-
-        sum_rows (24 L C^2 n + 4 L C n^2)  -  24 L C^2 repeated  +  2 V C predicted
-
-    `predicted` is how many positions go through the unembedding, `repeated` how many tokens through
-    attention alone, because another row has them as well (see `Packing`). Training has three times
-    as many (a backward pass twice the forward's): with all positions predicted, 6 N + 12 L C T a
-    token, N = 12 L C^2 + V C (Chowdhery et al. 2022, B). Recomputation is not counted.
-    """
-    L, C = config.n_layer, config.n_embd
-    trunk = sum(24 * L * C**2 * n + 4 * L * C * n**2 for n in lengths)
-    return trunk - 24 * L * C**2 * repeated + 2.0 * config.vocab_size * C * predicted
-
-
 @dataclass
 class Packing:
-    """Right-padded rows (B, T) as a list of N tokens: padding is left out, and so are repetitions.
+    """Right-padded rows (B, T) as a list of N tokens, without padding and without repetitions.
 
-    All but attention treats tokens one by one, and does so on (N, C). Attention needs rows:
-    `index` (B, T) is the number of the token at each place (of padding: any), and `places` (N,) the
-    place in B * T at which each token is found.
+    All but attention treats tokens one by one, and does so on (N, C). Attention needs rows. Where a
+    row begins like the row above it, as responses to one prompt do, the common beginning is listed
+    once: a causal model computes the same for both.
     """
 
-    index: Tensor
-    places: Tensor
+    index: Tensor  # (B, T): the number, in the list, of the token at each place (of padding: any)
+    places: Tensor  # (N,): the place in B * T of each listed token
 
     @classmethod
-    def make(
-        cls, shape: tuple[int, int], lengths: Tensor, prefixes: tuple[Tensor, Tensor] | None = None
-    ) -> Packing:
-        """Of rows with these `lengths`. `prefixes` = (source, shared), (B,) each: the first
-        shared[b] tokens of row b are those of row source[b], a row that shares nothing."""
-        B, T = shape
-        columns = torch.arange(T, device=lengths.device)
-        listed = columns < lengths[:, None]
-        if prefixes is not None:
-            source, shared = prefixes
-            repeated = columns < shared[:, None]
-            listed &= ~repeated
-        index = (listed.flatten().cumsum(0) - 1).clamp_min(0).view(B, T)
-        if prefixes is not None:
-            index = torch.where(repeated, index[source], index)
+    def make(cls, tokens: Tensor, lengths: Tensor, share: bool = True) -> Packing:
+        """Of `tokens` (B, T) with `lengths` (B,). Without `share`, repetitions are listed too."""
+        B, T = tokens.shape
+        inside = torch.arange(T, device=tokens.device) < lengths[:, None]
+        listed = inside.clone()
+        if share:
+            same = (tokens[1:] == tokens[:-1]) & inside[1:] & inside[:-1]
+            listed[1:] &= ~same.cumprod(1).bool()  # a beginning ends at the first difference
+        number = (listed.flatten().cumsum(0) - 1).view(B, T)
+        # A repeated token is the last one listed above it, which has the largest number.
+        index = torch.where(listed, number, -1).cummax(0).values.clamp_min(0)
         return cls(index, listed.flatten().nonzero().squeeze(1))
 
     def to_rows(self, x: Tensor) -> Tensor:
@@ -128,14 +106,12 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, impl: str):
         super().__init__()
         self.n_head, self.layer = config.n_head, layer
-        self.score_mod, self.impl = config.score_mod, impl
+        self.how = {"score_mod": config.score_mod, "impl": impl}
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(
-        self, x: Tensor, lengths: Tensor | None, packing: Packing | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, lengths=None, packing=None, cache=None) -> Tensor:
         """(B, T, C) -> (B, T, C), or packed (N, C) -> (N, C); fills the first T places of the cache
         if one is given."""
         qkv = self.c_attn(x)
@@ -147,13 +123,13 @@ class Attention(nn.Module):
         if cache is not None:
             cache.keys[self.layer][:, :, :T] = k
             cache.values[self.layer][:, :, :T] = v
-        y = kernels.attention(q, k, v, lengths, score_mod=self.score_mod, impl=self.impl)
+        y = kernels.attention(q, k, v, lengths, **self.how)
         y = y.transpose(1, 2).reshape(B, T, C)  # the kernel lays y out as (B, T, H, D): no copy
         if packing:
             y = packing.to_list(y)
         return self.dropout(self.c_proj(y))
 
-    def step(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    def step(self, x: Tensor, positions: Tensor, cache: generate.KVCache) -> Tensor:
         """One new token a row: (B, C) at `positions` (B,) -> (B, C), its key and value cached."""
         B, C = x.shape
         q, k, v = self.c_attn(x).view(B, 3, self.n_head, C // self.n_head).unbind(1)  # (B, H, D)
@@ -161,9 +137,7 @@ class Attention(nn.Module):
         rows = torch.arange(B, device=x.device)
         keys[rows, :, positions] = k
         values[rows, :, positions] = v
-        y = kernels.decode_attention(
-            q, keys, values, (positions + 1).int(), score_mod=self.score_mod, impl=self.impl
-        )
+        y = kernels.decode_attention(q, keys, values, (positions + 1).int(), **self.how)
         return self.c_proj(y.reshape(B, C))
 
 
@@ -187,29 +161,33 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, lengths: Tensor | None, packing: Packing | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, lengths=None, packing=None, cache=None) -> Tensor:
         x = x + self.attn(self.ln_1(x), lengths, packing, cache)
         return x + self.mlp(self.ln_2(x))
 
-    def step(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    def step(self, x: Tensor, positions: Tensor, cache: generate.KVCache) -> Tensor:
         x = x + self.attn.step(self.ln_1(x), positions, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """A GPT-2. `impl` chooses the kernels: "auto" (Triton on CUDA, torch elsewhere), or either.
+    """A GPT-2.
 
-    With `gradient_checkpointing` set, a forward pass that is to be differentiated keeps only each
-    block's input, and the backward pass computes the block again: about a ninth of the memory for
-    activations at 16 bits, a third more time. Gradients are the same, dropout included.
+    `impl` chooses the kernels: "auto" (Triton on CUDA, torch elsewhere), a name of one of their
+    implementations, or "attention=name,logprobs=name". `dtype` is that of matrix products:
+    "bfloat16" is autocast on float32 weights, whose sums and log-probs stay in float32.
+
+    `packs`: on a GPU, too, list tokens as `Packing` does. That spares repeated beginnings and costs
+    one wait for the GPU a forward pass; on a CPU it is always done.
+    `gradient_checkpointing`: keep only each block's input for the backward pass, which computes the
+    block again: about a ninth of the memory for activations at 16 bits, a third more time.
+    Gradients are the same, dropout included.
     """
 
-    def __init__(self, config: GPTConfig, impl: str = "auto"):
+    def __init__(self, config: GPTConfig, impl: str = "auto", dtype: str = "float32"):
         super().__init__()
-        self.config, self.impl = config, impl
-        self.gradient_checkpointing = False
+        self.config, self.impl, self.dtype = config, impl, dtype
+        self.packs = self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -251,20 +229,17 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(
-        self,
-        tokens: Tensor,
-        lengths: Tensor | None = None,
-        cache: KVCache | None = None,
-        prefixes: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    def autocast(self) -> torch.autocast:
+        """The context in which matrix products have this model's `dtype`."""
+        device = self.wte.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, cache=None) -> Tensor:
         """Final hidden states: tokens (B, T) int64 -> (B, T, C), after the last layer norm.
 
         `lengths` (B,) int32 spares work past each row's end (hidden states there are finite but
-        meaningless). `prefixes` (see `Packing.make`) spares work on what rows have in common: the
-        first shared[b] tokens of row b, equal to those of row source[b], go through all but
-        attention once. Raises ValueError if T is over n_positions, or if `prefixes` come without
-        `lengths`.
+        meaningless) and on beginnings that neighbouring rows share (see `Packing`). A `cache`
+        (generate.py) is filled. Raises ValueError if T is over n_positions.
         """
         T = tokens.shape[1]
         if T > self.config.n_positions:
@@ -272,23 +247,20 @@ class GPT(nn.Module):
                 f"sequence of {T} tokens, over n_positions {self.config.n_positions}: "
                 "shorten it or use a model with a longer context"
             )
-        if prefixes is not None and lengths is None:
-            raise ValueError("prefixes without lengths: give the rows' lengths as well")
-        # The number of tokens decides shapes, and a GPU would have to be waited for to know it: so
-        # there rows stay padded, and the kernels skip what is past their ends. With `prefixes` a
-        # GPU packs as well: what is spared is worth the one wait of a forward pass.
         packing = None
-        if prefixes is not None or (lengths is not None and not tokens.is_cuda):
-            packing = Packing.make(tokens.shape, lengths, prefixes)
-        x = self.wte(tokens) + self.wpe.weight[:T]
-        x = self.dropout(packing.to_list(x) if packing else x)
-        again = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
-        for block in self.h:
-            if again:
-                x = checkpoint(block, x, lengths, packing, None, use_reentrant=False)
-            else:
-                x = block(x, lengths, packing, cache)
-        x = self.ln_f(x)
+        if lengths is not None and (self.packs or not tokens.is_cuda):
+            dropout = self.training and self.config.resid_pdrop > 0  # differs from row to row
+            packing = Packing.make(tokens, lengths, share=not dropout)
+        with self.autocast():
+            x = self.wte(tokens) + self.wpe.weight[:T]
+            x = self.dropout(packing.to_list(x) if packing else x)
+            again = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+            for block in self.h:
+                if again:
+                    x = checkpoint(block, x, lengths, packing, use_reentrant=False)
+                else:
+                    x = block(x, lengths, packing, cache)
+            x = self.ln_f(x)
         return packing.to_rows(x) if packing else x
 
     def logprobs(
@@ -298,7 +270,6 @@ class GPT(nn.Module):
         *,
         mask: Tensor | None = None,
         temperature: float = 1.0,
-        prefixes: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-prob of each token given those before it, and the entropy of that choice, in nats.
 
@@ -306,24 +277,23 @@ class GPT(nn.Module):
 
         tokens (B, T) int64, mask (B, T) bool -> both (B, T) float32, 0 at t = 0. The head runs on
         masked positions only (without a mask: on those within `lengths`); elsewhere both are 0.
-        `prefixes`: see `forward`.
         """
-        if mask is None and lengths is not None:
-            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        hidden = self(tokens, lengths, prefixes=prefixes)[:, :-1]  # position t - 1 predicts token t
-        chosen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        chosen = chosen[:, 1:]
-        hidden, weight = hidden[chosen], self.unembedding
-        dtype = compute_dtype(weight)
-        with without_autocast(weight):  # its inputs may have 16 bits, its sums may not
-            logprobs, entropy = kernels.logprobs(
-                hidden.to(dtype),
-                weight.to(dtype),
-                tokens[:, 1:][chosen],
-                temperature=temperature,
-                impl=self.impl,
+        if mask is None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            if lengths is not None:
+                mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        chosen = mask[:, 1:]
+        hidden = self(tokens, lengths)[:, :-1][chosen]  # position t - 1 predicts token t
+        weight = self.unembedding
+        if self.dtype == "bfloat16":  # the kernel's inputs; its sums are float32
+            hidden, weight = hidden.bfloat16(), weight.bfloat16()
+        with torch.autocast(weight.device.type, enabled=False):
+            both = kernels.logprobs(
+                hidden, weight, tokens[:, 1:][chosen], temperature=temperature, impl=self.impl
             )
-        return _unmask(logprobs, chosen), _unmask(entropy, chosen)
+        zeros = torch.zeros(chosen.shape, device=tokens.device)
+        logprobs, entropy = (zeros.masked_scatter(chosen, values.float()) for values in both)
+        return F.pad(logprobs, (1, 0)), F.pad(entropy, (1, 0))
 
     def generate(
         self,
@@ -333,52 +303,32 @@ class GPT(nn.Module):
         *,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        repeats: Tensor | None = None,
-        _static: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sample a response to each prompt, with a KV cache, until the end token or the limit.
+        """A response to each prompt, until the end token or the limit: see generate.py.
 
         prompts (B, P) int64 right-padded, prompt_lengths (B,) int32 -> tokens
-        (B, P + max_new_tokens) int64 and lengths (B,) int32. With `repeats` (B,) int64, prompt b
-        gets repeats[b] responses, one after the other, and goes through the model once for all of
-        them; B is then their sum in the result. Each row is its prompt, then its response without a
-        gap, the tail filled with the end token; a length counts prompt, response and end token.
-        Temperature 0 takes the likeliest token. The randomness is one uniform number
-        per row and step, all drawn at the start: what a row gets does not depend on when other rows
-        end. Rows that ended leave the batch, a tenth of it or more at a time, and then cost
-        nothing. On a GPU (or with the private `_static`, for tests) a step's tensors stay where
-        they are and batch sizes are few, so that a step is one CUDA graph: see `_Decoder`.
+        (B, P + max_new_tokens) int64 and lengths (B,) int32. Each row is its prompt, then its
+        response without a gap, the tail filled with the end token; a length counts prompt, response
+        and end token. Temperature 0 takes the likeliest token.
         """
-        return generate(
-            self,
-            prompts,
-            prompt_lengths,
-            max_new_tokens,
-            temperature=temperature,
-            generator=generator,
-            repeats=repeats,
-            static=_static,
+        return generate.generate(
+            self, prompts, prompt_lengths, max_new_tokens, temperature, generator
         )
 
+    def frozen(self) -> GPT:
+        """A copy for forward passes alone. Its matrices are stored in `dtype`: at 16 bits half the
+        memory, and bit for bit the same results, because autocast would round them at each use."""
+        return _freeze(copy.deepcopy(self), self.dtype)
+
     @classmethod
-    def from_pretrained(
-        cls, name_or_dir: str | Path, *, impl: str = "auto", resid_pdrop: float = 0.0
-    ) -> GPT:
+    def from_pretrained(cls, name_or_dir: str | Path, **options) -> GPT:
         """Load a folder with config.json and model.safetensors: GPT-2's or one of this project's.
 
-        "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl" are looked up under data/downloads/. Keys
-        may begin with "transformer."; mask buffers and a tied lm_head are ignored. Dropout is set
-        by the caller, not by the file. Raises `BadInput` where the folder is not a language model.
+        "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl" are looked up under data/downloads/.
+        Options: impl, dtype, resid_pdrop (dropout is set by the caller, not by the file). Raises
+        `BadInput` where the folder is not a language model.
         """
-        folder = find_model(name_or_dir)
-        return load_model(cls, GPTConfig, folder, impl=impl, resid_pdrop=resid_pdrop)
-
-
-def _unmask(values: Tensor, chosen: Tensor) -> Tensor:
-    """Values at the chosen places of (B, T-1), as (B, T) float32 with 0 at t = 0 and elsewhere."""
-    full = values.new_zeros(chosen.shape, dtype=torch.float32)
-    full = full.masked_scatter(chosen, values.float())
-    return F.pad(full, (1, 0))
+        return load_model(cls, GPTConfig, find_model(name_or_dir), **options)
 
 
 class ScalarModel(nn.Module):
@@ -390,15 +340,12 @@ class ScalarModel(nn.Module):
     the head's bias, so a value network that starts from a reward model inherits it.
     """
 
-    def __init__(self, config: GPTConfig, impl: str = "auto"):
+    def __init__(self, config: GPTConfig, impl: str = "auto", dtype: str = "float32"):
         super().__init__()
-        self.trunk = GPT(config, impl)
+        self.trunk = GPT(config, impl, dtype)
         self.score = nn.Linear(config.n_embd, 1)
-        self._initialise_head()
-
-    def _initialise_head(self) -> None:
-        """Stiennon et al. 2020, B.1: std 1/sqrt(C + 1), zero bias, so first scores are O(1)."""
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(self.score.in_features + 1))
+        # Stiennon et al. 2020, B.1: std 1/sqrt(C + 1), zero bias, so first scores are O(1).
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))
         nn.init.zeros_(self.score.bias)
 
     @property
@@ -409,60 +356,58 @@ class ScalarModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(
-        self,
-        tokens: Tensor,
-        lengths: Tensor | None = None,
-        prefixes: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """One number per position: tokens (B, T) int64 -> (B, T) float32; see `GPT.forward`."""
-        return self._head(self.trunk(tokens, lengths, prefixes=prefixes))
+        return self._head(self.trunk(tokens, lengths))
 
-    def scores(
-        self, tokens: Tensor, lengths: Tensor, prefixes: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """One number per row: (B, T), (B,) -> (B,) float32. With `prefixes`, see `GPT.forward`,
-        what rows have in common is computed once.
+    def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """One number per row, the score of its response: (B, T), (B,) -> (B,) float32.
 
         It is read at the row's last token or, where that is the end token, at the one before it. In
-        pretraining the end token stands between documents: there the trunk has learned to leave
-        behind what came before, which is what is to be judged. (A row that is the end token alone
-        is read there.)
+        pretraining the end token stands between documents: at the end token the trunk has learned
+        to forget the text, and the text is what we score. (A row that is the end token alone is
+        read there.)
         """
-        hidden = self.trunk(tokens, lengths, prefixes=prefixes)
+        hidden = self.trunk(tokens, lengths)
         rows = torch.arange(len(tokens), device=tokens.device)
         last = lengths.long() - 1
         ended = tokens[rows, last] == self.config.eos_token_id
         return self._head(hidden[rows, (last - ended.long()).clamp_min(0)])
 
     def _head(self, hidden: Tensor) -> Tensor:
-        with without_autocast(hidden):  # 16 bits would round a score of 4 to steps of 0.03
-            return self.score(hidden.float()).squeeze(-1)
+        # Always in float32: 16 bits would round a score of 4 to steps of 0.03.
+        return self.score(hidden.float()).squeeze(-1)
+
+    def frozen(self) -> ScalarModel:
+        """A copy for forward passes alone, see `GPT.frozen`; the head stays in float32."""
+        return _freeze(copy.deepcopy(self), self.trunk.dtype)
 
     @classmethod
-    def from_gpt(cls, gpt: GPT, *, impl: str = "auto", resid_pdrop: float = 0.0) -> ScalarModel:
+    def from_gpt(cls, gpt: GPT, *, resid_pdrop: float = 0.0) -> ScalarModel:
         """A copy of a language model's trunk under a fresh head."""
         config = GPTConfig(**asdict(gpt.config) | {"resid_pdrop": resid_pdrop})
-        model = cls(config, impl)
+        model = cls(config, gpt.impl, gpt.dtype)
         model.trunk.load_state_dict(gpt.state_dict())
         return model
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, impl: str = "auto", resid_pdrop: float = 0.0
-    ) -> ScalarModel:
-        """Load a checkpoint of train_rm.py. Raises `BadInput` where it is a language model."""
-        return load_model(cls, GPTConfig, Path(folder), impl=impl, resid_pdrop=resid_pdrop)
+    def from_pretrained(cls, folder: str | Path, **options) -> ScalarModel:
+        """Load a checkpoint of train_rm.py, options as of a GPT's. Raises `BadInput` where it is a
+        language model."""
+        return load_model(cls, GPTConfig, Path(folder), **options)
 
 
-def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _freeze(model: nn.Module, dtype: str) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.to(getattr(torch, dtype))
+    return model.requires_grad_(False).eval()
+
+
+def pad_right(sequences: list[list[int]], fill: int, device: str) -> tuple[Tensor, Tensor]:
     """Token lists -> tokens (B, T) int64, right-padded with `fill`, and lengths (B,) int32."""
     lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32)
     tokens = torch.full((len(sequences), int(lengths.max())), fill)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = torch.tensor(sequence)
     return tokens.to(device), lengths.to(device)
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading and writing model folders

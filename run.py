@@ -1,25 +1,390 @@
-"""A run's manners: checkpoints, exact resume, logs. It owns no loop, no model and no optimizer.
+"""A run's manners: the flags that every run has, exact resume, signals, logs, clocks.
 
-Checkpoints   what a run needs to go on after being killed, and what it hands to the next stage
-Log           log.csv and timing.csv: one flushed row a step
+A script keeps its loop, its models and its optimizers, and tells a `Run` about them:
+
+    run = Run(args, "sft", result=model, tokenizer=path, state={"model": model, "adam": adam})
+    for step in run.steps(total):        # from the newest checkpoint on
+        ...
+        run.add({"loss": loss})          # sums up a column of this step's row
+        run.lap("step_s", tokens)        # seconds since the last lap
+        run.log({"lr": lr})              # a row of log.csv, a line; stops where it is not finite
+    return run.finish()                  # the result, for the next stage
+
+What follows the loop's body on the next turn is "save if due, leave if asked". Every random draw of
+step i is a function of the seed and of i, and so is every batch: what `state` lists, the logs and
+the step are all there is to save, and a run that was killed and resumed is the uninterrupted run,
+on a CPU bit for bit.
+
+    OUT/model.safetensors, config.json, tokenizer.json    the result
+    OUT/checkpoints/<step>/   those, state.pt, the logs so far, checksums; the newest two are kept
+    OUT/epochs/<n>/, steps/<n>/                           models that `Run.keep` was asked to keep
+    OUT/log.csv, timing.csv   one row a step; what a clock says is apart, so that logs of equal runs
+                              are equal
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import math
 import os
+import re
+import resource
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from checkpoint import read_info, save_model
+import kernels
+from checkpoint import find_model, read_info, save_model
 from data import files
-from data.files import BadInput, read_log, write_atomic
+from data.files import BadInput, fingerprint, write_atomic
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+
+def _number(kind: type, low: float, high: float, expected: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return value
+
+    return parse
+
+
+natural = _number(int, 1, 2**20, f"a whole number from 1 to {2**20}")
+whole = _number(int, 0, 2**32, f"a whole number from 0 to {2**32}")
+number = _number(float, -1e30, 1e30, "a number")
+nonnegative = _number(float, 0, 1e30, "a number from 0")
+positive = _number(float, 1e-30, 1e30, "a number over 0")
+fraction = _number(float, 0, 1, "a number from 0 to 1")
+
+
+def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
+    """A parser with the flags that every run has; the script adds the method's."""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    cuda = torch.cuda.is_available()
+    flag = argparse.BooleanOptionalAction
+    add("--out", default=out, help="folder of the run")
+    add("--max_prompt_tokens", type=natural, default=96, help="longer prompts are dropped")
+    add("--max_new_tokens", type=natural, default=32, help="limit of a response, in tokens")
+    add("--save_every", type=whole, default=save_every, help="steps between checkpoints; 0: last")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--seed", type=whole, default=0, help="of all random draws")
+    add(
+        "--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="to compute on"
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
+    add("--grad_checkpointing", action=flag, default=False, help="less memory, more time")
+    add("--kernels", type=str, default="auto", help="auto, torch, triton, ...")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse, and check what no flag can know by itself; exits with code 2 and one line."""
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":
+            parser.error(f"--{name} is empty: expected a path")
+        if isinstance(value, str) and name not in ("out", "device", "dtype", "kernels"):
+            if os.path.realpath(value) == os.path.realpath(args.out):
+                parser.error(f"--out {args.out} is --{name}, which it would replace: give another")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
+    return args
+
+
+def check_context(args: argparse.Namespace, *models: nn.Module) -> None:
+    """Raise `BadInput` unless the longest prompt and its response fit into every context."""
+    context = min(model.config.n_positions for model in models)
+    if args.max_prompt_tokens + args.max_new_tokens > context:
+        raise BadInput(
+            f"--max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
+            f"{args.max_new_tokens} come to more than the context of {context}: lower one"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+class Run:
+    """One run into --out. It owns no loop, no model and no optimizer."""
+
+    KEEP = 2  # checkpoints
+    FREE = ("out", "resume", "save_every", "keep_every", "print_samples")  # decide no number
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        stage: str,
+        *,
+        result: nn.Module,
+        tokenizer: str | Path,
+        state: dict[str, Any],
+        shows: str = "",
+        print_every: int = 1,
+    ):
+        """`result`: the model that is handed on. `tokenizer`: its file, or a model's folder.
+        `state`: name -> model or optimizer, all that a resume restores. `shows`: the columns that
+        are printed, every `print_every` steps and where a validation is.
+
+        Without --resume the run starts over; an earlier result in --out stays until the first
+        checkpoint. With it, raises `BadInput` if the settings, or a file read, are other ones.
+        """
+        self.args, self.out, self.result, self.state = args, Path(args.out), result, state
+        self.shows, self.print_every = shows.split(), print_every
+        tokenizer = find_model(tokenizer)
+        path = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+        self.tokenizer_json = path.read_text(encoding="utf-8")
+        settings = {k: v for k, v in vars(args).items() if k not in self.FREE}
+        data = [getattr(args, name, None) for name in ("data", "pretrain_data")]
+        self.info = {
+            "stage": stage,
+            "data": [path for path in data if path],
+            "settings": settings | {"sha256": _fingerprints(args)},
+        }
+        self.done, self.fresh, self.resumed_from = 0, True, None
+        files.check_writable(self.out)
+        for folder in (self.out, self.out / "checkpoints", self.out / "epochs", self.out / "steps"):
+            files.remove_leftovers(folder)
+        if args.resume:
+            self._restore()
+        self.log_file = Log(self.out / "log.csv", self.resumed_from)
+        self.timing_file = Log(self.out / "timing.csv", self.resumed_from)
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps that are left, up to `total`; saves and leaves between them.
+
+        Each begins with torch's random numbers seeded by (seed, step). Ctrl-C and SIGTERM finish
+        the step, save and leave with code 130 or 143; a second one leaves at once.
+        """
+        self.total, stopped = total, []
+
+        def on_signal(number: int, _) -> None:
+            stopped.append(number)
+            for either in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(either, signal.SIG_DFL)
+
+        for either in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(either, on_signal)
+        print(
+            f"{self.out.name}: {self.result.num_parameters:,} parameters, {self.args.device}, "
+            f"{self.args.dtype}, kernels {kernels.resolve(self.args.kernels, self.args.device)}; "
+            f"{total} steps of {self.args.batch_size}, from {self.done}",
+            flush=True,
+        )
+        for step in range(self.done + 1, total + 1):
+            self.step, self.sums, self.kept = step, {}, None
+            self.clocks, self.last_lap = {"step": step}, time.perf_counter()
+            torch.manual_seed(self.args.seed * 1_000_003 + step)
+            yield step
+            if stopped or self.kept or self.due(self.args.save_every):
+                self._save()
+            if stopped and step < total:
+                print(f"stopped by a signal after step {step}; --resume goes on", file=sys.stderr)
+                raise SystemExit(128 + stopped[0])
+
+    def due(self, every: int) -> bool:
+        """Whether this step is one of every so many (0: none), or the last."""
+        return self.step == self.total or (every > 0 and self.step % every == 0)
+
+    def add(self, values: dict[str, Any], share: float | torch.Tensor = 1.0) -> None:
+        """Add `share` of each value to its column of this step's row."""
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().double() * share
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def max(self, values: dict[str, Any]) -> None:
+        """Raise a column of this step's row to the value, where that is larger."""
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().double()
+            self.sums[name] = torch.maximum(self.sums.get(name, value), value)
+
+    def lap(self, name: str, tokens: int | None = None) -> None:
+        """Seconds since the last lap, a column of timing.csv; with `tokens`, also their rate."""
+        if self.args.device == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.clocks[name] = now - self.last_lap
+        self.last_lap = now
+        if tokens is not None:
+            self.clocks["tok_per_s"] = tokens / self.clocks[name]
+
+    def log(self, row: dict[str, float | int | None]) -> None:
+        """Write `row` and what was added to log.csv and the laps to timing.csv; print if due.
+
+        The first row sets the columns: later ones have the same, None for an empty cell. A value
+        that is not finite ends the run with code 1, before anything of this step is saved.
+        """
+        row = {"step": self.step} | row | {name: v.item() for name, v in self.sums.items()}
+        bad = [f"{k} {v}" for k, v in row.items() if v is not None and not math.isfinite(v)]
+        if bad:
+            print(
+                f"error: step {self.step}: not finite: {', '.join(bad)}; checkpoints are kept; "
+                "start over with a lower learning rate",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
+        self.log_file.write(row)
+        seconds = sum(v for k, v in self.clocks.items() if k.endswith("_s") and k != "tok_per_s")
+        self.clocks = {"step_s": seconds} | self.clocks | {"mem_gib": self._memory()}
+        self.timing_file.write(self.clocks)
+        validated = any(v is not None for k, v in row.items() if k.startswith("val_"))
+        if validated or self.due(self.print_every):
+            shown = [f"{k} {row[k]:.4g}" for k in self.shows if row.get(k) is not None]
+            shown += [
+                f"{k} {v:,.3g}" for k, v in self.clocks.items() if k not in ("step", "step_s")
+            ]
+            print(
+                f"{self.out.name} {self.step:05d}/{self.total} | " + " | ".join(shown), flush=True
+            )
+
+    def keep(self, name: str, **info: Any) -> None:
+        """After this step, keep `result` as OUT/<name>/ whatever becomes of the checkpoints."""
+        self.kept = {"kept_as": name} | info
+
+    def finish(self, **info: Any) -> int:
+        """Write the result, which the next stage reads; the exit code of a run that is done."""
+        save_model(self.out, self.result, self.tokenizer_json, self.info | info)
+        print(f"wrote {self.out}")
+        return 0
+
+    def _memory(self) -> float:
+        """The most memory that was held so far, in GiB: of the GPU, or of this process."""
+        if self.args.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+    # --------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def _save(self) -> None:
+        """Write checkpoints/<step>/ whole; drop all but the newest `KEEP` of this run."""
+        info = self.info | {"step": self.step} | (self.kept or {})
+
+        def write(aside: Path) -> None:
+            save_model(aside, self.result, self.tokenizer_json, info)
+            state = {name: each.state_dict() for name, each in self.state.items()}
+            torch.save(_interned({"step": self.step, "state": state}), aside / "state.pt")
+            for log in (self.log_file, self.timing_file):
+                log.copy_to(aside)
+
+        folder = self.out / "checkpoints" / f"{self.step:08d}"
+        files.write_folder_atomic(folder, write)
+        if self.fresh:  # all else in the folder is an earlier run's
+            (self.out / "model.safetensors").unlink(missing_ok=True)
+            for name in ("epochs", "steps"):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+        # Newer ones are damaged; those beside the first of a run are an earlier run's.
+        older = [] if self.fresh else [f for f in self._checkpoints() if f.name < folder.name]
+        self._drop_checkpoints({folder, *older[1 - self.KEEP :]})
+        self.fresh = False
+        for log in (self.log_file, self.timing_file):
+            log.keep()
+        self._copy_kept(folder)
+
+    def _copy_kept(self, checkpoint: Path) -> None:
+        """Copy a checkpoint's model to where `keep` asked for it, unless it is there."""
+        name = read_info(checkpoint).get("kept_as")
+        if isinstance(name, str) and not files.folder_is_intact(self.out / name):
+
+            def write(aside: Path) -> None:
+                for file in ("config.json", "tokenizer.json", "model.safetensors"):
+                    shutil.copy(checkpoint / file, aside)
+
+            files.write_folder_atomic(self.out / name, write)
+
+    def _checkpoints(self) -> list[Path]:
+        """Folders of checkpoints, oldest first."""
+        folders = (self.out / "checkpoints").glob("*")
+        return sorted(f for f in folders if re.fullmatch(r"\d{8}", f.name) and f.is_dir())
+
+    def _drop_checkpoints(self, but: set[Path]) -> None:
+        for folder in set(self._checkpoints()) - but:
+            shutil.rmtree(folder)
+
+    def _restore(self) -> None:
+        """Load the newest intact checkpoint, if any, and drop what later steps left."""
+        intact = []
+        for folder in reversed(self._checkpoints()):
+            if files.folder_is_intact(folder):
+                intact.append(folder)
+            elif not intact:
+                print(f"warning: {folder} is damaged; trying the one before", file=sys.stderr)
+        # A run killed while it replaced an earlier run's checkpoints may leave both.
+        mine = [folder for folder in intact if not self._differences(folder)]
+        if not mine:
+            if intact:
+                raise BadInput(
+                    f"{intact[0]}: --resume with other settings: {self._differences(intact[0])}; "
+                    "give the old ones, or start over without --resume"
+                )
+            return
+        folder = mine[0]
+        try:
+            saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            for name, each in self.state.items():
+                each.load_state_dict(saved["state"][name])
+            self.done = int(saved["step"])
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # crafted or of another version; weights_only runs nothing
+            if isinstance(error, RuntimeError) and "can't allocate" in str(error):
+                raise  # a CPU's memory
+            raise BadInput(
+                f"{folder}/state.pt: not the state of such a run ({type(error).__name__}); "
+                "start over without --resume"
+            ) from error
+        self.fresh, self.resumed_from = False, folder
+        self._drop_checkpoints({folder, *mine[1 : self.KEEP]})
+        for kept in (*(self.out / "epochs").glob("*"), *(self.out / "steps").glob("*")):
+            if kept.name.isdigit() and kept.is_dir() and not self._is_past(kept):
+                shutil.rmtree(kept)
+        self._copy_kept(folder)
+
+    def _is_past(self, kept: Path) -> bool:
+        """Whether a model under epochs/ or steps/ is whole, this run's, and not of a later step."""
+        if not files.folder_is_intact(kept) or self._differences(kept):
+            return False
+        return read_info(kept).get("step", math.inf) <= self.done
+
+    def _differences(self, folder: Path) -> str:
+        """In what the settings of a checkpoint differ from this run's; empty if in nothing."""
+        before, now = read_info(folder).get("settings"), self.info["settings"]
+        if not isinstance(before, dict):
+            return "none are recorded"
+        differ = [k for k in {**now, **before} if before.get(k) != now.get(k)]
+        return ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differ)
+
+
+def _fingerprints(args: argparse.Namespace) -> dict[str, str]:
+    """Path -> checksum of every file, or every file of a model's folder, that a flag names."""
+    read = {}
+    for name, value in vars(args).items():
+        if isinstance(value, str) and name != "out":
+            path = find_model(value) if name in ("init", "reward_model") else Path(value)
+            names = ("config.json", "tokenizer.json", "model.safetensors")
+            paths = [path / name for name in names] if path.is_dir() else [path]
+            read |= {str(path): fingerprint(path) for path in paths if path.is_file()}
+    return read
 
 
 def _interned(value: Any) -> Any:
@@ -30,192 +395,12 @@ def _interned(value: Any) -> Any:
     return [_interned(v) for v in value] if isinstance(value, list) else value
 
 
-class Checkpoints:
-    """The folder of one run: what it needs to go on (`checkpoints/<step>/`) and its result.
-
-    Every random draw of step i in the three scripts is a function of the seed and of i, and so is
-    every batch. So weights, optimizer states, logs and the step are all there is to save, and a
-    resumed run is the uninterrupted run, on a CPU bit for bit. An earlier result in the same folder
-    stays until the first checkpoint of the new run.
-
-    config.json of a checkpoint and of the result has "settings", and where a resume changed them
-    "changes": a list of {"after_step", "settings"}, the settings up to and with that step.
-    """
-
-    KEEP = 2
-
-    def __init__(self, out: str | Path, settings: dict[str, Any]):
-        """`settings`: everything that decides the run's numbers; a resume refuses other ones."""
-        self.out, self.folder, self.settings = Path(out), Path(out) / "checkpoints", settings
-        self.resumed_from: Path | None = None
-        self.changes: list[dict[str, Any]] = []
-        self._fresh = True  # no checkpoint of this run is there yet
-        files.check_writable(self.out)
-        for folder in (self.out, self.folder, self.out / "epochs"):
-            files.remove_leftovers(folder)
-
-    def resume(self, restore: Callable[[dict[str, Any]], None], changed: bool = False) -> int:
-        """Give the state of the newest intact checkpoint to `restore`; return its step, else 0.
-
-        A damaged checkpoint (checksums) is passed over with a warning. Raises `BadInput` if all
-        that is left is of a run with other settings, or if this run has gone on with other ones
-        after its newest checkpoint with these; unless `changed`, which goes on with the newest,
-        says what differs and records it.
-        """
-        intact = []
-        for folder in sorted(self.folder.glob("[0-9]*"), reverse=True):
-            if files.folder_is_intact(folder):
-                intact.append(folder)
-            elif not intact:
-                print(f"warning: {folder} is damaged; trying the one before", file=sys.stderr)
-        # A run killed while it replaced an earlier run's checkpoints may leave both.
-        mine = [folder for folder in intact if not self._differences(folder)]
-        newer = intact[: intact.index(mine[0])] if mine else intact
-        went_on = any(self._was_mine(folder) for folder in newer)
-        if intact and not changed and (went_on or not mine):
-            raise BadInput(
-                f"{intact[0]}: --resume with other settings: {self._differences(intact[0])}; give "
-                "the old ones, start over without --resume, or give --resume_changed to go on with "
-                "the new ones"
-            )
-        for folder in (intact if changed else mine)[:1]:
-            try:
-                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-                restore(state)
-                step = int(state["step"])
-                self._record_changes(folder, step)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # crafted or of another version; weights_only runs nothing
-                if isinstance(error, RuntimeError) and "can't allocate" in str(error):
-                    raise  # a CPU's memory
-                raise BadInput(
-                    f"{folder}/state.pt: not the state of such a run ({type(error).__name__}); "
-                    "start over without --resume"
-                ) from error
-            self._fresh, self.resumed_from = False, folder
-            # What `save` would have removed next, had the process not been killed.
-            older = sorted(f for f in intact if f.name < folder.name and self._is_mine(f))
-            for superseded in set(self.folder.glob("[0-9]*")) - {*older[1 - self.KEEP :], folder}:
-                shutil.rmtree(superseded)
-            for epoch in (self.out / "epochs").glob("[0-9]*"):
-                if not files.folder_is_intact(epoch) or not self._is_mine(epoch):
-                    shutil.rmtree(epoch)  # of an earlier run, see above
-            self._drop_steps(step)
-            self._keep_epoch(folder)
-            return step
-        return 0
-
-    def _record_changes(self, folder: Path, step: int) -> None:
-        """Go on with a checkpoint's history of settings; say what differs from the last ones."""
-        info = read_info(folder)
-        self.changes = info.get("changes", [])
-        if differ := self._differences(folder):
-            print(f"warning: from step {step} on with other settings: {differ}", file=sys.stderr)
-            self.changes.append({"after_step": step, "settings": info.get("settings")})
-
-    def _is_mine(self, folder: Path) -> bool:
-        """Whether a folder's settings are this run's, now or before a change."""
-        before = [change["settings"] for change in self.changes]
-        return not self._differences(folder) or read_info(folder).get("settings") in before
-
-    def _was_mine(self, folder: Path) -> bool:
-        """Whether a folder's run had this run's settings before it went on with others."""
-        changes = read_info(folder).get("changes")
-        changes = changes if isinstance(changes, list) else []
-        before = [c.get("settings") for c in changes if isinstance(c, dict)]
-        return any(isinstance(s, dict) and not self._differing(s) for s in before)
-
-    def _recorded(self) -> dict[str, Any]:
-        """What config.json says of the settings."""
-        return {"settings": self.settings} | ({"changes": self.changes} if self.changes else {})
-
-    def _differences(self, folder: Path) -> str:
-        """In what the settings of a checkpoint differ from this run's; empty if in nothing."""
-        before = read_info(folder).get("settings")
-        if not isinstance(before, dict):
-            return "none are recorded"
-        return ", ".join(
-            f"{k} was {before.get(k)!r}, is {self.settings[k]!r}" for k in self._differing(before)
-        )
-
-    def _differing(self, before: dict[str, Any]) -> list[str]:
-        return [k for k in self.settings if before.get(k) != self.settings[k]]
-
-    def save(
-        self,
-        step: int,
-        model: nn.Module,
-        tokenizer_json: str,
-        info: dict[str, Any],
-        state: dict[str, Any],
-        logs: tuple[Log, ...] = (),
-    ) -> None:
-        """Write `checkpoints/<step>/` whole, then drop all but the newest `KEEP` of this run.
-
-        Where `info` has an "epoch", the model is also kept as `epochs/<epoch>/`.
-        """
-
-        def write(aside: Path) -> None:
-            save_model(aside, model, tokenizer_json, info | self._recorded())
-            torch.save(_interned(state | {"step": step}), aside / "state.pt")
-            for log in logs:
-                log.copy_to(aside)
-
-        name = f"{step:08d}"
-        files.write_folder_atomic(self.folder / name, write)
-        # Newer ones are damaged; those beside the first of a new run are an earlier run's.
-        folders = sorted(self.folder.glob("[0-9]*"))
-        mine = [f for f in folders if f.name == name or f.name < name and not self._fresh]
-        for superseded in set(folders) - set(mine[-self.KEEP :]):
-            shutil.rmtree(superseded)
-        if self._fresh:
-            (self.out / "model.safetensors").unlink(missing_ok=True)
-            (self.out / "bad_batch.json").unlink(missing_ok=True)
-            shutil.rmtree(self.out / "epochs", ignore_errors=True)
-            self._drop_steps(step)
-            self._fresh = False
-        for log in logs:
-            log.keep()
-        self._keep_epoch(self.folder / name)
-
-    def keep_step(
-        self, step: int, model: nn.Module, tokenizer_json: str, info: dict[str, Any]
-    ) -> None:
-        """Keep the model of a step as `steps/<step>/`, whatever becomes of the checkpoints."""
-        folder = self.out / "steps" / f"{step:05}"
-        save_model(folder, model, tokenizer_json, info | self._recorded())
-
-    def _drop_steps(self, step: int) -> None:
-        """Drop the models under `steps/` that are an earlier run's or of later than `step`."""
-        for folder in (self.out / "steps").glob("[0-9]*"):
-            mine = (folder / "model.safetensors").exists() and (
-                self._is_mine(folder)
-                # Kept by an older version, which recorded no settings and dropped all at a start.
-                or (not self._fresh and "settings" not in read_info(folder))
-            )
-            if not mine or not folder.name.isdigit() or int(folder.name) > step:
-                shutil.rmtree(folder)
-
-    def _keep_epoch(self, checkpoint: Path) -> None:
-        """Copy a checkpoint's model to `epochs/`; again after a resume: the copy may be missing."""
-        epoch = read_info(checkpoint).get("epoch")
-        folder = self.out / "epochs" / f"{epoch:02}" if type(epoch) is int else None
-        if folder and not files.folder_is_intact(folder):
-
-            def write(aside: Path) -> None:
-                for name in ("config.json", "tokenizer.json", "model.safetensors"):
-                    shutil.copy(checkpoint / name, aside)
-
-            files.write_folder_atomic(folder, write)
-
-    def finish(self, model: nn.Module, tokenizer_json: str, info: dict[str, Any]) -> None:
-        """Write the run's result, which the next stage reads, beside `checkpoints/`."""
-        save_model(self.out, model, tokenizer_json, info | self._recorded())
+# ------------------------------------------------------------------------------------------------
+# Logs
 
 
 class Log:
-    """A CSV file with a fixed header and one flushed row a step; a wrong key is an error.
+    """A CSV file with one flushed row a step; the first row sets the columns.
 
     Where the log of an earlier run stands, it stays until `keep()`, and the new one is written
     beside it as `.<name>.new`: a run that dies before its first checkpoint destroys nothing. A
@@ -223,27 +408,26 @@ class Log:
     cuts off the rows of later steps.
     """
 
-    def __init__(self, path: Path | str, columns: list[str], resume_from: Path | None = None):
-        self.path, self.columns = Path(path), columns
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.new")
+    def __init__(self, path: Path, resume_from: Path | None = None):
+        self.path, self.columns = path, None
+        aside = path.with_name(f".{path.name}.new")
         if resume_from:
-            read_log(resume_from / self.path.name, columns)  # the header may have changed since
-            write_atomic(self.path, (resume_from / self.path.name).read_bytes())
+            write_atomic(path, (resume_from / path.name).read_bytes())
+            self.columns = path.read_text().split("\n", 1)[0].split(",")
             aside.unlink(missing_ok=True)
-        self._aside = aside if self.path.exists() and not resume_from else self.path
+        self._aside = aside if path.exists() and not resume_from else path
         self._file = self._aside.open("a" if resume_from else "w", newline="")
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
-        if not resume_from:
-            self._writer.writeheader()
-        self._file.flush()
+        self._writer = csv.writer(self._file, lineterminator="\n")
 
     def write(self, row: dict[str, float | int | None]) -> None:
         """Append one row; None is an empty cell, floats keep 9 digits (float32 is exact)."""
+        if self.columns is None:
+            self.columns = list(row)
+            self._writer.writerow(self.columns)
         if set(row) != set(self.columns):
             odd = sorted(set(row) ^ set(self.columns))
             raise ValueError(f"{self.path}: the row and the header differ in {odd}")
-        self._writer.writerow({key: _cell(row[key]) for key in self.columns})
+        self._writer.writerow([_cell(row[name]) for name in self.columns])
         self._file.flush()
 
     def copy_to(self, folder: Path) -> None:
@@ -255,9 +439,6 @@ class Log:
         if self._aside != self.path:
             os.replace(self._aside, self.path)
             self._aside = self.path
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _cell(value: float | int | None) -> str:

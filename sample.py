@@ -25,7 +25,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from checkpoint import check_tokenizer, find_model
+from checkpoint import find_model, read_tokenizer
 from data.files import (
     BadInput,
     Record,
@@ -46,7 +45,7 @@ from data.files import (
     write_jsonl,
 )
 from data.tiny.labelers import OTHER_PROMPT
-from data.tokenizer import decode_response, encode_prompt, load_tokenizer
+from data.tokenizer import decode_response, encode_prompt
 from model import GPT, pad_right
 
 CHUNK = 512  # prompts sampled together; a resumed run repeats at most so many a process
@@ -197,9 +196,7 @@ def load_speaker(
     where it is no language model, or has another model's tokenizer."""
     folder = find_model(folder)
     model = GPT.from_pretrained(folder, impl=impl).to(device).eval().requires_grad_(False)
-    path = folder / "tokenizer.json"
-    encoding = load_tokenizer(path)
-    check_tokenizer(model.config, encoding, path)
+    encoding = read_tokenizer(folder, model)
     return Speaker(name, model, encoding, prefix.replace("\\n", "\n"))
 
 
@@ -240,27 +237,20 @@ def sample_responses(
     random numbers runs through all batches, so that on a CPU the batch size does not matter.
     """
     model, encoding = speaker.model, speaker.encoding
+    model.dtype = dtype
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     samples: dict[int, Sample] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        # Equal prompts stand together, and go through the model once.
-        equal = [list(same) for _, same in groupby(rows, key=lambda i: prompts[i])]
+        # Equal prompts are neighbours, and mostly computed once.
         padded, prompt_lengths = pad_right(
-            [prompts[same[0]] for same in equal], model.config.eos_token_id, device
+            [prompts[i] for i in rows], model.config.eos_token_id, device
         )
-        repeats = torch.tensor([len(same) for same in equal], device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            tokens, lengths = model.generate(
-                padded,
-                prompt_lengths,
-                max_new_tokens,
-                temperature=temperature,
-                generator=generator,
-                repeats=repeats,
-            )
+        tokens, lengths = model.generate(
+            padded, prompt_lengths, max_new_tokens, temperature=temperature, generator=generator
+        )
         for i, row, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
             response = row[len(prompts[i]) : length]
             ended = response[-1:] == [model.config.eos_token_id]
