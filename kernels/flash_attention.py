@@ -46,6 +46,7 @@ from __future__ import annotations
 import math
 import os
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ from kernels.runtime import (
     tl,
     triton,
 )
-from kernels.score_mods import SCORE_MODS, check_score_mod
+from kernels.score_mods import SCORE_MODS, ScoreMod, check_score_mod
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: str) -> Tensor:
@@ -245,56 +246,6 @@ def _first(q_start, FIRST_KEY: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @jit
-def _attend(
-    acc,
-    m,
-    norm,
-    query,
-    k_ptr,
-    v_ptr,
-    k_t,
-    v_t,
-    begin,
-    end,
-    q_rows,
-    length,
-    head,
-    H,
-    SCALE: tl.constexpr,
-    SCORE: tl.constexpr,
-    FIRST_KEY: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
-    """One query tile over the keys begin..end: the online softmax. Returns the new (acc, m,
-    norm)."""
-    for start in range(begin, end, BLOCK_K):
-        k_rows = start + tl.arange(0, BLOCK_K)
-        key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
-        # (BLOCK_Q, BLOCK_K)
-        dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=acc.dtype)
-        s = _scores(
-            dots, q_rows[:, None], k_rows[None, :], head, H, SCALE, SCORE, FIRST_KEY, DIAGONAL
-        )
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        norm = norm * shrink + tl.sum(p, 1)
-        value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
-        acc = tl.dot(
-            p.to(value.dtype),
-            value,
-            acc * shrink[:, None],
-            input_precision="ieee",
-            out_dtype=acc.dtype,
-        )
-        m = m_new
-    return acc, m, norm
-
-
-@jit
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -327,9 +278,8 @@ def forward_kernel(
 ):
     """out and L (base 2) of one query tile. x_b, x_h, x_t are strides; lse is (B, H, T)."""
     tl.static_assert(BLOCK_Q % BLOCK_K == 0, "the diagonal must begin at a tile of keys")
-    q_start = (
-        tl.num_programs(0) - 1 - tl.program_id(0)
-    ) * BLOCK_Q  # the longest rows first: no stragglers
+    # The longest rows first: no stragglers.
+    q_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
     b = (tl.program_id(1) // H).to(tl.int64)
     h = (tl.program_id(1) % H).to(tl.int64)
     length = _length(lengths, b, T)
@@ -339,59 +289,32 @@ def forward_kernel(
     rows = q_start + tl.arange(0, BLOCK_Q)
     query = _load(q_ptr + b * q_b + h * q_h, rows, q_t, length, D, BLOCK_D, True)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
-    norm = tl.zeros((BLOCK_Q,), ACC)
-    # Lower than any score, but finite: where no key was visible yet, minus infinity would give inf
-    # - inf.
+    # Lower than any score, but finite: with minus infinity, m - m_new would be inf - inf where no
+    # key was visible yet.
     m = tl.full((BLOCK_Q,), -1e30, ACC)
-    # Full tiles end where the diagonal begins; a query tile past the length does nothing.
-    diagonal = tl.where(q_start < length, q_start, 0)
-    begin = _first(q_start, FIRST_KEY, BLOCK_K)
-    acc, m, norm = _attend(
-        acc,
-        m,
-        norm,
-        query,
-        k_ptr,
-        v_ptr,
-        k_t,
-        v_t,
-        begin,
-        diagonal,
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_K,
-        False,
-    )
-    acc, m, norm = _attend(
-        acc,
-        m,
-        norm,
-        query,
-        k_ptr,
-        v_ptr,
-        k_t,
-        v_t,
-        q_start,
-        tl.minimum(q_start + BLOCK_Q, length),
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_K,
-        True,
-    )
+    norm = tl.zeros((BLOCK_Q,), ACC)
+    # Full tiles end where the diagonal begins; a query tile past the length has none.
+    full_end = tl.where(q_start < length, q_start, 0)
+    for DIAGONAL in tl.static_range(2):  # the tiles left of the diagonal, then those on it
+        if DIAGONAL:
+            begin, end = q_start, tl.minimum(q_start + BLOCK_Q, length)
+        else:
+            begin, end = _first(q_start, FIRST_KEY, BLOCK_K), full_end
+        for start in range(begin, end, BLOCK_K):
+            k_rows = start + tl.arange(0, BLOCK_K)
+            key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
+            # (BLOCK_Q, BLOCK_K)
+            dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=ACC)
+            q, k = rows[:, None], k_rows[None, :]
+            s = _scores(dots, q, k, h, H, SCALE, SCORE, FIRST_KEY, DIAGONAL)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - m_new[:, None])
+            shrink = tl.exp2(m - m_new)
+            norm = norm * shrink + tl.sum(p, 1)
+            value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
+            p = p.to(value.dtype)
+            acc = tl.dot(p, value, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
+            m = m_new
 
     alive = (rows < length) & (norm > 0.0)
     out = tl.where(alive[:, None], acc / tl.where(alive, norm, 1.0)[:, None], 0.0)
@@ -408,47 +331,6 @@ def _d_scores(p, dp, delta, dots, q, k, head, H, SCALE: tl.constexpr, DERIVATIVE
     if DERIVATIVE is not None:
         ds = ds * DERIVATIVE(dots * SCALE, q, k, head, H)
     return ds
-
-
-@jit
-def _d_query(
-    dq,
-    query,
-    d_out,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    k_t,
-    v_t,
-    begin,
-    end,
-    q_rows,
-    length,
-    head,
-    H,
-    SCALE: tl.constexpr,
-    SCORE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    FIRST_KEY: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
-    """Add the keys begin..end to dq of one query tile."""
-    for start in range(begin, end, BLOCK_K):
-        k_rows = start + tl.arange(0, BLOCK_K)
-        key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
-        value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
-        # (BLOCK_Q, BLOCK_K)
-        dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=dq.dtype)
-        q, k = q_rows[:, None], k_rows[None, :]
-        p = tl.exp2(_scores(dots, q, k, head, H, SCALE, SCORE, FIRST_KEY, DIAGONAL) - lse[:, None])
-        dp = tl.dot(d_out, tl.trans(value), input_precision="ieee", out_dtype=dq.dtype)
-        ds = _d_scores(p, dp, delta[:, None], dots, q, k, head, H, SCALE, DERIVATIVE)
-        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee", out_dtype=dq.dtype)
-    return dq
 
 
 @jit
@@ -511,105 +393,24 @@ def d_query_kernel(
     lse = tl.load(lse_ptr + per_row, mask=rows < length, other=float("inf"))
 
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
-    begin = _first(q_start, FIRST_KEY, BLOCK_K)
-    diagonal = tl.where(q_start < length, q_start, 0)
-    dq = _d_query(
-        dq,
-        query,
-        d_out,
-        lse,
-        delta,
-        k_ptr,
-        v_ptr,
-        k_t,
-        v_t,
-        begin,
-        diagonal,
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        DERIVATIVE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_K,
-        False,
-    )
-    dq = _d_query(
-        dq,
-        query,
-        d_out,
-        lse,
-        delta,
-        k_ptr,
-        v_ptr,
-        k_t,
-        v_t,
-        q_start,
-        tl.minimum(q_start + BLOCK_Q, length),
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        DERIVATIVE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_K,
-        True,
-    )
+    for DIAGONAL in tl.static_range(2):  # the tiles left of the diagonal, then those on it
+        if DIAGONAL:
+            begin, end = q_start, tl.minimum(q_start + BLOCK_Q, length)
+        else:
+            begin, end = _first(q_start, FIRST_KEY, BLOCK_K), tl.where(q_start < length, q_start, 0)
+        for start in range(begin, end, BLOCK_K):
+            k_rows = start + tl.arange(0, BLOCK_K)
+            key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
+            value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
+            # (BLOCK_Q, BLOCK_K)
+            dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=ACC)
+            q, k = rows[:, None], k_rows[None, :]
+            s = _scores(dots, q, k, h, H, SCALE, SCORE, FIRST_KEY, DIAGONAL)
+            p = tl.exp2(s - lse[:, None])
+            dp = tl.dot(d_out, tl.trans(value), input_precision="ieee", out_dtype=ACC)
+            ds = _d_scores(p, dp, delta[:, None], dots, q, k, h, H, SCALE, DERIVATIVE)
+            dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee", out_dtype=ACC)
     _store(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq * SCALE, D, BLOCK_D)
-
-
-@jit
-def _d_key_value(
-    dk,
-    dv,
-    key,
-    value,
-    q_ptr,
-    d_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    q_t,
-    d_out_t,
-    begin,
-    end,
-    k_rows,
-    length,
-    head,
-    H,
-    SCALE: tl.constexpr,
-    SCORE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    FIRST_KEY: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
-    """Add the queries begin..end to dk, dv of one key tile. Tiles are transposed, keys down: p^T
-    comes for free."""
-    for start in range(begin, end, BLOCK_Q):
-        q_rows = start + tl.arange(0, BLOCK_Q)
-        query = _load(q_ptr, q_rows, q_t, length, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
-        d_out = _load(d_out_ptr, q_rows, d_out_t, length, D, BLOCK_D, True)
-        lse = tl.load(lse_ptr + q_rows, mask=q_rows < length, other=float("inf"))
-        delta = tl.load(delta_ptr + q_rows, mask=q_rows < length, other=0.0)
-        # (BLOCK_K, BLOCK_Q)
-        dots = tl.dot(key, tl.trans(query), input_precision="ieee", out_dtype=dk.dtype)
-        q, k = q_rows[None, :], k_rows[:, None]
-        p = tl.exp2(_scores(dots, q, k, head, H, SCALE, SCORE, FIRST_KEY, DIAGONAL) - lse[None, :])
-        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee", out_dtype=dv.dtype)
-        dp = tl.dot(value, tl.trans(d_out), input_precision="ieee", out_dtype=dk.dtype)
-        ds = _d_scores(p, dp, delta[None, :], dots, q, k, head, H, SCALE, DERIVATIVE)
-        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee", out_dtype=dk.dtype)
-    return dk, dv
 
 
 @jit
@@ -654,7 +455,7 @@ def d_key_value_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dk and dv of one key tile."""
+    """dk and dv of one key tile, from the queries on its diagonal and then those below."""
     tl.static_assert(BLOCK_K % BLOCK_Q == 0, "the diagonal must end at a tile of queries")
     k_start = tl.program_id(0) * BLOCK_K
     b = (tl.program_id(1) // H).to(tl.int64)
@@ -670,62 +471,30 @@ def d_key_value_kernel(
     value = _load(v_ptr + b * v_b + h * v_h, rows, v_t, length, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_K, BLOCK_D), ACC)
-    end = length
+    last = length
     if LAST_QUERY is not None:
-        end = tl.minimum(length, LAST_QUERY(k_start + BLOCK_K - 1) + 1)
+        last = tl.minimum(length, LAST_QUERY(k_start + BLOCK_K - 1) + 1)
     full = k_start + BLOCK_K  # from here on every query sees the whole key tile
-    dk, dv = _d_key_value(
-        dk,
-        dv,
-        key,
-        value,
-        q_ptr,
-        d_out_ptr,
-        lse_ptr,
-        delta_ptr,
-        q_t,
-        d_out_t,
-        k_start,
-        tl.minimum(full, end),
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        DERIVATIVE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        True,
-    )
-    dk, dv = _d_key_value(
-        dk,
-        dv,
-        key,
-        value,
-        q_ptr,
-        d_out_ptr,
-        lse_ptr,
-        delta_ptr,
-        q_t,
-        d_out_t,
-        full,
-        end,
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        DERIVATIVE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        False,
-    )
+    for FULL in tl.static_range(2):  # the tiles on the diagonal, then those below it
+        if FULL:
+            begin, end = full, last
+        else:
+            begin, end = k_start, tl.minimum(full, last)
+        for start in range(begin, end, BLOCK_Q):
+            q_rows = start + tl.arange(0, BLOCK_Q)
+            query = _load(q_ptr, q_rows, q_t, length, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
+            d_out = _load(d_out_ptr, q_rows, d_out_t, length, D, BLOCK_D, True)
+            lse = tl.load(lse_ptr + q_rows, mask=q_rows < length, other=float("inf"))
+            delta = tl.load(delta_ptr + q_rows, mask=q_rows < length, other=0.0)
+            # (BLOCK_K, BLOCK_Q): tiles are transposed, keys down, so p^T comes for free
+            dots = tl.dot(key, tl.trans(query), input_precision="ieee", out_dtype=ACC)
+            q, k = q_rows[None, :], rows[:, None]
+            s = _scores(dots, q, k, h, H, SCALE, SCORE, FIRST_KEY, FULL == 0)
+            p = tl.exp2(s - lse[None, :])
+            dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee", out_dtype=ACC)
+            dp = tl.dot(value, tl.trans(d_out), input_precision="ieee", out_dtype=ACC)
+            ds = _d_scores(p, dp, delta[None, :], dots, q, k, h, H, SCALE, DERIVATIVE)
+            dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee", out_dtype=ACC)
     _store(dk_ptr + b * dk_b + h * dk_h, rows, dk_t, T, dk * SCALE, D, BLOCK_D)
     _store(dv_ptr + b * dv_b + h * dv_h, rows, dv_t, T, dv, D, BLOCK_D)
 
@@ -739,37 +508,30 @@ def _token_major(q: Tensor) -> Tensor:
     return q.new_empty(B, T, H, D).transpose(1, 2)
 
 
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, head and token of each (B, H, T, D) tensor."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _constants(q: Tensor, mod: ScoreMod) -> dict[str, Any]:
+    """Arguments of all three kernels that are compiled into them."""
+    D = q.shape[-1]
+    sizes = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D))}
+    functions = {"SCORE": mod.score, "FIRST_KEY": mod.first_key}
+    return {"SCALE": 1 / math.sqrt(D), "ACC": accumulator(q.dtype)[1]} | functions | sizes
+
+
 def triton_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: str
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, T, D) and L (B, H, T), in units of log 2."""
-    B, H, T, D = q.shape
-    mod, (sum_dtype, acc) = SCORE_MODS[score_mod], accumulator(q.dtype)
-    out, lse = _token_major(q), q.new_empty(B, H, T, dtype=sum_dtype)
+    B, H, T, _ = q.shape
+    out, lse = _token_major(q), q.new_empty(B, H, T, dtype=accumulator(q.dtype)[0])
     tile = _tiles(q)[0]
-    launch(
-        forward_kernel,
-        (triton.cdiv(T, tile["BLOCK_Q"]), B * H),
-        q,
-        k,
-        v,
-        out,
-        lse,
-        lengths,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        H,
-        T,
-        SCALE=1 / math.sqrt(D),
-        SCORE=mod.score,
-        FIRST_KEY=mod.first_key,
-        ACC=acc,
-        D=D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-        **tile,
-    )
+    grid = triton.cdiv(T, tile["BLOCK_Q"]), B * H
+    tensors, strides = (q, k, v, out, lse, lengths), _strides(q, k, v, out)
+    constants = _constants(q, SCORE_MODS[score_mod])
+    launch(forward_kernel, grid, *tensors, *strides, H, T, **constants, **tile)
     return out, lse
 
 
@@ -784,68 +546,25 @@ def triton_backward(
     score_mod: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv from the gradient of `out`, which may have any strides."""
-    B, H, T, D = q.shape
-    mod, (_, acc) = SCORE_MODS[score_mod], accumulator(q.dtype)
+    B, H, T, _ = q.shape
+    mod = SCORE_MODS[score_mod]
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
     dq, dk, dv, delta = _token_major(q), _token_major(q), _token_major(q), torch.empty_like(lse)
     _, query_tile, key_tile = _tiles(q)
-    constants = dict(
-        SCALE=1 / math.sqrt(D),
-        SCORE=mod.score,
-        DERIVATIVE=mod.derivative,
-        FIRST_KEY=mod.first_key,
-        ACC=acc,
-        D=D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-    )
-    launch(  # first, because it writes delta
-        d_query_kernel,
-        (triton.cdiv(T, query_tile["BLOCK_Q"]), B * H),
-        q,
-        k,
-        v,
-        out,
-        d_out,
-        dq,
-        lse,
-        delta,
-        lengths,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        *d_out.stride()[:3],
-        *dq.stride()[:3],
-        H,
-        T,
-        **constants,
-        **query_tile,
-    )
-    launch(
-        d_key_value_kernel,
-        (triton.cdiv(T, key_tile["BLOCK_K"]), B * H),
-        q,
-        k,
-        v,
-        d_out,
-        dk,
-        dv,
-        lse,
-        delta,
-        lengths,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *d_out.stride()[:3],
-        *dk.stride()[:3],
-        *dv.stride()[:3],
-        H,
-        T,
-        LAST_QUERY=mod.last_query,
-        **constants,
-        **key_tile,
-    )
+    constants = _constants(q, mod) | {"DERIVATIVE": mod.derivative}
+
+    # dq first, because it writes delta
+    grid = triton.cdiv(T, query_tile["BLOCK_Q"]), B * H
+    tensors = q, k, v, out, d_out, dq, lse, delta, lengths
+    strides = _strides(q, k, v, out, d_out, dq)
+    launch(d_query_kernel, grid, *tensors, *strides, H, T, **constants, **query_tile)
+
+    grid = triton.cdiv(T, key_tile["BLOCK_K"]), B * H
+    tensors = q, k, v, d_out, dk, dv, lse, delta, lengths
+    strides = _strides(q, k, v, d_out, dk, dv)
+    constants |= {"LAST_QUERY": mod.last_query}
+    launch(d_key_value_kernel, grid, *tensors, *strides, H, T, **constants, **key_tile)
     return dq, dk, dv
 
 
@@ -918,14 +637,14 @@ def attention(
     lengths    (B,) int32, tokens in each right-padded row; None: all T. Rows t >= lengths[b] of the
                result are 0 and give and take no gradient; what lies there, NaN too, does not matter
     score_mod  an entry of SCORE_MODS: "causal", or one that changes scores or hides more keys
-    impl       an entry of IMPLS, or "auto": Triton on CUDA, torch elsewhere
+    impl       "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 
     Returns (B, H, T, D) in the inputs' dtype, differentiable in q, k and v; its memory is laid out
     (B, T, H, D), so that `.transpose(1, 2).flatten(2)` is a view. Raises ValueError naming the
     argument, its value and the remedy.
     """
     _check(q, k, v, lengths, score_mod)
-    return choose(impl, IMPLS, q)(q, k, v, lengths, score_mod)
+    return choose(impl, "attention", IMPLS, q)(q, k, v, lengths, score_mod)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: str) -> None:

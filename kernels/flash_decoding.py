@@ -287,49 +287,16 @@ def triton_decode(
     out = q.new_empty(B, H, D)
     m, norm = q.new_empty(2, B * H, splits, dtype=sum_dtype).unbind(0)
     partial = q.new_empty(B * H, splits, D if splits > 1 else 0, dtype=sum_dtype)
-    block_d = max(16, triton.next_power_of_2(D))
-    launch(
-        split_kernel,
-        (B * H, splits),
-        q,
-        k_cache,
-        v_cache,
-        m,
-        norm,
-        partial,
-        out,
-        lengths,
-        *q.stride()[:2],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        H,
-        S,
-        keys,
-        splits,
-        SCALE=1 / math.sqrt(D),
-        SCORE=mod.score,
-        FIRST_KEY=mod.first_key,
-        ACC=acc,
-        D=D,
-        BLOCK_D=block_d,
-        WHOLE=splits == 1,
-        **tile,
-    )
+
+    tensors = q, k_cache, v_cache, m, norm, partial, out, lengths
+    strides = *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]
+    both = {"ACC": acc, "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D))}
+    first = {"SCALE": 1 / math.sqrt(D), "SCORE": mod.score, "FIRST_KEY": mod.first_key}
+    first |= both | tile | {"WHOLE": splits == 1}
+    launch(split_kernel, (B * H, splits), *tensors, *strides, H, S, keys, splits, **first)
     if splits > 1:
-        launch(
-            combine_kernel,
-            (B * H,),
-            m,
-            norm,
-            partial,
-            out,
-            splits,
-            ACC=acc,
-            D=D,
-            BLOCK_D=block_d,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
-            num_warps=2,
-        )
+        second = both | {"BLOCK_SPLITS": triton.next_power_of_2(splits), "num_warps": 2}
+        launch(combine_kernel, (B * H,), m, norm, partial, out, splits, **second)
     return out
 
 
@@ -377,13 +344,13 @@ def decode_attention(
     k_cache, v_cache  (B, H, S, D), same dtype, last stride 1; from lengths[b] on ignored
     lengths           (B,) int32 in 0..S; the query is at position lengths[b] - 1; 0 gives 0
     score_mod         an entry of SCORE_MODS
-    impl              an entry of IMPLS, or "auto": Triton on CUDA, torch elsewhere
+    impl              "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 
     Returns (B, H, D) in the inputs' dtype. There is no backward: sampling needs none.
     Raises ValueError naming the argument, its value and the remedy.
     """
     _check(q, k_cache, v_cache, lengths, score_mod)
-    return choose(impl, IMPLS, q)(q, k_cache, v_cache, lengths, score_mod)
+    return choose(impl, "decode_attention", IMPLS, q)(q, k_cache, v_cache, lengths, score_mod)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str) -> None:

@@ -236,25 +236,20 @@ def _logit_tile(
     scale,
     ACC: tl.constexpr,
     C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """x w^T `scale` for a tile: (BLOCK_N, BLOCK_V). Tokens that are not alive are read as zeros."""
+    """x w^T `scale` for a tile: (tokens, vocab). Tokens that are not alive are read as zeros."""
     # 64-bit offsets: token 42732 of a (N, 50257) matrix is already past 2^31
     x_rows = x_ptr + tokens[:, None].to(tl.int64) * x_n
     w_rows = w_ptr + vocab[:, None].to(tl.int64) * w_v
-    z = tl.zeros((BLOCK_N, BLOCK_V), ACC)
+    z = tl.zeros((tokens.shape[0], vocab.shape[0]), ACC)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        if C % BLOCK_C == 0:
-            x = tl.load(x_rows + c[None, :], mask=alive[:, None], other=0.0)
-            w = tl.load(w_rows + c[None, :], mask=vocab[:, None] < V, other=0.0)
-        else:
-            x = tl.load(x_rows + c[None, :], mask=alive[:, None] & (c[None, :] < C), other=0.0)
-            w = tl.load(
-                w_rows + c[None, :], mask=(vocab[:, None] < V) & (c[None, :] < C), other=0.0
-            )
+        x_mask, w_mask = alive[:, None], vocab[:, None] < V
+        if C % BLOCK_C != 0:
+            x_mask, w_mask = x_mask & (c[None, :] < C), w_mask & (c[None, :] < C)
+        x = tl.load(x_rows + c[None, :], mask=x_mask, other=0.0)
+        w = tl.load(w_rows + c[None, :], mask=w_mask, other=0.0)
         z = tl.dot(x, tl.trans(w), z, input_precision="ieee", out_dtype=ACC)
     return z * scale
 
@@ -308,22 +303,7 @@ def forward_kernel(
     target = tl.zeros((BLOCK_N,), ACC)
     for start in range(begin, tl.minimum(begin + STRETCH, V), BLOCK_V):
         vocab = start + tl.arange(0, BLOCK_V)
-        z = _logit_tile(
-            x_ptr,
-            w_ptr,
-            x_n,
-            w_v,
-            tokens,
-            y >= 0,
-            vocab,
-            V,
-            scale,
-            ACC,
-            C,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_C,
-        )
+        z = _logit_tile(x_ptr, w_ptr, x_n, w_v, tokens, y >= 0, vocab, V, scale, ACC, C, BLOCK_C)
         target += tl.sum(tl.where(vocab[None, :] == y[:, None], z, 0.0), 1)
         z = tl.where(vocab[None, :] < V, z, LOWEST)
         m_tile = tl.max(z, 1)
@@ -362,14 +342,10 @@ def combine_kernel(
     target = tl.zeros((BLOCK_N,), ACC)
     here = tokens.to(tl.int64)
     for _ in range(0, stretches):
-        m, s, t = _merge(
-            m,
-            s,
-            t,
-            tl.load(m_ptr + here, mask=keep, other=0.0),
-            tl.load(s_ptr + here, mask=keep, other=1.0),
-            tl.load(t_ptr + here, mask=keep, other=0.0),
-        )
+        m_other = tl.load(m_ptr + here, mask=keep, other=0.0)
+        s_other = tl.load(s_ptr + here, mask=keep, other=1.0)
+        t_other = tl.load(t_ptr + here, mask=keep, other=0.0)
+        m, s, t = _merge(m, s, t, m_other, s_other, t_other)
         target += tl.load(target_ptr + here, mask=keep, other=0.0)
         here += N
     asked = tl.load(y_ptr + tokens, mask=keep, other=-1) >= 0
@@ -413,9 +389,7 @@ def d_logits_kernel(
     vocab = begin + column
     y = tl.load(y_ptr + tokens, mask=tokens < N, other=-1)
     asked = y >= 0
-    z = _logit_tile(
-        x_ptr, w_ptr, x_n, w_v, tokens, asked, vocab, V, scale, ACC, C, BLOCK_N, BLOCK_V, BLOCK_C
-    )
+    z = _logit_tile(x_ptr, w_ptr, x_n, w_v, tokens, asked, vocab, V, scale, ACC, C, BLOCK_C)
     lse = tl.load(lse_ptr + tokens, mask=asked, other=0.0)
     # In units of log 2; the bound also keeps columns past V finite.
     logp = tl.minimum(z - lse[:, None], 0.0)
@@ -447,37 +421,15 @@ def triton_forward(
     partial = hidden.new_empty(4, stretches, N, dtype=sum_dtype).unbind(0)
     chosen, entropy, lse = (hidden.new_empty(N, dtype=sum_dtype) for _ in range(3))
     tile = _tiles(hidden)[0]
-    launch(
-        forward_kernel,
-        (triton.cdiv(N, tile["BLOCK_N"]), stretches),
-        hidden,
-        weight,
-        targets,
-        *partial,
-        hidden.stride(0),
-        weight.stride(0),
-        N,
-        V,
-        math.log2(math.e) / temperature,
-        ACC=acc,
-        C=C,
-        STRETCH=STRETCH,
-        **tile,
-    )
-    launch(
-        combine_kernel,
-        (triton.cdiv(N, 128),),
-        *partial,
-        targets,
-        chosen,
-        entropy,
-        lse,
-        N,
-        stretches,
-        ACC=acc,
-        BLOCK_N=128,
-        num_warps=4,
-    )
+    grid = triton.cdiv(N, tile["BLOCK_N"]), stretches
+    tensors, strides = (hidden, weight, targets, *partial), (hidden.stride(0), weight.stride(0))
+    constants = {"ACC": acc, "C": C, "STRETCH": STRETCH} | tile
+    scale = math.log2(math.e) / temperature
+    launch(forward_kernel, grid, *tensors, *strides, N, V, scale, **constants)
+
+    grid = (triton.cdiv(N, 128),)
+    tensors = *partial, targets, chosen, entropy, lse
+    launch(combine_kernel, grid, *tensors, N, stretches, ACC=acc, BLOCK_N=128, num_warps=4)
     return chosen, entropy, lse
 
 
@@ -503,33 +455,15 @@ def triton_backward(
     width = WORKSPACE_BYTES // (max(N, 1) * hidden.element_size()) // 512 * 512
     width = min(max(width, 512), triton.cdiv(V, 16) * 16)  # rows stay aligned to 16 elements
     dz = hidden.new_empty(N, width)
+    tensors = x, weight, targets, lse, entropy, g_chosen, g_entropy, dz
+    g_n, h_n = (0 if g is None else g.stride(0) for g in (g_chosen, g_entropy))
+    strides = x.stride(0), weight.stride(0), g_n, h_n, width
+    scales = math.log2(math.e) / temperature, 1 / temperature
+    constants = {"ACC": acc, "C": C} | tile
     for begin in range(0, V, width):
         end = min(begin + width, V)
-        launch(
-            d_logits_kernel,
-            (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(end - begin, tile["BLOCK_V"])),
-            x,
-            weight,
-            targets,
-            lse,
-            entropy,
-            g_chosen,
-            g_entropy,
-            dz,
-            x.stride(0),
-            weight.stride(0),
-            0 if g_chosen is None else g_chosen.stride(0),
-            0 if g_entropy is None else g_entropy.stride(0),
-            width,
-            N,
-            end,
-            begin,
-            math.log2(math.e) / temperature,
-            1 / temperature,
-            ACC=acc,
-            C=C,
-            **tile,
-        )
+        grid = triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(end - begin, tile["BLOCK_V"])
+        launch(d_logits_kernel, grid, *tensors, *strides, N, end, begin, *scales, **constants)
         part = dz[:, : end - begin]
         add_product(d_hidden, part, weight[begin:end])
         torch.mm(part.T, x, out=d_weight[begin:end])
@@ -607,14 +541,14 @@ def logprobs(
     weight       (V, C) of the same dtype: the unembedding
     targets      (N,) int64 in 0..V-1, or -100: both outputs 0, no gradient
     temperature  > 0
-    impl         an entry of IMPLS, or "auto": Triton on CUDA, torch elsewhere
+    impl         "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 
     Returns logprobs (N,) and entropy (N,), float32 (float64 for float64). Both are differentiable
     in hidden and weight; logits are accumulated in float32 and never held for all tokens; gradients
     have the inputs' dtypes. Raises ValueError naming the argument, its value and the remedy.
     """
     _check(hidden, weight, targets, temperature)
-    return choose(impl, IMPLS, hidden)(hidden, weight, targets, float(temperature))
+    return choose(impl, "logprobs", IMPLS, hidden)(hidden, weight, targets, float(temperature))
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:

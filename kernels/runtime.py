@@ -9,14 +9,18 @@ there, so they are refused.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels import OPERATIONS
 
 try:
     import triton
@@ -27,7 +31,7 @@ except ImportError:  # not Linux, or not installed: the torch implementations do
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 # Dense bfloat16 products with float32 sums, operations a second, by the makers' data sheets; the
-# first that matches counts. (kernels/measure.py has what products reach.)
+# first that matches counts. (BOUNDS in kernels/bench.py has what products reach.)
 PEAK_FLOPS = {
     r"Laptop": None,  # has the name of a faster card
     r"B200": 2250e12,
@@ -62,10 +66,8 @@ def jit(function: Callable) -> Any:
     """
     if triton is None:
         return function
-    sizes = [
-        name for name in ("T", "N", "S", "V") if name in inspect.signature(function).parameters
-    ]
-    return triton.jit(function, do_not_specialize=sizes)
+    sizes = {"T", "N", "S", "V"} & set(inspect.signature(function).parameters)
+    return triton.jit(function, do_not_specialize=sorted(sizes))
 
 
 class Launch(NamedTuple):
@@ -139,27 +141,79 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
+def names(impl: str) -> dict[str, str]:
+    """Operation -> name of its implementation.
+
+    `impl` is one name for all operations, or "operation=name,operation=name", where an operation
+    that is not named gets "auto". Raises ValueError for an operation that there is not.
+    """
+    if "=" not in impl:
+        return dict.fromkeys(OPERATIONS, impl)
+    chosen = dict.fromkeys(OPERATIONS, "auto")
+    for part in impl.split(","):
+        operation, _, name = part.partition("=")
+        if operation not in OPERATIONS:
+            raise ValueError(
+                f"impl {impl!r} has an unknown operation {operation!r}; choose from "
+                f"{', '.join(OPERATIONS)}, as in attention=triton,logprobs=torch"
+            )
+        chosen[operation] = name
+    return chosen
+
+
+def implementation(text: str) -> str:
+    """An argparse type: `text` itself, if every operation has the implementation it names.
+
+    Raises argparse.ArgumentTypeError naming the unknown word and the known ones.
+    """
+    if text == "auto":
+        return text
+    impls = {name: import_module(f"kernels.{file}").IMPLS for name, file in OPERATIONS.items()}
+    try:
+        for operation, name in names(text).items():
+            _check_name(operation, name, impls[operation])
+    except ValueError as error:
+        some = [operation for operation in impls if text in impls[operation]]
+        if not some:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} implements {' and '.join(some)} alone; write "
+            + ",".join(f"{operation}={text}" for operation in some)
+        ) from None
+    return text
+
+
 def resolve(impl: str, device: str) -> str:
-    """The name that "auto" stands for on a kind of device: "triton" on "cuda" where Triton is
-    installed, "torch" elsewhere; other names stand for themselves."""
-    if impl != "auto":
-        return impl
-    return "triton" if device == "cuda" and triton is not None else "torch"
+    """`impl` as it will run on a kind of device: "auto" is "triton" on "cuda" where Triton is
+    installed, "torch" elsewhere. One name, or "operation=name,..." where operations differ."""
+    auto = "triton" if device == "cuda" and triton is not None else "torch"
+    chosen = {key: auto if name == "auto" else name for key, name in names(impl).items()}
+    if len(set(chosen.values())) == 1:
+        return chosen["attention"]
+    return ",".join(f"{operation}={name}" for operation, name in chosen.items())
 
 
-def choose(impl: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable:
-    """The implementation that `impl` names; "auto" is Triton on CUDA and torch elsewhere.
+def choose(impl: str, operation: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable:
+    """The entry of `impls`, the implementations of `operation`, that `impl` names (see `names`);
+    "auto" is Triton on CUDA and torch elsewhere.
 
     Raises ValueError for a name that is not in `impls` and for Triton where it cannot run on
     `tensor`.
     """
-    if impl == "auto":
-        impl = resolve(impl, tensor.device.type)
-    if impl not in impls:
-        raise ValueError(f"impl {impl!r} is unknown; choose one of auto, {', '.join(impls)}")
-    if impl.startswith("triton"):
-        _check_triton(impl, tensor)
-    return impls[impl]
+    name = names(impl)[operation]
+    _check_name(operation, name, impls)
+    if name == "auto":
+        name = resolve(name, tensor.device.type)
+    if name.startswith("triton"):
+        _check_triton(name, tensor)
+    return impls[name]
+
+
+def _check_name(operation: str, name: str, impls: Mapping[str, Callable]) -> None:
+    if name != "auto" and name not in impls:
+        raise ValueError(
+            f"impl {name!r} is unknown to {operation}; choose one of auto, {', '.join(impls)}"
+        )
 
 
 def _check_triton(impl: str, tensor: Tensor) -> None:
