@@ -1,5 +1,5 @@
-"""Three operations that the scripts spend their time in, each in one file with its mathematics, a
-naive reference, a fast PyTorch implementation and Triton kernels.
+"""The three operations that take most of a script's time. Each has one file: its mathematics, a
+naive reference, a fast PyTorch implementation, Triton kernels, check and benchmark.
 
     kernels.attention         causal attention, forward and backward      flash_attention.py
     kernels.decode_attention  one new query over a cache of keys          flash_decoding.py

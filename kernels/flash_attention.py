@@ -8,17 +8,17 @@ visible to query i if j <= i < length:
 **Forward** (Dao et al. 2022, FlashAttention). The sum runs over tiles of keys with the running
 maximum m, the sum `norm` of exp(s - m) and the unnormalised output acc; when m grows, norm and acc
 are scaled by exp(m_old - m_new). The end of the loop gives out = acc / norm and L = m + log norm.
-Powers are of 2 (scores times log2 e): the hardware has that instruction.
+Powers are of 2 (scores times log2 e), as in the hardware's instruction.
 
 **Backward.** From out = p v: dv = p^T dout and dp = dout v^T. The softmax has the Jacobian
 dp_ij/ds_ik = p_ij (1[j = k] - p_ik), hence ds_ij = p_ij (dp_ij - delta_i), where delta_i = sum_j
 p_ij dp_ij is a sum over the *whole* row, and sum_j p_ij (dout_i . v_j) = dout_i . out_i gives it
-without the row. Then dq = ds k / sqrt(D) and dk = ds^T q / sqrt(D); p is made again from q, k and
-the saved L. One kernel owns query tiles (dq, delta), one owns key tiles (dk, dv): seven products
-instead of the five of one pass, and in exchange no atomic sums, so runs are repeatable.
+without the row. Then dq = ds k / sqrt(D) and dk = ds^T q / sqrt(D), with p recomputed from q, k and
+the saved L. One kernel owns query tiles (dq, delta), another key tiles (dk, dv). That takes seven
+products where a single pass takes five, but no atomic sums, so runs repeat bit for bit.
 
-Which program owns which tile (T = 6 tiles; F full tile, D diagonal tile that is masked, nothing
-else is visited):
+Which program owns which tile (T = 6 tiles; F is a full tile, D a tile on the diagonal, which is
+masked; no other tile is visited):
 
     forward, dq: a program owns a row        dk, dv: a program owns a column
       keys   0 1 2 3 4 5                       keys   0 1 2 3 4 5
@@ -30,9 +30,10 @@ else is visited):
           5  . . . . .                             5  . . . .
                                                         ^ program 1
 
-Per row and head, 2-byte elements, causal: naive reads and writes about 8 T^2 bytes of scores and
-probabilities beside 8 T D of inputs and output; fused only 8 T D + 4 T. Both do 2 T^2 D operations
-forward (at D = 64 and T = 1024: 134 million, for 8.4 MB against 0.53 MB); backward 5 T^2 D, here 7.
+Cost per row and head (2-byte elements, causal): the naive form moves about 8 T^2 bytes of scores
+and probabilities beside 8 T D of inputs and output, the fused one only 8 T D + 4 T. Both do 2 T^2 D
+operations forward (at D = 64 and T = 1024: 134 million, for 8.4 MB against 0.53 MB). The backward
+needs 5 T^2 D operations and does 7 T^2 D here.
 
 Preconditions (checked in `attention`): one floating dtype, last stride 1, any other strides;
 Triton: D up to 128 (padded to a power of two inside), float32 / float16 / bfloat16 (float64 in the
@@ -56,8 +57,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels.benchmarks import attention_rows
-from kernels.measure import TOLERANCE, benchmark, compare, verify_all
+from kernels.bench import TOLERANCE, attention_rows, benchmark, compare, verify_all
 from kernels.runtime import (
     accumulator,
     check_floats,
@@ -96,23 +96,23 @@ def attention_torch(
 ) -> Tensor:
     """PyTorch's own fused attention where the score is unchanged; scores in memory otherwise.
 
-    A causal query inside its row sees no key past the row's end, so `lengths` changes nothing but
-    the tail.
+    A causal query inside its row sees no key past the row's end, so `lengths` changes only the
+    tail.
     """
     T = q.shape[2]
     if lengths is None or (may_read(q) and bool((lengths == T).all())):
         return _laid_out(_attention_torch(q, k, v, score_mod))
     inside = (torch.arange(T, device=q.device) < lengths[:, None])[:, None, :, None]  # (B, 1, T, 1)
-    # A hidden key has probability 0, but 0 times NaN is NaN: what lies past the end must be finite.
-    # Reading that off the sums is cheaper than copying, where reading is free.
+    # A hidden key has probability 0, but 0 times NaN is NaN: values past the end must be finite.
+    # Where reading is free, checking the sums is cheaper than copying.
     if not may_read(q) or not math.isfinite(q.detach().sum() + k.detach().sum() + v.detach().sum()):
         q, k, v = (torch.where(inside, x, 0.0) for x in (q, k, v))
     return _laid_out(torch.where(inside, _attention_torch(q, k, v, score_mod), 0.0))
 
 
 def _laid_out(out: Tensor) -> Tensor:
-    """The same (B, H, T, D) with its memory laid out (B, T, H, D); free where it is already, as
-    PyTorch's fused is."""
+    """The same (B, H, T, D) with its memory laid out (B, T, H, D). Free after PyTorch's fused
+    attention, which has that layout."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -125,7 +125,7 @@ def _attention_torch(q: Tensor, k: Tensor, v: Tensor, score_mod: str) -> Tensor:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mod.torch_visible(index[:, None], index)
         )
-    # Scores rounded to 16 bits would be off by more than what the mods do to them.
+    # Rounding scores to 16 bits would change them more than the score mods do.
     if q.element_size() == 2:
         return _attention_torch(q.float(), k.float(), v.float(), score_mod).to(q.dtype)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, T)
@@ -136,8 +136,8 @@ def _attention_torch(q: Tensor, k: Tensor, v: Tensor, score_mod: str) -> Tensor:
 # ---- Triton: tile sizes
 
 # One tile is (BLOCK_Q, BLOCK_K, num_warps, num_stages), for GPU class, bytes an element and head
-# size up to. Chosen by these rules alone: a run never stops to tune, and a result does not depend
-# on what was tuned before. `python -m kernels.compile` shows what each one uses.
+# size up to. The table alone decides: no run stops to tune, and no result depends on an earlier
+# tuning. `python -m kernels.compile` shows what each tile uses.
 TILES = {
     #                     forward           dq                dk, dv
     ("sm_90", 2, 64): ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
@@ -635,7 +635,7 @@ def attention(
 
     q, k, v    (B, H, T, D), one floating dtype, last stride 1; D up to 128 for Triton
     lengths    (B,) int32, tokens in each right-padded row; None: all T. Rows t >= lengths[b] of the
-               result are 0 and give and take no gradient; what lies there, NaN too, does not matter
+               result are 0 and pass no gradient; input values there do not matter, not even NaN
     score_mod  an entry of SCORE_MODS: "causal", or one that changes scores or hides more keys
     impl       "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 

@@ -1,10 +1,9 @@
-"""Where the kernels run: Triton or its absence, GPU or interpreter; checks that they share.
+"""Which implementation runs, on a GPU or in Triton's interpreter; checks that the kernels share.
 
-Triton is optional. Without it `jit` leaves a kernel an ordinary function that nobody calls, and
-`impl="triton"` is an error that says so. TRITON_INTERPRET=1, set before Triton is imported, runs
-the kernels on CPU tensors in Triton's interpreter: slow, but step by step the program that a GPU
-would run. The interpreter is right in float32 and float16; bfloat16 products are silently wrong
-there, so they are refused.
+Triton is optional. Without it `jit` returns a kernel as it is, an ordinary function that nobody
+calls, and `impl="triton"` is an error. TRITON_INTERPRET=1, set before Triton is imported, runs the
+kernels on CPU tensors in Triton's interpreter: slow, but the same program as on a GPU. The
+interpreter is right in float32 and float16; its bfloat16 products are wrong, so they are refused.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ except ImportError:  # not Linux, or not installed: the torch implementations do
     tl = None
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
-# Dense bfloat16 products with float32 sums, operations a second, by the makers' data sheets; the
-# first that matches counts. (BOUNDS in kernels/bench.py has what products reach.)
+# Operations a second of dense bfloat16 products with float32 sums, from the data sheets; the first
+# pattern found in the GPU's name counts. (BOUNDS in kernels/bench.py has what products reach.)
 PEAK_FLOPS = {
-    r"Laptop": None,  # has the name of a faster card
+    r"Laptop": None,  # its name contains that of a faster card
     r"B200": 2250e12,
     r"H200": 989e12,
     r"H100 PCIe": 756e12,
@@ -50,8 +49,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def peak_flops(device: str) -> float | None:
-    """Operations a second that the GPU has by its data sheet; None where it is not in the table,
-    and on a CPU."""
+    """Operations a second of the GPU by its data sheet; None on a CPU and for a GPU that is not in
+    the table."""
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()
@@ -61,8 +60,8 @@ def peak_flops(device: str) -> float | None:
 def jit(function: Callable) -> Any:
     """`triton.jit` where Triton is installed; the bare function elsewhere.
 
-    An argument named T, N, S or V is a size that may change with every call: no special version of
-    the kernel is compiled for its being 1 or a multiple of 16.
+    An argument named T, N, S or V is a size that may change with every call, so Triton compiles no
+    special version of the kernel for a size of 1 or a multiple of 16.
     """
     if triton is None:
         return function
@@ -106,9 +105,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 def gpu_class(tensor: Tensor) -> str:
     """The row of the tile tables for the device of `tensor`.
 
-    "sm_90" is Hopper and data-centre Blackwell (about 227 KiB of shared memory a block); "sm_80" is
-    every other GPU: its tiles also fit the 99 KiB of consumer parts, which Ampere's data-centre
-    part does not mind.
+    "sm_90" is Hopper and data-centre Blackwell (about 227 KiB of shared memory a block). "sm_80" is
+    every other GPU: its tiles fit the 99 KiB of consumer GPUs.
     """
     if _recorded is not None:
         return _recorded_class
@@ -118,8 +116,8 @@ def gpu_class(tensor: Tensor) -> str:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the device of `tensor`; 4 in the interpreter, so that its grids are split
-    as well."""
+    """Multiprocessors of the device of `tensor`; 4 in the interpreter, so that it splits its grids
+    too."""
     if not tensor.is_cuda:
         return 4 if _recorded is None else 132
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
@@ -235,7 +233,7 @@ def _check_triton(impl: str, tensor: Tensor) -> None:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether reading a value is free: not on CUDA, where it waits for the GPU, nor while
+    """Whether reading a value is free: it is not on CUDA, where it waits for the GPU, nor while
     torch.compile traces."""
     return not tensor.is_cuda and not torch.compiler.is_compiling()
 

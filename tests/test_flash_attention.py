@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kernels import attention, flash_attention, runtime, score_mods
+from kernels.bench import TOLERANCE, compare
 from kernels.flash_attention import IMPLS, reference, verify
-from kernels.measure import TOLERANCE, compare
 from kernels.runtime import jit, tl  # noqa: F401 (Triton wants `tl` in the file of a jitted function)
 from kernels.score_mods import SCORE_MODS, ScoreMod
 from tests.interpreter import count_calls, far_apart, gpu_or_cpu, needs_triton, opcheck_all

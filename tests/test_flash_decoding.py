@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from kernels import attention, decode_attention, flash_decoding, runtime
+from kernels.bench import compare
 from kernels.flash_decoding import IMPLS, reference, split_size, verify
-from kernels.measure import compare
 from kernels.score_mods import SCORE_MODS
 from tests.interpreter import count_calls, far_apart, gpu_or_cpu, needs_triton, opcheck_all
 

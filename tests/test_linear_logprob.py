@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_logprob, logprobs, runtime
+from kernels.bench import TOLERANCE, compare
 from kernels.linear_logprob import IGNORE, IMPLS, reference, verify
-from kernels.measure import TOLERANCE, compare
 from tests.interpreter import far_apart, gpu_or_cpu, needs_triton, opcheck_all
 
 
