@@ -168,7 +168,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="compute blocks again in the backward pass: less memory",
     )
     add("--peak_tflops", type=float, default=0.0, help="of the GPU, for mfu; 0: by its name")
-    add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    add("--kernels", type=kernels.implementation, default="auto", help="NAME or OPERATION=NAME")
     # A preset changes the defaults, so that flags win over it and --help shows it.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
