@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import kernels
 from checkpoint import find_model, read_info
 from data.files import (
     LEFTOVER,
@@ -954,7 +955,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="of the sampling; also of log-probs on public sets",
     )
-    add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    add("--kernels", type=kernels.implementation, default="auto", help="NAME or OPERATION=NAME")
     args = parser.parse_args(argv)
 
     if bool(args.select) + bool(args.checkpoints) + bool(args.folds) != 1:

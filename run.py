@@ -92,7 +92,7 @@ def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     add("--grad_checkpointing", action=flag, default=False, help="less memory, more time")
-    add("--kernels", type=str, default="auto", help="auto, torch, triton, ...")
+    add("--kernels", type=kernels.implementation, default="auto", help="auto, torch, triton, ...")
     return parser
 
 

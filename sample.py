@@ -32,6 +32,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+import kernels
 from checkpoint import find_model, read_tokenizer
 from data.files import (
     BadInput,
@@ -108,7 +109,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="where to compute",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="implementation")
+    add("--kernels", type=kernels.implementation, default="auto", help="NAME or OPERATION=NAME")
     args = parser.parse_args(argv)
 
     args.checkpoints = parse_named(args.checkpoints, "--checkpoints", parser)

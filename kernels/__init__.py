@@ -1,9 +1,15 @@
-"""Three operations that the scripts spend their time in, each in one file with its mathematics, a
-naive reference, a fast PyTorch implementation and Triton kernels.
+"""The three operations that take most of a script's time. Each has one file: its mathematics, a
+naive reference, a fast PyTorch implementation, Triton kernels, check and benchmark.
 
     kernels.attention         causal attention, forward and backward      flash_attention.py
     kernels.decode_attention  one new query over a cache of keys          flash_decoding.py
     kernels.logprobs          log-probability of the target and entropy   linear_logprob.py
+
+To try an implementation of your own, write a function with the arguments of the others in the
+file's IMPLS, give it a line there ("mine": my_attention), and run
+
+    python -m kernels.flash_attention                      compare with the reference, then time
+    python train_sft.py ... --kernels attention=mine       train with it
 
 Names are looked up on first use and nothing is imported before that: `python -m
 kernels.flash_attention` can then choose Triton's interpreter before Triton is imported, and does
@@ -15,15 +21,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {
+OPERATIONS = {  # operation, and the file that has its IMPLS
     "attention": "flash_attention",
     "decode_attention": "flash_decoding",
     "logprobs": "linear_logprob",
+}
+_HOME = OPERATIONS | {
     "SCORE_MODS": "score_mods",
+    "implementation": "runtime",
     "peak_flops": "runtime",
     "resolve": "runtime",
 }
-__all__ = ["SCORE_MODS", "attention", "decode_attention", "logprobs", "peak_flops", "resolve"]
+__all__ = ["SCORE_MODS", "attention", "decode_attention", "implementation", "logprobs"]
+__all__ += ["peak_flops", "resolve"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,8 @@ No GPU or driver is needed. The host code of each kernel runs on tensors without
 "meta") and its launches are noted instead of run, so each compilation sees what a launch would: the
 tile table's sizes, which pointers and strides are multiples of 16, which arguments are absent.
 
-Targets: sm_80 (its row of the tile tables also serves consumer GPUs, so the limit is their 99 KiB
-of shared memory) and sm_90 (227 KiB). Columns: registers a thread; spill, bytes of stack a thread;
+Targets: sm_80 (its tiles also serve consumer GPUs, so the limit is their 99 KiB of shared memory)
+and sm_90 (227 KiB). Columns: registers a thread; spill, bytes of stack a thread;
 shared memory of a block; instructions: wgmma (Hopper's matrix units), mma (older ones), cp.async
 and TMA (copies that overlap arithmetic); blocks, how many fit a multiprocessor at once.
 
@@ -28,9 +28,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-os.environ["TRITON_INTERPRET"] = (
-    "0"  # interpreted kernels cannot be compiled; read when Triton is imported
-)
+# Interpreted kernels cannot be compiled. Triton reads this when it is imported.
+os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 
@@ -157,6 +156,8 @@ def compile_launch(name: str, launch: Launch, target: str) -> Report:
     )
     registers, spill = binary_resources(compiled.asm["cubin"])
     threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    by_shared = SHARED_OF_MULTIPROCESSOR[target] // (shared + 1024)
     ptx = compiled.asm["ptx"]
     sizes = {k: v for k, v in constants.items() if k.startswith("BLOCK") and k != "BLOCK_D"}
     tile = "x".join(str(v) for v in sizes.values())
@@ -171,11 +172,7 @@ def compile_launch(name: str, launch: Launch, target: str) -> Report:
         ptx.count("mma.sync"),
         ptx.count("cp.async.c"),
         ptx.count("cp.async.bulk.tensor"),
-        min(
-            65536 // (-(-registers // 8) * 8 * threads),
-            SHARED_OF_MULTIPROCESSOR[target] // (shared + 1024),
-            32,
-        ),
+        min(by_registers, by_shared, 32),
         "",
     )
     rows = min([v for k, v in sizes.items() if k in ("BLOCK_Q", "BLOCK_N")], default=0)
@@ -206,13 +203,10 @@ def binary_resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    return int(re.search(r"REG:(\d+)", text).group(1)), int(
-        re.search(r"STACK:(\d+)", text).group(1)
-    )
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack)
 
 
 def _compile_case(case: tuple[str, Callable, tuple], target: str) -> list[Report]:
@@ -230,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table; return 1 if a configuration must not ship."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "name", nargs="?", default="", help="compile configurations whose name contains this"
+        "name", nargs="?", default="", help="compile those whose name contains this"
     )
     args = parser.parse_args(argv)
     if triton is None:
@@ -246,10 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     with ProcessPoolExecutor(max_workers=min(len(os.sched_getaffinity(0)), 8)) as pool:
         for reports in pool.map(_compile_case, *zip(*jobs, strict=True)):
             for r in reports:
-                print(
-                    f"{r.configuration:62} {r.target:6} " + " ".join(f"{x:9}" for x in r[2:-1]),
-                    r.problem,
-                )
+                numbers = " ".join(f"{x:9}" for x in r[2:-1])
+                print(f"{r.configuration:62} {r.target:6} {numbers} {r.problem}")
                 bad += bool(r.problem)
     print(f"{bad} configurations must not ship" if bad else "every configuration can ship")
     return 1 if bad else 0

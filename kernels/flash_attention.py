@@ -8,17 +8,17 @@ visible to query i if j <= i < length:
 **Forward** (Dao et al. 2022, FlashAttention). The sum runs over tiles of keys with the running
 maximum m, the sum `norm` of exp(s - m) and the unnormalised output acc; when m grows, norm and acc
 are scaled by exp(m_old - m_new). The end of the loop gives out = acc / norm and L = m + log norm.
-Powers are of 2 (scores times log2 e): the hardware has that instruction.
+Powers are of 2 (scores times log2 e), as in the hardware's instruction.
 
 **Backward.** From out = p v: dv = p^T dout and dp = dout v^T. The softmax has the Jacobian
 dp_ij/ds_ik = p_ij (1[j = k] - p_ik), hence ds_ij = p_ij (dp_ij - delta_i), where delta_i = sum_j
 p_ij dp_ij is a sum over the *whole* row, and sum_j p_ij (dout_i . v_j) = dout_i . out_i gives it
-without the row. Then dq = ds k / sqrt(D) and dk = ds^T q / sqrt(D); p is made again from q, k and
-the saved L. One kernel owns query tiles (dq, delta), one owns key tiles (dk, dv): seven products
-instead of the five of one pass, and in exchange no atomic sums, so runs are repeatable.
+without the row. Then dq = ds k / sqrt(D) and dk = ds^T q / sqrt(D), with p recomputed from q, k and
+the saved L. One kernel owns query tiles (dq, delta), another key tiles (dk, dv). That takes seven
+products where a single pass takes five, but no atomic sums, so runs repeat bit for bit.
 
-Which program owns which tile (T = 6 tiles; F full tile, D diagonal tile that is masked, nothing
-else is visited):
+Which program owns which tile (T = 6 tiles; F is a full tile, D a tile on the diagonal, which is
+masked; no other tile is visited):
 
     forward, dq: a program owns a row        dk, dv: a program owns a column
       keys   0 1 2 3 4 5                       keys   0 1 2 3 4 5
@@ -30,9 +30,10 @@ else is visited):
           5  . . . . .                             5  . . . .
                                                         ^ program 1
 
-Per row and head, 2-byte elements, causal: naive reads and writes about 8 T^2 bytes of scores and
-probabilities beside 8 T D of inputs and output; fused only 8 T D + 4 T. Both do 2 T^2 D operations
-forward (at D = 64 and T = 1024: 134 million, for 8.4 MB against 0.53 MB); backward 5 T^2 D, here 7.
+Cost per row and head (2-byte elements, causal): the naive form moves about 8 T^2 bytes of scores
+and probabilities beside 8 T D of inputs and output, the fused one only 8 T D + 4 T. Both do 2 T^2 D
+operations forward (at D = 64 and T = 1024: 134 million, for 8.4 MB against 0.53 MB). The backward
+needs 5 T^2 D operations and does 7 T^2 D here.
 
 Preconditions (checked in `attention`): one floating dtype, last stride 1, any other strides;
 Triton: D up to 128 (padded to a power of two inside), float32 / float16 / bfloat16 (float64 in the
@@ -46,6 +47,7 @@ from __future__ import annotations
 import math
 import os
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +57,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels.benchmarks import attention_rows
-from kernels.measure import TOLERANCE, benchmark, compare, verify_all
+from kernels.bench import TOLERANCE, attention_rows, benchmark, compare, verify_all
 from kernels.runtime import (
     accumulator,
     check_floats,
@@ -69,7 +70,7 @@ from kernels.runtime import (
     tl,
     triton,
 )
-from kernels.score_mods import SCORE_MODS, check_score_mod
+from kernels.score_mods import SCORE_MODS, ScoreMod, check_score_mod
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: str) -> Tensor:
@@ -95,23 +96,23 @@ def attention_torch(
 ) -> Tensor:
     """PyTorch's own fused attention where the score is unchanged; scores in memory otherwise.
 
-    A causal query inside its row sees no key past the row's end, so `lengths` changes nothing but
-    the tail.
+    A causal query inside its row sees no key past the row's end, so `lengths` changes only the
+    tail.
     """
     T = q.shape[2]
     if lengths is None or (may_read(q) and bool((lengths == T).all())):
         return _laid_out(_attention_torch(q, k, v, score_mod))
     inside = (torch.arange(T, device=q.device) < lengths[:, None])[:, None, :, None]  # (B, 1, T, 1)
-    # A hidden key has probability 0, but 0 times NaN is NaN: what lies past the end must be finite.
-    # Reading that off the sums is cheaper than copying, where reading is free.
+    # A hidden key has probability 0, but 0 times NaN is NaN: values past the end must be finite.
+    # Where reading is free, checking the sums is cheaper than copying.
     if not may_read(q) or not math.isfinite(q.detach().sum() + k.detach().sum() + v.detach().sum()):
         q, k, v = (torch.where(inside, x, 0.0) for x in (q, k, v))
     return _laid_out(torch.where(inside, _attention_torch(q, k, v, score_mod), 0.0))
 
 
 def _laid_out(out: Tensor) -> Tensor:
-    """The same (B, H, T, D) with its memory laid out (B, T, H, D); free where it is already, as
-    PyTorch's fused is."""
+    """The same (B, H, T, D) with its memory laid out (B, T, H, D). Free after PyTorch's fused
+    attention, which has that layout."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -124,7 +125,7 @@ def _attention_torch(q: Tensor, k: Tensor, v: Tensor, score_mod: str) -> Tensor:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mod.torch_visible(index[:, None], index)
         )
-    # Scores rounded to 16 bits would be off by more than what the mods do to them.
+    # Rounding scores to 16 bits would change them more than the score mods do.
     if q.element_size() == 2:
         return _attention_torch(q.float(), k.float(), v.float(), score_mod).to(q.dtype)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, T)
@@ -135,8 +136,8 @@ def _attention_torch(q: Tensor, k: Tensor, v: Tensor, score_mod: str) -> Tensor:
 # ---- Triton: tile sizes
 
 # One tile is (BLOCK_Q, BLOCK_K, num_warps, num_stages), for GPU class, bytes an element and head
-# size up to. Chosen by these rules alone: a run never stops to tune, and a result does not depend
-# on what was tuned before. `python -m kernels.compile` shows what each one uses.
+# size up to. The table alone decides: no run stops to tune, and no result depends on an earlier
+# tuning. `python -m kernels.compile` shows what each tile uses.
 TILES = {
     #                     forward           dq                dk, dv
     ("sm_90", 2, 64): ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
@@ -245,56 +246,6 @@ def _first(q_start, FIRST_KEY: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @jit
-def _attend(
-    acc,
-    m,
-    norm,
-    query,
-    k_ptr,
-    v_ptr,
-    k_t,
-    v_t,
-    begin,
-    end,
-    q_rows,
-    length,
-    head,
-    H,
-    SCALE: tl.constexpr,
-    SCORE: tl.constexpr,
-    FIRST_KEY: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
-    """One query tile over the keys begin..end: the online softmax. Returns the new (acc, m,
-    norm)."""
-    for start in range(begin, end, BLOCK_K):
-        k_rows = start + tl.arange(0, BLOCK_K)
-        key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
-        # (BLOCK_Q, BLOCK_K)
-        dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=acc.dtype)
-        s = _scores(
-            dots, q_rows[:, None], k_rows[None, :], head, H, SCALE, SCORE, FIRST_KEY, DIAGONAL
-        )
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        norm = norm * shrink + tl.sum(p, 1)
-        value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
-        acc = tl.dot(
-            p.to(value.dtype),
-            value,
-            acc * shrink[:, None],
-            input_precision="ieee",
-            out_dtype=acc.dtype,
-        )
-        m = m_new
-    return acc, m, norm
-
-
-@jit
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -327,9 +278,8 @@ def forward_kernel(
 ):
     """out and L (base 2) of one query tile. x_b, x_h, x_t are strides; lse is (B, H, T)."""
     tl.static_assert(BLOCK_Q % BLOCK_K == 0, "the diagonal must begin at a tile of keys")
-    q_start = (
-        tl.num_programs(0) - 1 - tl.program_id(0)
-    ) * BLOCK_Q  # the longest rows first: no stragglers
+    # The longest rows first: no stragglers.
+    q_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
     b = (tl.program_id(1) // H).to(tl.int64)
     h = (tl.program_id(1) % H).to(tl.int64)
     length = _length(lengths, b, T)
@@ -339,59 +289,32 @@ def forward_kernel(
     rows = q_start + tl.arange(0, BLOCK_Q)
     query = _load(q_ptr + b * q_b + h * q_h, rows, q_t, length, D, BLOCK_D, True)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
-    norm = tl.zeros((BLOCK_Q,), ACC)
-    # Lower than any score, but finite: where no key was visible yet, minus infinity would give inf
-    # - inf.
+    # Lower than any score, but finite: with minus infinity, m - m_new would be inf - inf where no
+    # key was visible yet.
     m = tl.full((BLOCK_Q,), -1e30, ACC)
-    # Full tiles end where the diagonal begins; a query tile past the length does nothing.
-    diagonal = tl.where(q_start < length, q_start, 0)
-    begin = _first(q_start, FIRST_KEY, BLOCK_K)
-    acc, m, norm = _attend(
-        acc,
-        m,
-        norm,
-        query,
-        k_ptr,
-        v_ptr,
-        k_t,
-        v_t,
-        begin,
-        diagonal,
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_K,
-        False,
-    )
-    acc, m, norm = _attend(
-        acc,
-        m,
-        norm,
-        query,
-        k_ptr,
-        v_ptr,
-        k_t,
-        v_t,
-        q_start,
-        tl.minimum(q_start + BLOCK_Q, length),
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_K,
-        True,
-    )
+    norm = tl.zeros((BLOCK_Q,), ACC)
+    # Full tiles end where the diagonal begins; a query tile past the length has none.
+    full_end = tl.where(q_start < length, q_start, 0)
+    for DIAGONAL in tl.static_range(2):  # the tiles left of the diagonal, then those on it
+        if DIAGONAL:
+            begin, end = q_start, tl.minimum(q_start + BLOCK_Q, length)
+        else:
+            begin, end = _first(q_start, FIRST_KEY, BLOCK_K), full_end
+        for start in range(begin, end, BLOCK_K):
+            k_rows = start + tl.arange(0, BLOCK_K)
+            key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
+            # (BLOCK_Q, BLOCK_K)
+            dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=ACC)
+            q, k = rows[:, None], k_rows[None, :]
+            s = _scores(dots, q, k, h, H, SCALE, SCORE, FIRST_KEY, DIAGONAL)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - m_new[:, None])
+            shrink = tl.exp2(m - m_new)
+            norm = norm * shrink + tl.sum(p, 1)
+            value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
+            p = p.to(value.dtype)
+            acc = tl.dot(p, value, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
+            m = m_new
 
     alive = (rows < length) & (norm > 0.0)
     out = tl.where(alive[:, None], acc / tl.where(alive, norm, 1.0)[:, None], 0.0)
@@ -408,47 +331,6 @@ def _d_scores(p, dp, delta, dots, q, k, head, H, SCALE: tl.constexpr, DERIVATIVE
     if DERIVATIVE is not None:
         ds = ds * DERIVATIVE(dots * SCALE, q, k, head, H)
     return ds
-
-
-@jit
-def _d_query(
-    dq,
-    query,
-    d_out,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    k_t,
-    v_t,
-    begin,
-    end,
-    q_rows,
-    length,
-    head,
-    H,
-    SCALE: tl.constexpr,
-    SCORE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    FIRST_KEY: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
-    """Add the keys begin..end to dq of one query tile."""
-    for start in range(begin, end, BLOCK_K):
-        k_rows = start + tl.arange(0, BLOCK_K)
-        key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
-        value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
-        # (BLOCK_Q, BLOCK_K)
-        dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=dq.dtype)
-        q, k = q_rows[:, None], k_rows[None, :]
-        p = tl.exp2(_scores(dots, q, k, head, H, SCALE, SCORE, FIRST_KEY, DIAGONAL) - lse[:, None])
-        dp = tl.dot(d_out, tl.trans(value), input_precision="ieee", out_dtype=dq.dtype)
-        ds = _d_scores(p, dp, delta[:, None], dots, q, k, head, H, SCALE, DERIVATIVE)
-        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee", out_dtype=dq.dtype)
-    return dq
 
 
 @jit
@@ -511,105 +393,24 @@ def d_query_kernel(
     lse = tl.load(lse_ptr + per_row, mask=rows < length, other=float("inf"))
 
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
-    begin = _first(q_start, FIRST_KEY, BLOCK_K)
-    diagonal = tl.where(q_start < length, q_start, 0)
-    dq = _d_query(
-        dq,
-        query,
-        d_out,
-        lse,
-        delta,
-        k_ptr,
-        v_ptr,
-        k_t,
-        v_t,
-        begin,
-        diagonal,
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        DERIVATIVE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_K,
-        False,
-    )
-    dq = _d_query(
-        dq,
-        query,
-        d_out,
-        lse,
-        delta,
-        k_ptr,
-        v_ptr,
-        k_t,
-        v_t,
-        q_start,
-        tl.minimum(q_start + BLOCK_Q, length),
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        DERIVATIVE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_K,
-        True,
-    )
+    for DIAGONAL in tl.static_range(2):  # the tiles left of the diagonal, then those on it
+        if DIAGONAL:
+            begin, end = q_start, tl.minimum(q_start + BLOCK_Q, length)
+        else:
+            begin, end = _first(q_start, FIRST_KEY, BLOCK_K), tl.where(q_start < length, q_start, 0)
+        for start in range(begin, end, BLOCK_K):
+            k_rows = start + tl.arange(0, BLOCK_K)
+            key = _load(k_ptr, k_rows, k_t, length, D, BLOCK_D, DIAGONAL)  # (BLOCK_K, BLOCK_D)
+            value = _load(v_ptr, k_rows, v_t, length, D, BLOCK_D, DIAGONAL)
+            # (BLOCK_Q, BLOCK_K)
+            dots = tl.dot(query, tl.trans(key), input_precision="ieee", out_dtype=ACC)
+            q, k = rows[:, None], k_rows[None, :]
+            s = _scores(dots, q, k, h, H, SCALE, SCORE, FIRST_KEY, DIAGONAL)
+            p = tl.exp2(s - lse[:, None])
+            dp = tl.dot(d_out, tl.trans(value), input_precision="ieee", out_dtype=ACC)
+            ds = _d_scores(p, dp, delta[:, None], dots, q, k, h, H, SCALE, DERIVATIVE)
+            dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee", out_dtype=ACC)
     _store(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq * SCALE, D, BLOCK_D)
-
-
-@jit
-def _d_key_value(
-    dk,
-    dv,
-    key,
-    value,
-    q_ptr,
-    d_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    q_t,
-    d_out_t,
-    begin,
-    end,
-    k_rows,
-    length,
-    head,
-    H,
-    SCALE: tl.constexpr,
-    SCORE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    FIRST_KEY: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
-    """Add the queries begin..end to dk, dv of one key tile. Tiles are transposed, keys down: p^T
-    comes for free."""
-    for start in range(begin, end, BLOCK_Q):
-        q_rows = start + tl.arange(0, BLOCK_Q)
-        query = _load(q_ptr, q_rows, q_t, length, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
-        d_out = _load(d_out_ptr, q_rows, d_out_t, length, D, BLOCK_D, True)
-        lse = tl.load(lse_ptr + q_rows, mask=q_rows < length, other=float("inf"))
-        delta = tl.load(delta_ptr + q_rows, mask=q_rows < length, other=0.0)
-        # (BLOCK_K, BLOCK_Q)
-        dots = tl.dot(key, tl.trans(query), input_precision="ieee", out_dtype=dk.dtype)
-        q, k = q_rows[None, :], k_rows[:, None]
-        p = tl.exp2(_scores(dots, q, k, head, H, SCALE, SCORE, FIRST_KEY, DIAGONAL) - lse[None, :])
-        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee", out_dtype=dv.dtype)
-        dp = tl.dot(value, tl.trans(d_out), input_precision="ieee", out_dtype=dk.dtype)
-        ds = _d_scores(p, dp, delta[None, :], dots, q, k, head, H, SCALE, DERIVATIVE)
-        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee", out_dtype=dk.dtype)
-    return dk, dv
 
 
 @jit
@@ -654,7 +455,7 @@ def d_key_value_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dk and dv of one key tile."""
+    """dk and dv of one key tile, from the queries on its diagonal and then those below."""
     tl.static_assert(BLOCK_K % BLOCK_Q == 0, "the diagonal must end at a tile of queries")
     k_start = tl.program_id(0) * BLOCK_K
     b = (tl.program_id(1) // H).to(tl.int64)
@@ -670,62 +471,30 @@ def d_key_value_kernel(
     value = _load(v_ptr + b * v_b + h * v_h, rows, v_t, length, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_K, BLOCK_D), ACC)
-    end = length
+    last = length
     if LAST_QUERY is not None:
-        end = tl.minimum(length, LAST_QUERY(k_start + BLOCK_K - 1) + 1)
+        last = tl.minimum(length, LAST_QUERY(k_start + BLOCK_K - 1) + 1)
     full = k_start + BLOCK_K  # from here on every query sees the whole key tile
-    dk, dv = _d_key_value(
-        dk,
-        dv,
-        key,
-        value,
-        q_ptr,
-        d_out_ptr,
-        lse_ptr,
-        delta_ptr,
-        q_t,
-        d_out_t,
-        k_start,
-        tl.minimum(full, end),
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        DERIVATIVE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        True,
-    )
-    dk, dv = _d_key_value(
-        dk,
-        dv,
-        key,
-        value,
-        q_ptr,
-        d_out_ptr,
-        lse_ptr,
-        delta_ptr,
-        q_t,
-        d_out_t,
-        full,
-        end,
-        rows,
-        length,
-        h,
-        H,
-        SCALE,
-        SCORE,
-        DERIVATIVE,
-        FIRST_KEY,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        False,
-    )
+    for FULL in tl.static_range(2):  # the tiles on the diagonal, then those below it
+        if FULL:
+            begin, end = full, last
+        else:
+            begin, end = k_start, tl.minimum(full, last)
+        for start in range(begin, end, BLOCK_Q):
+            q_rows = start + tl.arange(0, BLOCK_Q)
+            query = _load(q_ptr, q_rows, q_t, length, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
+            d_out = _load(d_out_ptr, q_rows, d_out_t, length, D, BLOCK_D, True)
+            lse = tl.load(lse_ptr + q_rows, mask=q_rows < length, other=float("inf"))
+            delta = tl.load(delta_ptr + q_rows, mask=q_rows < length, other=0.0)
+            # (BLOCK_K, BLOCK_Q): tiles are transposed, keys down, so p^T comes for free
+            dots = tl.dot(key, tl.trans(query), input_precision="ieee", out_dtype=ACC)
+            q, k = q_rows[None, :], rows[:, None]
+            s = _scores(dots, q, k, h, H, SCALE, SCORE, FIRST_KEY, FULL == 0)
+            p = tl.exp2(s - lse[None, :])
+            dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee", out_dtype=ACC)
+            dp = tl.dot(value, tl.trans(d_out), input_precision="ieee", out_dtype=ACC)
+            ds = _d_scores(p, dp, delta[None, :], dots, q, k, h, H, SCALE, DERIVATIVE)
+            dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee", out_dtype=ACC)
     _store(dk_ptr + b * dk_b + h * dk_h, rows, dk_t, T, dk * SCALE, D, BLOCK_D)
     _store(dv_ptr + b * dv_b + h * dv_h, rows, dv_t, T, dv, D, BLOCK_D)
 
@@ -739,37 +508,30 @@ def _token_major(q: Tensor) -> Tensor:
     return q.new_empty(B, T, H, D).transpose(1, 2)
 
 
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, head and token of each (B, H, T, D) tensor."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _constants(q: Tensor, mod: ScoreMod) -> dict[str, Any]:
+    """Arguments of all three kernels that are compiled into them."""
+    D = q.shape[-1]
+    sizes = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D))}
+    functions = {"SCORE": mod.score, "FIRST_KEY": mod.first_key}
+    return {"SCALE": 1 / math.sqrt(D), "ACC": accumulator(q.dtype)[1]} | functions | sizes
+
+
 def triton_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: str
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, T, D) and L (B, H, T), in units of log 2."""
-    B, H, T, D = q.shape
-    mod, (sum_dtype, acc) = SCORE_MODS[score_mod], accumulator(q.dtype)
-    out, lse = _token_major(q), q.new_empty(B, H, T, dtype=sum_dtype)
+    B, H, T, _ = q.shape
+    out, lse = _token_major(q), q.new_empty(B, H, T, dtype=accumulator(q.dtype)[0])
     tile = _tiles(q)[0]
-    launch(
-        forward_kernel,
-        (triton.cdiv(T, tile["BLOCK_Q"]), B * H),
-        q,
-        k,
-        v,
-        out,
-        lse,
-        lengths,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        H,
-        T,
-        SCALE=1 / math.sqrt(D),
-        SCORE=mod.score,
-        FIRST_KEY=mod.first_key,
-        ACC=acc,
-        D=D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-        **tile,
-    )
+    grid = triton.cdiv(T, tile["BLOCK_Q"]), B * H
+    tensors, strides = (q, k, v, out, lse, lengths), _strides(q, k, v, out)
+    constants = _constants(q, SCORE_MODS[score_mod])
+    launch(forward_kernel, grid, *tensors, *strides, H, T, **constants, **tile)
     return out, lse
 
 
@@ -784,68 +546,25 @@ def triton_backward(
     score_mod: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv from the gradient of `out`, which may have any strides."""
-    B, H, T, D = q.shape
-    mod, (_, acc) = SCORE_MODS[score_mod], accumulator(q.dtype)
+    B, H, T, _ = q.shape
+    mod = SCORE_MODS[score_mod]
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
     dq, dk, dv, delta = _token_major(q), _token_major(q), _token_major(q), torch.empty_like(lse)
     _, query_tile, key_tile = _tiles(q)
-    constants = dict(
-        SCALE=1 / math.sqrt(D),
-        SCORE=mod.score,
-        DERIVATIVE=mod.derivative,
-        FIRST_KEY=mod.first_key,
-        ACC=acc,
-        D=D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-    )
-    launch(  # first, because it writes delta
-        d_query_kernel,
-        (triton.cdiv(T, query_tile["BLOCK_Q"]), B * H),
-        q,
-        k,
-        v,
-        out,
-        d_out,
-        dq,
-        lse,
-        delta,
-        lengths,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        *d_out.stride()[:3],
-        *dq.stride()[:3],
-        H,
-        T,
-        **constants,
-        **query_tile,
-    )
-    launch(
-        d_key_value_kernel,
-        (triton.cdiv(T, key_tile["BLOCK_K"]), B * H),
-        q,
-        k,
-        v,
-        d_out,
-        dk,
-        dv,
-        lse,
-        delta,
-        lengths,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *d_out.stride()[:3],
-        *dk.stride()[:3],
-        *dv.stride()[:3],
-        H,
-        T,
-        LAST_QUERY=mod.last_query,
-        **constants,
-        **key_tile,
-    )
+    constants = _constants(q, mod) | {"DERIVATIVE": mod.derivative}
+
+    # dq first, because it writes delta
+    grid = triton.cdiv(T, query_tile["BLOCK_Q"]), B * H
+    tensors = q, k, v, out, d_out, dq, lse, delta, lengths
+    strides = _strides(q, k, v, out, d_out, dq)
+    launch(d_query_kernel, grid, *tensors, *strides, H, T, **constants, **query_tile)
+
+    grid = triton.cdiv(T, key_tile["BLOCK_K"]), B * H
+    tensors = q, k, v, d_out, dk, dv, lse, delta, lengths
+    strides = _strides(q, k, v, d_out, dk, dv)
+    constants |= {"LAST_QUERY": mod.last_query}
+    launch(d_key_value_kernel, grid, *tensors, *strides, H, T, **constants, **key_tile)
     return dq, dk, dv
 
 
@@ -916,16 +635,16 @@ def attention(
 
     q, k, v    (B, H, T, D), one floating dtype, last stride 1; D up to 128 for Triton
     lengths    (B,) int32, tokens in each right-padded row; None: all T. Rows t >= lengths[b] of the
-               result are 0 and give and take no gradient; what lies there, NaN too, does not matter
+               result are 0 and pass no gradient; input values there do not matter, not even NaN
     score_mod  an entry of SCORE_MODS: "causal", or one that changes scores or hides more keys
-    impl       an entry of IMPLS, or "auto": Triton on CUDA, torch elsewhere
+    impl       "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 
     Returns (B, H, T, D) in the inputs' dtype, differentiable in q, k and v; its memory is laid out
     (B, T, H, D), so that `.transpose(1, 2).flatten(2)` is a view. Raises ValueError naming the
     argument, its value and the remedy.
     """
     _check(q, k, v, lengths, score_mod)
-    return choose(impl, IMPLS, q)(q, k, v, lengths, score_mod)
+    return choose(impl, "attention", IMPLS, q)(q, k, v, lengths, score_mod)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: str) -> None:

@@ -5,13 +5,12 @@ cached k, v (n, D):
 
     out = sum_j p_j v_j,    p = softmax( k q / sqrt(D) )
 
-Every key and value is read once and used for 4 operations, so the time is the time to read 2 n D
-elements a head: the fastest program is one that reads exactly those, nothing past a row's length,
-with enough programs in flight. There is nothing for matrix units to do; products are sums over
-registers in float32.
+Each element is read once and used in 2 operations, so the time is the time to read the 2 n D
+elements of a head. The fastest kernel reads nothing past a row's length and has enough programs in
+flight. Matrix units would not help: products are float32 sums in registers.
 
-**Split keys** (Dao et al. 2023, Flash-Decoding). With few rows and heads the grid would leave most
-of the GPU idle, so the keys are cut into splits, one program each. A split leaves its maximum m_i,
+**Split keys** (Dao et al. 2023, Flash-Decoding). Few rows and heads would leave most of the GPU
+idle, so the keys are cut into splits, one program each. A split leaves its maximum m_i,
 sum norm_i of exp(s - m_i) and unnormalised output acc_i; with m = max m_i, the second kernel forms
 
     out = sum_i exp(m_i - m) acc_i / sum_i exp(m_i - m) norm_i
@@ -20,13 +19,13 @@ sum norm_i of exp(s - m_i) and unnormalised output acc_i; with m = max m_i, the 
                                  k k k k k k k k k k k k k k . . . . . . . . . .   n ends in split 2
     programs                       all read    all read    reads to n   exits at once
 
-Bytes: 4 n D a row and head with 2-byte elements; a masked attention over the whole cache reads 4 S
-D, which in the middle of a rollout is about twice as much. Splits add 4 (D + 2) bytes written and
-read each.
+Bytes read per row and head (2-byte elements): 4 n D. Masked attention over a whole cache of C keys
+reads 4 C D, about twice as much in the middle of a rollout. Each split writes and reads 4 (D + 2)
+bytes more.
 
-There is no backward: training runs the whole sequence through kernels/flash_attention.py, which
-gives the same numbers up to rounding. Preconditions (checked in `decode_attention`): one floating
-dtype, last stride 1, D up to 128 for Triton.
+There is no backward: training uses kernels/flash_attention.py on whole sequences, which gives the
+same numbers up to rounding. Preconditions (checked in `decode_attention`): one floating dtype, last
+stride 1, D up to 128 for Triton.
 
 Run: python -m kernels.flash_decoding    verify every implementation, then time it
 """
@@ -45,8 +44,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels.benchmarks import decode_attention_rows
-from kernels.measure import TOLERANCE, benchmark, compare, verify_all
+from kernels.bench import TOLERANCE, benchmark, compare, decode_attention_rows, verify_all
 from kernels.runtime import (
     accumulator,
     check_floats,
@@ -98,8 +96,8 @@ def decode_torch(
     if not ragged:
         return _decode_torch(q, k, v, lengths, score_mod)
     if may_read(lengths):
-        # A hidden key has probability 0, but 0 times NaN is NaN. Only then is the tail worth
-        # zeroing: that copies the cache, which costs as much as the attention.
+        # A hidden key has probability 0, but 0 times NaN is NaN. Only then set the tail to zero:
+        # that copies the cache, which costs as much as the attention.
         out = _decode_torch(q, k, v, lengths.clamp_min(1), score_mod)
         if math.isfinite(out.sum()):
             return torch.where(lengths[:, None, None] > 0, out, 0.0)
@@ -117,7 +115,7 @@ def _decode_torch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, score_mod: s
     if mod.score is None:
         mask = mod.torch_visible(query, key)  # (B, 1, 1, S)
         return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask)[:, :, 0]
-    # Scores rounded to 16 bits would be off by more than what the mods do to them.
+    # Rounding scores to 16 bits would change them more than the score mods do.
     if q.element_size() == 2:
         return _decode_torch(q.float(), k.float(), v.float(), lengths, score_mod).to(q.dtype)
     scores = q[:, :, None] @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, 1, S)
@@ -153,8 +151,8 @@ def split_size(rows_and_heads: int, cache: int, block: int, processors: int) -> 
     """(number of splits, keys a split): two programs a multiprocessor, and at least four steps of
     keys a program.
 
-    Lengths are on the GPU and reading them would wait for it, so the whole cache is split; programs
-    past a row's length end at once.
+    The lengths are on the GPU, and reading them would wait for it, so the whole cache is split;
+    programs past a row's length end at once.
     """
     wanted = max(1, 2 * processors // max(rows_and_heads, 1))
     keys = max(triton.cdiv(cache, wanted), 4 * block)
@@ -258,7 +256,7 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """Merge the splits of one row and head; an empty split has m = -1e30 and norm = 0 and so weighs
+    """Merge the splits of one row and head. An empty split has m = -1e30 and norm = 0: it adds
     nothing."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_SPLITS)
@@ -287,49 +285,16 @@ def triton_decode(
     out = q.new_empty(B, H, D)
     m, norm = q.new_empty(2, B * H, splits, dtype=sum_dtype).unbind(0)
     partial = q.new_empty(B * H, splits, D if splits > 1 else 0, dtype=sum_dtype)
-    block_d = max(16, triton.next_power_of_2(D))
-    launch(
-        split_kernel,
-        (B * H, splits),
-        q,
-        k_cache,
-        v_cache,
-        m,
-        norm,
-        partial,
-        out,
-        lengths,
-        *q.stride()[:2],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        H,
-        S,
-        keys,
-        splits,
-        SCALE=1 / math.sqrt(D),
-        SCORE=mod.score,
-        FIRST_KEY=mod.first_key,
-        ACC=acc,
-        D=D,
-        BLOCK_D=block_d,
-        WHOLE=splits == 1,
-        **tile,
-    )
+
+    tensors = q, k_cache, v_cache, m, norm, partial, out, lengths
+    strides = *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]
+    both = {"ACC": acc, "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D))}
+    first = {"SCALE": 1 / math.sqrt(D), "SCORE": mod.score, "FIRST_KEY": mod.first_key}
+    first |= both | tile | {"WHOLE": splits == 1}
+    launch(split_kernel, (B * H, splits), *tensors, *strides, H, S, keys, splits, **first)
     if splits > 1:
-        launch(
-            combine_kernel,
-            (B * H,),
-            m,
-            norm,
-            partial,
-            out,
-            splits,
-            ACC=acc,
-            D=D,
-            BLOCK_D=block_d,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
-            num_warps=2,
-        )
+        second = both | {"BLOCK_SPLITS": triton.next_power_of_2(splits), "num_warps": 2}
+        launch(combine_kernel, (B * H,), m, norm, partial, out, splits, **second)
     return out
 
 
@@ -377,13 +342,13 @@ def decode_attention(
     k_cache, v_cache  (B, H, S, D), same dtype, last stride 1; from lengths[b] on ignored
     lengths           (B,) int32 in 0..S; the query is at position lengths[b] - 1; 0 gives 0
     score_mod         an entry of SCORE_MODS
-    impl              an entry of IMPLS, or "auto": Triton on CUDA, torch elsewhere
+    impl              "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 
     Returns (B, H, D) in the inputs' dtype. There is no backward: sampling needs none.
     Raises ValueError naming the argument, its value and the remedy.
     """
     _check(q, k_cache, v_cache, lengths, score_mod)
-    return choose(impl, IMPLS, q)(q, k_cache, v_cache, lengths, score_mod)
+    return choose(impl, "decode_attention", IMPLS, q)(q, k_cache, v_cache, lengths, score_mod)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_mod: str) -> None:

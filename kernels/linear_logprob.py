@@ -6,8 +6,8 @@ For token n with hidden state x (C), unembedding w (V, C), temperature tau and t
     logprob = z_y - L,     entropy = - sum_v p_v log p_v = L - sum_v p_v z_v
 
 **Forward** (one fused kernel). A program owns a tile of tokens and a stretch of the vocabulary. It
-walks the stretch a tile of logits at a time; the tile lives in registers, in float32, and leaves
-only four numbers a token behind:
+walks the stretch a tile of logits at a time. The tile lives in registers, in float32; only four
+numbers a token are kept:
 
     m = max z    s = sum exp(z - m)    t = sum (z - m) exp(z - m)    z_y, if y is in the stretch
 
@@ -18,28 +18,28 @@ stretches by the same rule and ends with logprob = z_y - m - log s and entropy =
 
     dz_v = ( g (1[v = y] - p_v) - h p_v (log p_v + entropy) ) / tau,    dx = dz w,    dw = dz^T x
 
-The logits are made again, a stretch of the vocabulary at a time: a kernel recomputes a tile from x,
-w and the saved L and writes dz, in the inputs' dtype, into one fixed workspace; the two products
-with it are ordinary matrix products. dx adds up in float32 over the stretches; each stretch's rows
-of dw are written once, so dw needs no float32 copy.
+The backward takes a stretch of the vocabulary at a time. A kernel recomputes the logits from x, w
+and the saved L and writes dz, in the inputs' dtype, into one fixed workspace; its products with w
+and x are ordinary matrix products. dx adds up in float32 over the stretches; each stretch's rows of
+dw are written once, so dw needs no float32 copy.
 
     programs of the forward                       the workspace of the backward: dz of a stretch
     vocabulary    stretch 0   stretch 1 ...       vocabulary   [ stretch 0 ] -> [ stretch 1 ] -> ...
     tokens   0    program 0,0   1,0               tokens   0   | dz | ...
     tokens 128    program 0,1   1,1               tokens 128   | dz | ...
 
-Why not fuse the backward as well: dx of one tile of tokens is 128 x C float32, 393 KB at C = 768,
-more than a multiprocessor holds; fused kernels therefore share sums through atomics or recompute
-the logits for dx and for dw (8 N V C operations). The workspace costs 6 N V C and 3 passes of 2
-bytes over the logits through the cache.
+Why not fuse the backward as well? dx of one tile of tokens is 128 x C float32, 393 KB at C = 768,
+more than a multiprocessor holds. A fused kernel must share sums through atomics, or recompute the
+logits twice, for dx and for dw (8 N V C operations). The workspace costs 6 N V C operations and
+three passes over 2-byte logits through the cache.
 
-Operations: 2 N V C forward, 6 N V C backward. Bytes at N = 8192, V = 50257, 2-byte inputs: eager
-float32 logits are 1.65 GB, and log_softmax, entropy and their gradients hold several such; here 16
-bytes a token and stretch forward (3.3 MB) and WORKSPACE_BYTES backward. Logits are never rounded to
-16 bits: at the logits around -100 that GPT-2 emits that alone costs 0.1 nats.
+Operations: 2 N V C forward, 6 N V C backward. Memory at N = 8192, V = 50257, 2-byte inputs: eager
+float32 logits take 1.65 GB, and log_softmax, entropy and their gradients hold several copies. Here
+it is 16 bytes a token and stretch forward (3.3 MB) and WORKSPACE_BYTES backward. Logits are never
+rounded to 16 bits: GPT-2's are around -100, where rounding alone costs 0.1 nats.
 
-Two designs compete in IMPLS: "triton" is the above; "torch" makes float32 logits of a chunk of
-tokens with the library's matrix product and reduces them from memory.
+IMPLS has two designs: "triton" is the above; "torch" makes the float32 logits of a chunk of tokens
+with the library's matrix product and reduces them from memory.
 
 Preconditions (checked in `logprobs`): one floating dtype, last stride 1, int64 targets.
 
@@ -59,8 +59,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels.benchmarks import logprobs_rows
-from kernels.measure import TOLERANCE, benchmark, compare, verify_all
+from kernels.bench import TOLERANCE, benchmark, compare, logprobs_rows, verify_all
 from kernels.runtime import (
     accumulator,
     add_product,
@@ -74,7 +73,7 @@ from kernels.runtime import (
     triton,
 )
 
-IGNORE = -100  # a target that asks for nothing: both outputs 0, no gradient
+IGNORE = -100  # the target of a token that does not count: both outputs 0, no gradient
 
 
 def reference(
@@ -94,9 +93,9 @@ def reference(
 def _chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Tokens whose logits are held at a time.
 
-    On a CPU 2^18 logits (1 MiB) stay in the second-level cache between the four passes over them;
-    fewer than 128 rows would read the weight too often. On a GPU 2^26 logits (256 MiB) fill the
-    matrix units and bound the memory.
+    On a CPU, 2^18 logits (1 MiB) stay in the second-level cache between the four passes over them;
+    fewer than 128 rows would read the weight too often. On a GPU, 2^26 logits (256 MiB) keep the
+    matrix units busy and bound the memory.
     """
     return max(128, (2**26 if device.type == "cuda" else 2**18) // vocabulary)
 
@@ -105,7 +104,7 @@ def _logits(x: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """x weight^T / temperature, accumulated and returned in float32 (float64 for float64)."""
     if x.dtype in (torch.float32, torch.float64):
         z = x @ weight.T
-    else:  # tensor cores, but the sums are not rounded to 16 bits: that would cost 0.02 to 0.1 nats
+    else:  # tensor cores, with sums in float32: 16-bit sums would cost 0.02 to 0.1 nats
         z = torch.mm(x, weight.T, out_dtype=torch.float32)
     return z if temperature == 1.0 else z.div_(temperature)
 
@@ -113,7 +112,7 @@ def _logits(x: Tensor, weight: Tensor, temperature: float) -> Tensor:
 class _ChunkedLogprobs(torch.autograd.Function):
     """Chunks of tokens, forward and backward; nothing of size (N, V) outlives its chunk.
 
-    Saves only the log-sum-exp and the entropy of each token; the backward makes the logits again.
+    Saves only the log-sum-exp and the entropy of each token; the backward recomputes the logits.
     """
 
     @staticmethod
@@ -194,8 +193,8 @@ def logprobs_torch(
 # ---- Triton: tile sizes
 
 # (BLOCK_N tokens, BLOCK_V logits, BLOCK_C of the product's inner loop, num_warps, num_stages), for
-# GPU class and bytes an element. Fixed rules, no tuning at run time; `python -m kernels.compile`
-# shows what each one uses.
+# GPU class and bytes an element. Nothing is tuned at run time; `python -m kernels.compile` shows
+# what each tile uses.
 TILES = {
     #                  forward                dz
     ("sm_90", 2): ((128, 128, 64, 8, 3), (128, 128, 64, 8, 3)),
@@ -236,25 +235,20 @@ def _logit_tile(
     scale,
     ACC: tl.constexpr,
     C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """x w^T `scale` for a tile: (BLOCK_N, BLOCK_V). Tokens that are not alive are read as zeros."""
+    """x w^T `scale` for a tile: (tokens, vocab). Tokens that are not alive are read as zeros."""
     # 64-bit offsets: token 42732 of a (N, 50257) matrix is already past 2^31
     x_rows = x_ptr + tokens[:, None].to(tl.int64) * x_n
     w_rows = w_ptr + vocab[:, None].to(tl.int64) * w_v
-    z = tl.zeros((BLOCK_N, BLOCK_V), ACC)
+    z = tl.zeros((tokens.shape[0], vocab.shape[0]), ACC)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        if C % BLOCK_C == 0:
-            x = tl.load(x_rows + c[None, :], mask=alive[:, None], other=0.0)
-            w = tl.load(w_rows + c[None, :], mask=vocab[:, None] < V, other=0.0)
-        else:
-            x = tl.load(x_rows + c[None, :], mask=alive[:, None] & (c[None, :] < C), other=0.0)
-            w = tl.load(
-                w_rows + c[None, :], mask=(vocab[:, None] < V) & (c[None, :] < C), other=0.0
-            )
+        x_mask, w_mask = alive[:, None], vocab[:, None] < V
+        if C % BLOCK_C != 0:
+            x_mask, w_mask = x_mask & (c[None, :] < C), w_mask & (c[None, :] < C)
+        x = tl.load(x_rows + c[None, :], mask=x_mask, other=0.0)
+        w = tl.load(w_rows + c[None, :], mask=w_mask, other=0.0)
         z = tl.dot(x, tl.trans(w), z, input_precision="ieee", out_dtype=ACC)
     return z * scale
 
@@ -308,22 +302,7 @@ def forward_kernel(
     target = tl.zeros((BLOCK_N,), ACC)
     for start in range(begin, tl.minimum(begin + STRETCH, V), BLOCK_V):
         vocab = start + tl.arange(0, BLOCK_V)
-        z = _logit_tile(
-            x_ptr,
-            w_ptr,
-            x_n,
-            w_v,
-            tokens,
-            y >= 0,
-            vocab,
-            V,
-            scale,
-            ACC,
-            C,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_C,
-        )
+        z = _logit_tile(x_ptr, w_ptr, x_n, w_v, tokens, y >= 0, vocab, V, scale, ACC, C, BLOCK_C)
         target += tl.sum(tl.where(vocab[None, :] == y[:, None], z, 0.0), 1)
         z = tl.where(vocab[None, :] < V, z, LOWEST)
         m_tile = tl.max(z, 1)
@@ -362,14 +341,10 @@ def combine_kernel(
     target = tl.zeros((BLOCK_N,), ACC)
     here = tokens.to(tl.int64)
     for _ in range(0, stretches):
-        m, s, t = _merge(
-            m,
-            s,
-            t,
-            tl.load(m_ptr + here, mask=keep, other=0.0),
-            tl.load(s_ptr + here, mask=keep, other=1.0),
-            tl.load(t_ptr + here, mask=keep, other=0.0),
-        )
+        m_other = tl.load(m_ptr + here, mask=keep, other=0.0)
+        s_other = tl.load(s_ptr + here, mask=keep, other=1.0)
+        t_other = tl.load(t_ptr + here, mask=keep, other=0.0)
+        m, s, t = _merge(m, s, t, m_other, s_other, t_other)
         target += tl.load(target_ptr + here, mask=keep, other=0.0)
         here += N
     asked = tl.load(y_ptr + tokens, mask=keep, other=-1) >= 0
@@ -405,17 +380,15 @@ def d_logits_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dz of a tile: tokens x vocabulary begin + tile. g_ptr or h_ptr is None where nobody asked for
-    that gradient."""
+    """dz of a tile: tokens x vocabulary begin + tile. g_ptr or h_ptr is None where that output has
+    no gradient."""
     LN2: tl.constexpr = 0.6931471805599453
     tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     vocab = begin + column
     y = tl.load(y_ptr + tokens, mask=tokens < N, other=-1)
     asked = y >= 0
-    z = _logit_tile(
-        x_ptr, w_ptr, x_n, w_v, tokens, asked, vocab, V, scale, ACC, C, BLOCK_N, BLOCK_V, BLOCK_C
-    )
+    z = _logit_tile(x_ptr, w_ptr, x_n, w_v, tokens, asked, vocab, V, scale, ACC, C, BLOCK_C)
     lse = tl.load(lse_ptr + tokens, mask=asked, other=0.0)
     # In units of log 2; the bound also keeps columns past V finite.
     logp = tl.minimum(z - lse[:, None], 0.0)
@@ -447,37 +420,15 @@ def triton_forward(
     partial = hidden.new_empty(4, stretches, N, dtype=sum_dtype).unbind(0)
     chosen, entropy, lse = (hidden.new_empty(N, dtype=sum_dtype) for _ in range(3))
     tile = _tiles(hidden)[0]
-    launch(
-        forward_kernel,
-        (triton.cdiv(N, tile["BLOCK_N"]), stretches),
-        hidden,
-        weight,
-        targets,
-        *partial,
-        hidden.stride(0),
-        weight.stride(0),
-        N,
-        V,
-        math.log2(math.e) / temperature,
-        ACC=acc,
-        C=C,
-        STRETCH=STRETCH,
-        **tile,
-    )
-    launch(
-        combine_kernel,
-        (triton.cdiv(N, 128),),
-        *partial,
-        targets,
-        chosen,
-        entropy,
-        lse,
-        N,
-        stretches,
-        ACC=acc,
-        BLOCK_N=128,
-        num_warps=4,
-    )
+    grid = triton.cdiv(N, tile["BLOCK_N"]), stretches
+    tensors, strides = (hidden, weight, targets, *partial), (hidden.stride(0), weight.stride(0))
+    constants = {"ACC": acc, "C": C, "STRETCH": STRETCH} | tile
+    scale = math.log2(math.e) / temperature
+    launch(forward_kernel, grid, *tensors, *strides, N, V, scale, **constants)
+
+    grid = (triton.cdiv(N, 128),)
+    tensors = *partial, targets, chosen, entropy, lse
+    launch(combine_kernel, grid, *tensors, N, stretches, ACC=acc, BLOCK_N=128, num_warps=4)
     return chosen, entropy, lse
 
 
@@ -503,33 +454,15 @@ def triton_backward(
     width = WORKSPACE_BYTES // (max(N, 1) * hidden.element_size()) // 512 * 512
     width = min(max(width, 512), triton.cdiv(V, 16) * 16)  # rows stay aligned to 16 elements
     dz = hidden.new_empty(N, width)
+    tensors = x, weight, targets, lse, entropy, g_chosen, g_entropy, dz
+    g_n, h_n = (0 if g is None else g.stride(0) for g in (g_chosen, g_entropy))
+    strides = x.stride(0), weight.stride(0), g_n, h_n, width
+    scales = math.log2(math.e) / temperature, 1 / temperature
+    constants = {"ACC": acc, "C": C} | tile
     for begin in range(0, V, width):
         end = min(begin + width, V)
-        launch(
-            d_logits_kernel,
-            (triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(end - begin, tile["BLOCK_V"])),
-            x,
-            weight,
-            targets,
-            lse,
-            entropy,
-            g_chosen,
-            g_entropy,
-            dz,
-            x.stride(0),
-            weight.stride(0),
-            0 if g_chosen is None else g_chosen.stride(0),
-            0 if g_entropy is None else g_entropy.stride(0),
-            width,
-            N,
-            end,
-            begin,
-            math.log2(math.e) / temperature,
-            1 / temperature,
-            ACC=acc,
-            C=C,
-            **tile,
-        )
+        grid = triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(end - begin, tile["BLOCK_V"])
+        launch(d_logits_kernel, grid, *tensors, *strides, N, end, begin, *scales, **constants)
         part = dz[:, : end - begin]
         add_product(d_hidden, part, weight[begin:end])
         torch.mm(part.T, x, out=d_weight[begin:end])
@@ -607,14 +540,14 @@ def logprobs(
     weight       (V, C) of the same dtype: the unembedding
     targets      (N,) int64 in 0..V-1, or -100: both outputs 0, no gradient
     temperature  > 0
-    impl         an entry of IMPLS, or "auto": Triton on CUDA, torch elsewhere
+    impl         "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 
     Returns logprobs (N,) and entropy (N,), float32 (float64 for float64). Both are differentiable
     in hidden and weight; logits are accumulated in float32 and never held for all tokens; gradients
     have the inputs' dtypes. Raises ValueError naming the argument, its value and the remedy.
     """
     _check(hidden, weight, targets, temperature)
-    return choose(impl, IMPLS, hidden)(hidden, weight, targets, float(temperature))
+    return choose(impl, "logprobs", IMPLS, hidden)(hidden, weight, targets, float(temperature))
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:

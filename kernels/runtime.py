@@ -1,22 +1,25 @@
-"""Where the kernels run: Triton or its absence, GPU or interpreter; checks that they share.
+"""Which implementation runs, on a GPU or in Triton's interpreter; checks that the kernels share.
 
-Triton is optional. Without it `jit` leaves a kernel an ordinary function that nobody calls, and
-`impl="triton"` is an error that says so. TRITON_INTERPRET=1, set before Triton is imported, runs
-the kernels on CPU tensors in Triton's interpreter: slow, but step by step the program that a GPU
-would run. The interpreter is right in float32 and float16; bfloat16 products are silently wrong
-there, so they are refused.
+Triton is optional. Without it `jit` returns a kernel as it is, an ordinary function that nobody
+calls, and `impl="triton"` is an error. TRITON_INTERPRET=1, set before Triton is imported, runs the
+kernels on CPU tensors in Triton's interpreter: slow, but the same program as on a GPU. The
+interpreter is right in float32 and float16; its bfloat16 products are wrong, so they are refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels import OPERATIONS
 
 try:
     import triton
@@ -26,10 +29,10 @@ except ImportError:  # not Linux, or not installed: the torch implementations do
     tl = None
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
-# Dense bfloat16 products with float32 sums, operations a second, by the makers' data sheets; the
-# first that matches counts. (kernels/measure.py has what products reach.)
+# Operations a second of dense bfloat16 products with float32 sums, from the data sheets; the first
+# pattern found in the GPU's name counts. (BOUNDS in kernels/bench.py has what products reach.)
 PEAK_FLOPS = {
-    r"Laptop": None,  # has the name of a faster card
+    r"Laptop": None,  # its name contains that of a faster card
     r"B200": 2250e12,
     r"H200": 989e12,
     r"H100 PCIe": 756e12,
@@ -46,8 +49,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def peak_flops(device: str) -> float | None:
-    """Operations a second that the GPU has by its data sheet; None where it is not in the table,
-    and on a CPU."""
+    """Operations a second of the GPU by its data sheet; None on a CPU and for a GPU that is not in
+    the table."""
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()
@@ -57,15 +60,13 @@ def peak_flops(device: str) -> float | None:
 def jit(function: Callable) -> Any:
     """`triton.jit` where Triton is installed; the bare function elsewhere.
 
-    An argument named T, N, S or V is a size that may change with every call: no special version of
-    the kernel is compiled for its being 1 or a multiple of 16.
+    An argument named T, N, S or V is a size that may change with every call, so Triton compiles no
+    special version of the kernel for a size of 1 or a multiple of 16.
     """
     if triton is None:
         return function
-    sizes = [
-        name for name in ("T", "N", "S", "V") if name in inspect.signature(function).parameters
-    ]
-    return triton.jit(function, do_not_specialize=sizes)
+    sizes = {"T", "N", "S", "V"} & set(inspect.signature(function).parameters)
+    return triton.jit(function, do_not_specialize=sorted(sizes))
 
 
 class Launch(NamedTuple):
@@ -104,9 +105,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 def gpu_class(tensor: Tensor) -> str:
     """The row of the tile tables for the device of `tensor`.
 
-    "sm_90" is Hopper and data-centre Blackwell (about 227 KiB of shared memory a block); "sm_80" is
-    every other GPU: its tiles also fit the 99 KiB of consumer parts, which Ampere's data-centre
-    part does not mind.
+    "sm_90" is Hopper and data-centre Blackwell (about 227 KiB of shared memory a block). "sm_80" is
+    every other GPU: its tiles fit the 99 KiB of consumer GPUs.
     """
     if _recorded is not None:
         return _recorded_class
@@ -116,8 +116,8 @@ def gpu_class(tensor: Tensor) -> str:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the device of `tensor`; 4 in the interpreter, so that its grids are split
-    as well."""
+    """Multiprocessors of the device of `tensor`; 4 in the interpreter, so that it splits its grids
+    too."""
     if not tensor.is_cuda:
         return 4 if _recorded is None else 132
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
@@ -139,27 +139,79 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
+def names(impl: str) -> dict[str, str]:
+    """Operation -> name of its implementation.
+
+    `impl` is one name for all operations, or "operation=name,operation=name", where an operation
+    that is not named gets "auto". Raises ValueError for an operation that there is not.
+    """
+    if "=" not in impl:
+        return dict.fromkeys(OPERATIONS, impl)
+    chosen = dict.fromkeys(OPERATIONS, "auto")
+    for part in impl.split(","):
+        operation, _, name = part.partition("=")
+        if operation not in OPERATIONS:
+            raise ValueError(
+                f"impl {impl!r} has an unknown operation {operation!r}; choose from "
+                f"{', '.join(OPERATIONS)}, as in attention=triton,logprobs=torch"
+            )
+        chosen[operation] = name
+    return chosen
+
+
+def implementation(text: str) -> str:
+    """An argparse type: `text` itself, if every operation has the implementation it names.
+
+    Raises argparse.ArgumentTypeError naming the unknown word and the known ones.
+    """
+    if text == "auto":
+        return text
+    impls = {name: import_module(f"kernels.{file}").IMPLS for name, file in OPERATIONS.items()}
+    try:
+        for operation, name in names(text).items():
+            _check_name(operation, name, impls[operation])
+    except ValueError as error:
+        some = [operation for operation in impls if text in impls[operation]]
+        if not some:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} implements {' and '.join(some)} alone; write "
+            + ",".join(f"{operation}={text}" for operation in some)
+        ) from None
+    return text
+
+
 def resolve(impl: str, device: str) -> str:
-    """The name that "auto" stands for on a kind of device: "triton" on "cuda" where Triton is
-    installed, "torch" elsewhere; other names stand for themselves."""
-    if impl != "auto":
-        return impl
-    return "triton" if device == "cuda" and triton is not None else "torch"
+    """`impl` as it will run on a kind of device: "auto" is "triton" on "cuda" where Triton is
+    installed, "torch" elsewhere. One name, or "operation=name,..." where operations differ."""
+    auto = "triton" if device == "cuda" and triton is not None else "torch"
+    chosen = {key: auto if name == "auto" else name for key, name in names(impl).items()}
+    if len(set(chosen.values())) == 1:
+        return chosen["attention"]
+    return ",".join(f"{operation}={name}" for operation, name in chosen.items())
 
 
-def choose(impl: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable:
-    """The implementation that `impl` names; "auto" is Triton on CUDA and torch elsewhere.
+def choose(impl: str, operation: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable:
+    """The entry of `impls`, the implementations of `operation`, that `impl` names (see `names`);
+    "auto" is Triton on CUDA and torch elsewhere.
 
     Raises ValueError for a name that is not in `impls` and for Triton where it cannot run on
     `tensor`.
     """
-    if impl == "auto":
-        impl = resolve(impl, tensor.device.type)
-    if impl not in impls:
-        raise ValueError(f"impl {impl!r} is unknown; choose one of auto, {', '.join(impls)}")
-    if impl.startswith("triton"):
-        _check_triton(impl, tensor)
-    return impls[impl]
+    name = names(impl)[operation]
+    _check_name(operation, name, impls)
+    if name == "auto":
+        name = resolve(name, tensor.device.type)
+    if name.startswith("triton"):
+        _check_triton(name, tensor)
+    return impls[name]
+
+
+def _check_name(operation: str, name: str, impls: Mapping[str, Callable]) -> None:
+    if name != "auto" and name not in impls:
+        raise ValueError(
+            f"impl {name!r} is unknown to {operation}; choose one of auto, {', '.join(impls)}"
+        )
 
 
 def _check_triton(impl: str, tensor: Tensor) -> None:
@@ -181,7 +233,7 @@ def _check_triton(impl: str, tensor: Tensor) -> None:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether reading a value is free: not on CUDA, where it waits for the GPU, nor while
+    """Whether reading a value is free: it is not on CUDA, where it waits for the GPU, nor while
     torch.compile traces."""
     return not tensor.is_cuda and not torch.compiler.is_compiling()
 

@@ -1,10 +1,9 @@
-"""Attention functions: which keys a query sees, and what is done to a score before the softmax.
+"""Attention functions: which keys a query sees, and how a score changes before the softmax.
 
     out[q] = sum over k of softmax_k( score(q . k / sqrt(D)) ) v[k],    k in first_key(q) .. q
 
-An entry of SCORE_MODS is all that a new attention function needs: the same small functions are
-compiled into the forward, the backward and the decoding kernel, bound their loops, and give the
-torch implementations their meaning.
+An attention function is an entry of SCORE_MODS. Its fields are functions, compiled into the
+forward, the backward and the decoding kernel; the torch implementations call the same functions.
 
     first_key(q)    the first key that query q sees (below 0 counts as 0); None: all, plain causal
     last_query(k)   the last query that sees key k, inverse of first_key; None: the last of the row
@@ -13,13 +12,19 @@ torch implementations their meaning.
                     hides a key; None: s
     derivative(s, q, k, head, num_heads)
                     d score / d s, finite everywhere; None: 1
-    torch_score     `score` on torch tensors, needed when `score` calls tl functions; None: itself
+    torch_score     `score` on torch tensors; None: `score` itself
 
-Indices count from the row's first token. first_key and last_query must not decrease, and they use
-operators alone: torch tensors, Triton tensors and plain integers all go through them. So may
-`score`; one that needs more (tl.exp2) has a twin. To add a function: write it below, add the entry,
-run `python -m kernels.flash_attention` and `python -m kernels.flash_decoding`; both verify every
-entry, as do the tests.
+q and k are indices that count from the row's first token. first_key and last_query bound the
+kernels' loops, so they must not decrease. What each function may use:
+
+    first_key, last_query   operators only (+ - * // and comparisons): they also get plain integers
+    score                   operators only, or tl functions (tl.exp2) with a torch_score beside it
+    derivative              operators and tl functions
+    torch_score             torch functions
+
+To add one: write its functions below, add the entry, and run `python -m kernels.flash_attention`
+and `python -m kernels.flash_decoding`. Both check every entry against the reference; so do the
+tests.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 strides."""
 
 import mmap
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,14 +12,24 @@ from torch import Tensor
 from kernels import runtime
 
 needs_triton = pytest.mark.skipif(runtime.triton is None, reason="Triton is not installed")
-_NO_RESERVE = (
-    0x4000  # Linux MAP_NORESERVE: address space without memory behind it until it is written
-)
+_NO_RESERVE = 0x4000  # Linux MAP_NORESERVE: address space that gets memory when it is written
+
+
+def each(impls: Iterable[str]) -> list:
+    """Parameters: every implementation, Triton's skipped where Triton is not installed."""
+    return [
+        pytest.param(name, marks=needs_triton if name.startswith("triton") else ())
+        for name in impls
+    ]
 
 
 def gpu_or_cpu() -> str:
     """Kernels run on the GPU if there is one, else in Triton's interpreter."""
     return "cpu" if runtime.INTERPRETED or not torch.cuda.is_available() else "cuda"
+
+
+def ints(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=gpu_or_cpu())
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, operation: str) -> list[tuple]:
@@ -56,6 +67,6 @@ def far_apart(rows: int, stride: int, columns: int) -> Tensor:
     return x
 
 
-def opcheck_all(operator: Any, arguments: list) -> None:
+def opcheck(operator: Any, arguments: list) -> None:
     """torch.library.opcheck with the first element, a sequence of tensors, spread out."""
     torch.library.opcheck(operator, (*arguments[0], *arguments[1:]))

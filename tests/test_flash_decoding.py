@@ -4,42 +4,29 @@ attention."""
 import pytest
 import torch
 
-from kernels import attention, decode_attention, flash_decoding, runtime
-from kernels.flash_decoding import IMPLS, reference, split_size, verify
-from kernels.measure import compare
+from kernels import attention, decode_attention, runtime
+from kernels.bench import compare
+from kernels.flash_decoding import IMPLS, split_size, verify
 from kernels.score_mods import SCORE_MODS
-from tests.interpreter import count_calls, far_apart, gpu_or_cpu, needs_triton, opcheck_all
-
-
-def ints(values):
-    return torch.tensor(values, dtype=torch.int32, device=gpu_or_cpu())
+from tests.interpreter import count_calls, each, far_apart, gpu_or_cpu, ints, needs_triton, opcheck
 
 
 def random_case(B, H, S, D):
-    device = gpu_or_cpu()
-    return torch.randn(B, H, D, device=device), *(
-        torch.randn(B, H, S, D, device=device) for _ in "kv"
-    )
-
-
-def skip_without_triton(impl):
-    if impl.startswith("triton") and runtime.triton is None:
-        pytest.skip("Triton is not installed")
+    shapes = (B, H, D), (B, H, S, D), (B, H, S, D)
+    return [torch.randn(shape, device=gpu_or_cpu()) for shape in shapes]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", each(IMPLS))
 def test_matches_float64(impl, dtype):
-    skip_without_triton(impl)
     verify(impl, dtype, gpu_or_cpu())
 
 
 @pytest.mark.parametrize("name", SCORE_MODS)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", each(IMPLS))
 def test_equals_the_last_row_of_attention(impl, name):
     """Sampling and training see the same distribution; attention's own reference shares no code
     with this one's."""
-    skip_without_triton(impl)
     q, k, v = (torch.randn(2, 2, 100, 16, device=gpu_or_cpu()) for _ in range(3))
     lengths = ints([100, 71])
     whole = attention(q, k, v, lengths, score_mod=name, impl="torch")
@@ -68,12 +55,9 @@ def test_reads_nothing_past_a_length(B, S, monkeypatch):
     lengths = [S, 0, 1, 77][-B:] if B > 1 else [333]
     loads = count_calls(monkeypatch, "create_masked_load")
     decode_attention(q, k, v, ints(lengths), impl="triton")
-    tiles = [
-        int(mask.data.sum())
-        for _, mask, *_ in loads
-        if mask.data.ndim == 2 and mask.data.shape[0] == 32
-    ]
-    assert sum(tiles) == 2 * H * sum(lengths) * D  # every key and value inside a length, once
+    masks = [mask.data for _, mask, *_ in loads]
+    read = sum(int(mask.sum()) for mask in masks if mask.ndim == 2 and mask.shape[0] == 32)
+    assert read == 2 * H * sum(lengths) * D  # every key and value inside a length, once
 
 
 def check_offsets_do_not_wrap(module):
@@ -88,21 +72,16 @@ def check_offsets_do_not_wrap(module):
 
 
 @needs_triton
-def test_offsets_do_not_wrap():
-    check_offsets_do_not_wrap(flash_decoding)
-
-
-@needs_triton
 def test_operator_passes_opcheck_and_torch_compile():
     q, k, v = random_case(2, 1, 40, 16)
     lengths = ints([40, 3])
-    opcheck_all(torch.ops.kernels.decode_attention, [(q, k, v, lengths), "causal"])
-    compiled = torch.compile(
-        lambda *x: decode_attention(*x, impl="triton"), backend="aot_eager", fullgraph=True
-    )
-    assert torch.equal(
-        compiled(q, k, v, lengths), decode_attention(q, k, v, lengths, impl="triton")
-    )
+    opcheck(torch.ops.kernels.decode_attention, [(q, k, v, lengths), "causal"])
+
+    def plain(*x):
+        return decode_attention(*x, impl="triton")
+
+    compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v, lengths), plain(q, k, v, lengths))
 
 
 def test_result_does_not_depend_on_the_other_rows():
@@ -114,37 +93,25 @@ def test_result_does_not_depend_on_the_other_rows():
         torch.testing.assert_close(alone[0], together[b], atol=1e-6, rtol=1e-6)
 
 
-def test_a_new_implementation_is_one_entry(monkeypatch):
-    monkeypatch.setitem(IMPLS, "mine", lambda *args: reference(*args) * 1.1)
-    with pytest.raises(AssertionError, match="decode_attention mine"):
-        verify("mine", torch.float32, gpu_or_cpu())
-
-
 def test_errors_name_argument_value_and_remedy():
     q, k, v = random_case(2, 2, 8, 16)
-    lengths = ints([8, 3])
+    good = {"q": q, "k_cache": k, "v_cache": v, "lengths": ints([8, 3])}
+    longs = good["lengths"].long()
     wrong = [
         (
-            (q[:, :, None], k, v, lengths),
+            {"q": q[:, :, None]},
             r"q has shape \(2, 2, 1, 16\); expected \(B, H, D\): one query a row",
         ),
-        ((q, k[:, :1], v, lengths), r"k_cache has shape \(2, 1, 8, 16\); expected \(2, 2, S, 16\)"),
-        ((q, k, v[:, :, :7], lengths), r"v_cache has shape \(2, 2, 7, 16\); expected"),
-        (
-            (q, k.half(), v, lengths),
-            "k_cache has dtype torch.float16 but q has torch.float32; convert",
-        ),
-        ((q, k, v.mT.contiguous().mT, lengths), "v_cache has last stride 8; expected 1"),
-        (
-            (q, k, v, lengths.long()),
-            "lengths has dtype torch.int64; expected torch.int32: call .int",
-        ),
-        ((q, k, v, lengths[None]), r"lengths has shape \(1, 2\); expected \(2,\)"),
+        ({"k_cache": k[:, :1]}, r"k_cache has shape \(2, 1, 8, 16\); expected \(2, 2, S, 16\)"),
+        ({"v_cache": v[:, :, :7]}, r"v_cache has shape \(2, 2, 7, 16\); expected"),
+        ({"k_cache": k.half()}, "k_cache has dtype torch.float16 but q has torch.float32; convert"),
+        ({"v_cache": v.mT.contiguous().mT}, "v_cache has last stride 8; expected 1"),
+        ({"lengths": longs}, "lengths has dtype torch.int64; expected torch.int32: call .int"),
+        ({"lengths": ints([8, 3])[None]}, r"lengths has shape \(1, 2\); expected \(2,\)"),
+        ({"score_mod": "none"}, "score_mod 'none' is unknown"),
     ]
     if not torch.cuda.is_available():  # on a GPU reading the values would wait for it
-        wrong.append(((q, k, v, ints([9, 1])), "lengths has value 9; expected 0..8"))
-    for args, message in wrong:
+        wrong.append(({"lengths": ints([9, 1])}, "lengths has value 9; expected 0..8"))
+    for changes, message in wrong:
         with pytest.raises(ValueError, match=message):
-            decode_attention(*args)
-    with pytest.raises(ValueError, match="score_mod 'none' is unknown"):
-        decode_attention(q, k, v, lengths, score_mod="none")
+            decode_attention(**good | changes)

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_logprob, logprobs, runtime
+from kernels.bench import TOLERANCE, compare
 from kernels.linear_logprob import IGNORE, IMPLS, reference, verify
-from kernels.measure import TOLERANCE, compare
-from tests.interpreter import far_apart, gpu_or_cpu, needs_triton, opcheck_all
+from tests.interpreter import each, far_apart, gpu_or_cpu, needs_triton, opcheck
 
 
 def random_case(N, V, C, dtype=torch.float32):
@@ -18,15 +18,9 @@ def random_case(N, V, C, dtype=torch.float32):
     return hidden.to(dtype), weight.to(dtype), torch.randint(V, (N,), device=device)
 
 
-def skip_without_triton(impl):
-    if impl.startswith("triton") and runtime.triton is None:
-        pytest.skip("Triton is not installed")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", each(IMPLS))
 def test_matches_float64(impl, dtype):
-    skip_without_triton(impl)
     verify(impl, dtype, gpu_or_cpu())
 
 
@@ -42,10 +36,9 @@ def test_reference_is_the_definition():
     torch.testing.assert_close(entropy, expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", each(IMPLS))
 def test_vocabulary_of_gpt2(impl):
     """V = 50257 is a multiple of nothing; the last entry is in the last, partial tile."""
-    skip_without_triton(impl)
     hidden, weight, targets = random_case(3, 50257, 16)
     targets[1] = 50256
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
@@ -80,10 +73,8 @@ def check_confident_targets(module, impl="triton"):
         compare(f"gradient of hidden row {row}", inputs[0].grad[row], exact[0].grad[row], 4e-3)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_confident_targets(impl):
-    skip_without_triton(impl)
-    check_confident_targets(linear_logprob, impl)
+def test_confident_targets():
+    check_confident_targets(linear_logprob, "torch")
 
 
 def check_stretches(module, impl="triton"):
@@ -105,14 +96,8 @@ def check_stretches(module, impl="triton"):
         compare(f"gradient of {name}", a.grad, e.grad, TOLERANCE[torch.float32])
 
 
-@needs_triton
-def test_stretches():
-    check_stretches(linear_logprob)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", each(IMPLS))
 def test_gradcheck(impl):
-    skip_without_triton(impl)
     if impl != "torch" and not runtime.INTERPRETED:
         pytest.skip("float64 runs in the interpreter only")
     hidden, weight, _ = random_case(4, 7, 3, torch.float64)
@@ -138,9 +123,8 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", each(IMPLS))
 def test_never_holds_all_logits(impl, monkeypatch):
-    skip_without_triton(impl)
     N, V = 400, 2000
     hidden, weight, targets = random_case(N, V, 8)
     hidden.requires_grad_()
@@ -157,23 +141,19 @@ def test_never_holds_all_logits(impl, monkeypatch):
     assert watch.elements >= N * V  # the reference does hold them, so the watch sees what it should
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", each(IMPLS))
 def test_result_does_not_depend_on_the_other_tokens(impl):
     """Tile sizes are fixed, so a token's numbers are the same in every batch, to the bit in
     Triton."""
-    skip_without_triton(impl)
     hidden, weight, targets = random_case(70, 300, 16)
-    many, few = (
-        logprobs(hidden, weight, targets, impl=impl),
-        logprobs(hidden[:5], weight, targets[:5], impl=impl),
-    )
+    many = logprobs(hidden, weight, targets, impl=impl)
+    few = logprobs(hidden[:5], weight, targets[:5], impl=impl)
     for a, b in zip(many, few, strict=True):
         torch.testing.assert_close(a[:5], b, rtol=0, atol=0 if impl == "triton" else 1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", each(IMPLS))
 def test_no_tokens_and_only_ignored_tokens(impl):
-    skip_without_triton(impl)
     for targets in (torch.empty(0, dtype=torch.int64), torch.full((3,), IGNORE)):
         hidden, weight, _ = random_case(len(targets), 20, 8)
         hidden.requires_grad_()
@@ -213,89 +193,43 @@ def check_offsets_do_not_wrap(module):
 
 
 @needs_triton
-def test_offsets_do_not_wrap():
-    check_offsets_do_not_wrap(linear_logprob)
-
-
-@needs_triton
-def test_operators_pass_opcheck():
+def test_operators_pass_opcheck_and_torch_compile():
+    operators = torch.ops.kernels
     hidden, weight, targets = random_case(5, 20, 16)
-    opcheck_all(
-        torch.ops.kernels.logprobs,
-        [(hidden.requires_grad_(), weight.requires_grad_()), targets, 0.9],
-    )
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    opcheck(operators.logprobs, [inputs, targets, 0.9])
     with torch.no_grad():
-        out = torch.ops.kernels.logprobs(hidden, weight, targets, 0.9)
-        opcheck_all(
-            torch.ops.kernels.logprobs_backward,
-            [(*out[:2], hidden, weight, targets, *out[1:]), 0.9],
-        )
+        chosen, entropy, lse = operators.logprobs(*inputs, targets, 0.9)
+        upstream = chosen, entropy, *inputs, targets, entropy, lse
+        opcheck(operators.logprobs_backward, [upstream, 0.9])
 
+    def plain(*x):
+        return logprobs(*x, impl="triton")[0]
 
-@needs_triton
-def test_goes_through_torch_compile():
-    hidden, weight, targets = random_case(5, 20, 16)
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    compiled = torch.compile(
-        lambda *x: logprobs(*x, impl="triton")[0], backend="aot_eager", fullgraph=True
-    )
-    out, expected = (
-        compiled(hidden, weight, targets),
-        logprobs(hidden, weight, targets, impl="triton")[0],
-    )
-    assert torch.equal(out, expected)
-    assert torch.equal(
-        torch.autograd.grad(out.sum(), weight)[0], torch.autograd.grad(expected.sum(), weight)[0]
-    )
-
-
-def test_a_new_implementation_is_one_entry(monkeypatch):
-    monkeypatch.setitem(IMPLS, "mine", lambda *args: tuple(x * 1.01 for x in reference(*args)))
-    with pytest.raises(AssertionError, match="logprobs mine"):
-        verify("mine", torch.float32, gpu_or_cpu())
+    pairs = []
+    for function in (plain, torch.compile(plain, backend="aot_eager", fullgraph=True)):
+        out = function(hidden, weight, targets)
+        pairs.append((out, *torch.autograd.grad(out.sum(), weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
 
 
 def test_errors_name_argument_value_and_remedy():
-    hidden, weight, targets = random_case(4, 20, 8)
+    x, w, y = random_case(4, 20, 8)
+    good = {"hidden": x, "weight": w, "targets": y}
     wrong = [
-        (
-            (hidden[None], weight, targets),
-            {},
-            r"hidden has shape \(1, 4, 8\); expected \(N, C\): use .flatten",
-        ),
-        ((hidden, weight[:, :5], targets), {}, r"weight has shape \(20, 5\); expected \(V, 8\)"),
-        (
-            (hidden, weight.double(), targets),
-            {},
-            "weight has dtype torch.float64 but hidden has torch.float32",
-        ),
-        ((hidden, weight.T.contiguous().T, targets), {}, "weight has last stride 20; expected 1"),
-        ((hidden, weight, targets[:3]), {}, r"targets has shape \(3,\); expected \(4,\)"),
-        (
-            (hidden, weight, targets.int()),
-            {},
-            "targets has dtype torch.int32; expected torch.int64: call .long",
-        ),
-        (
-            (hidden, weight, targets),
-            {"temperature": 0.0},
-            "temperature is 0.0; expected a finite number above 0",
-        ),
-        ((hidden, weight, targets), {"temperature": float("nan")}, "temperature is nan"),
-        (
-            (hidden, weight, targets),
-            {"impl": "cuda"},
-            "impl 'cuda' is unknown; choose one of auto, torch, triton",
-        ),
+        ({"hidden": x[None]}, r"hidden has shape \(1, 4, 8\); expected \(N, C\): use .flatten"),
+        ({"weight": w[:, :5]}, r"weight has shape \(20, 5\); expected \(V, 8\)"),
+        ({"weight": w.double()}, "weight has dtype torch.float64 but hidden has torch.float32"),
+        ({"weight": w.T.contiguous().T}, "weight has last stride 20; expected 1"),
+        ({"targets": y[:3]}, r"targets has shape \(3,\); expected \(4,\)"),
+        ({"targets": y.int()}, "targets has dtype torch.int32; expected torch.int64: call .long"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected a finite number above 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"impl": "cuda"}, "impl 'cuda' is unknown to logprobs; choose one of auto, torch, triton"),
     ]
     if not torch.cuda.is_available():  # on a GPU reading the values would wait for it
-        wrong.append(
-            ((hidden, weight, targets + 20), {}, r"targets has value \d+; expected 0..19, or -100")
-        )
-        wrong.append(
-            ((hidden, weight, targets * 0 - 1), {}, "targets has value -1; expected 0..19")
-        )
-    for args, options, message in wrong:
+        wrong.append(({"targets": y + 20}, r"targets has value \d+; expected 0..19, or -100"))
+        wrong.append(({"targets": y * 0 - 1}, "targets has value -1; expected 0..19"))
+    for changes, message in wrong:
         with pytest.raises(ValueError, match=message):
-            logprobs(*args, **options)
+            logprobs(**good | changes)

@@ -52,7 +52,7 @@ import train_ppo
 import train_rm
 import train_sft
 from generate import store_matrices
-from kernels.measure import RESULTS
+from kernels.bench import RESULTS
 from kernels.runtime import triton
 from model import GPT, GPTConfig, ScalarModel, forward_flops
 

@@ -1,0 +1,123 @@
+"""--kernels: a new implementation is one function and one line; it is checked and it trains."""
+
+import argparse
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+import train_ppo
+import train_sft
+from kernels import flash_attention, flash_decoding, linear_logprob, runtime
+from tests.interpreter import gpu_or_cpu
+from tests.tiny import Tiny
+
+MODULES = {
+    "attention": flash_attention,
+    "decode_attention": flash_decoding,
+    "logprobs": linear_logprob,
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Calls of (operation, implementation); "mine" is an attention that only the test has."""
+    count = Counter()
+
+    def register(operation: str, name: str, function) -> None:
+        def counted(*args):
+            count[operation, name] += 1
+            return function(*args)
+
+        monkeypatch.setitem(MODULES[operation].IMPLS, name, counted)
+
+    register("attention", "mine", flash_attention.reference)
+    for operation, module in MODULES.items():
+        register(operation, "torch", module.IMPLS["torch"])
+    return count
+
+
+def used(calls: Counter) -> set:
+    return {key for key, number in calls.items() if number}
+
+
+def test_an_sft_run_trains_with_mine(calls: Counter, tiny: Tiny, tmp_path: Path) -> None:
+    more = ("--max_steps", "1", "--kernels", "attention=mine,logprobs=torch")
+    assert train_sft.main(tiny.args("sft", tmp_path / "sft", *more)) == 0
+    assert used(calls) == {("attention", "mine"), ("logprobs", "torch")}
+
+
+def test_a_ppo_iteration_trains_with_mine(calls: Counter, tiny: Tiny, tmp_path: Path) -> None:
+    more = ("--max_steps", "1", "--kernels", "attention=mine,logprobs=torch")
+    assert train_ppo.main(tiny.args("ppo", tmp_path / "ppo", *more)) == 0
+    others = {("decode_attention", "torch"), ("logprobs", "torch")}  # "auto" samples
+    assert used(calls) == {("attention", "mine")} | others
+
+
+@pytest.mark.parametrize("operation", MODULES)
+def test_a_wrong_implementation_is_caught(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its file's `verify`, which looks at every entry of IMPLS."""
+    module = MODULES[operation]
+
+    def mine(*args):
+        out = module.reference(*args)
+        return tuple(x * 1.1 for x in out) if isinstance(out, tuple) else out * 1.1
+
+    monkeypatch.setitem(module.IMPLS, "mine", mine)
+    with pytest.raises(AssertionError, match=f"{operation} mine"):
+        module.verify("mine", torch.float32, gpu_or_cpu())
+
+
+@pytest.mark.parametrize(
+    "text", ["auto", "torch", "attention=mine", "logprobs=torch,attention=mine"]
+)
+def test_what_exists_is_accepted(text: str, calls: Counter) -> None:
+    assert kernels.implementation(text) == text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("tritn", "'tritn' is unknown to attention; choose one of auto, torch, triton, mine"),
+        ("mine", "'mine' implements attention alone; write attention=mine"),
+        (
+            "attention=yours",
+            "'yours' is unknown to attention; choose one of auto, torch, triton, mine",
+        ),
+        ("logprobs=mine", "'mine' is unknown to logprobs; choose one of auto, torch, triton"),
+        ("atention=mine", "unknown operation 'atention'; choose from attention, decode_attention"),
+        ("attention=mine,", "unknown operation ''; choose from attention, decode_attention"),
+        ("attention=", "'' is unknown to attention"),
+    ],
+)
+def test_what_does_not_exist_is_named(text: str, message: str, calls: Counter) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        kernels.implementation(text)
+    assert message in str(error.value)
+
+
+def test_the_banner_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.resolve("auto", "cpu") == kernels.resolve("torch", "cuda") == "torch"
+    assert kernels.resolve("attention=torch", "cpu") == "torch"
+    monkeypatch.setattr(runtime, "triton", object())
+    assert kernels.resolve("auto", "cuda") == "triton"
+    mixed = "attention=mine,decode_attention=triton,logprobs=torch"
+    assert kernels.resolve("logprobs=torch,attention=mine", "cuda") == mixed
+    monkeypatch.setattr(runtime, "triton", None)
+    assert kernels.resolve("auto", "cuda") == "torch"
+
+
+def test_names_are_looked_up_on_first_use() -> None:
+    """So `python -m` can choose the interpreter before Triton is imported and load a file once."""
+    code = """
+import runpy, sys, kernels
+assert "torch" not in sys.modules and "triton" not in sys.modules
+for file in kernels.OPERATIONS.values():
+    runpy.run_module(f"kernels.{file}", run_name="main")
+    assert f"kernels.{file}" not in sys.modules, file
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
