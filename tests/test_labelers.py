@@ -17,12 +17,12 @@ from data.label import parse_ranking
 from data.tiny import labelers
 from data.tiny.answers import Failings, answer
 from data.tiny.grader import Grade, grade, utility
-from data.tiny.labelers import POOL_WEIGHTS, Labels, Pool, dense_ranks, likert, metadata
+from data.tiny.labelers import POOL_WEIGHTS, Labels, Pool, dense_ranks, likert
 from data.tiny.tasks import LABELER_SHARES, make_prompt, pick
 from data.tiny.world import World
 
 NUM_PROMPTS = 400
-Grades = list[list[Grade]]  # of each response to each prompt
+Graded = tuple[list[list[Grade]], list[list[str]]]
 
 
 def label(*args, **more) -> Labels:
@@ -58,12 +58,11 @@ def candidates(world: World) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def grades(world: World, candidates: list[dict]) -> Grades:
-    return [[grade(world, r, text, True) for text in r["responses"]] for r in candidates]
-
-
-def texts(candidates: list[dict]) -> list[list[str]]:
-    return [record["responses"] for record in candidates]
+def graded(world: World, candidates: list[dict]) -> Graded:
+    """Grades and texts of the responses to each prompt."""
+    texts = [record["responses"] for record in candidates]
+    records = zip(candidates, texts, strict=True)
+    return [[grade(world, r, text, True) for text in row] for r, row in records], texts
 
 
 def pairs(row: list) -> Iterator[tuple[int, int]]:
@@ -71,15 +70,13 @@ def pairs(row: list) -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("pool_name", ["training", "held_out"])
-def test_two_labelers_agree_on_73_percent(
-    pool_name: str, candidates: list[dict], grades: Grades
-) -> None:
+def test_two_labelers_agree_on_73_percent(pool_name: str, graded: Graded) -> None:
     """Counted pair by pair from the definition, with other random draws than the fit's."""
     pool = Pool.make(pool_name)
-    noise = label(grades, texts(candidates), pool, seed=0).noise
+    noise = label(*graded, pool, seed=0).noise
     rng = random.Random(1)
     agreed = total = 0
-    for row, responses in 12 * list(zip(grades, texts(candidates), strict=True)):
+    for row, responses in 12 * list(zip(*graded, strict=True)):
         opinions = []
         for _ in range(2):
             weights = pool.weights[rng.randrange(len(pool.weights))]
@@ -96,13 +93,13 @@ def test_two_labelers_agree_on_73_percent(
     assert agreed / total == pytest.approx(0.73, abs=0.015)
 
 
-def test_labels_report_what_they_are(candidates: list[dict], grades: Grades) -> None:
+def test_labels_report_what_they_are(graded: Graded) -> None:
     pool = Pool.make("training")
-    labels = label(grades, texts(candidates), pool, seed=0)
+    labels = label(*graded, pool, seed=0)
     assert labels.agreement == pytest.approx(0.73, abs=0.005)
     tied = right = untied = 0.0
     weights = POOL_WEIGHTS["training"]
-    for ranks, row in zip(labels.ranks, grades, strict=True):
+    for ranks, row in zip(labels.ranks, graded[0], strict=True):
         values = [utility(marks, weights) for marks in row]
         for i, j in pairs(row):
             tied += ranks[i] == ranks[j]
@@ -114,54 +111,50 @@ def test_labels_report_what_they_are(candidates: list[dict], grades: Grades) -> 
     assert 0.1 < labels.tie_rate < 0.5 and 0.7 < labels.ceiling < 0.9
 
 
-def test_noise_is_fitted_on_responses_to_their_prompt(
-    candidates: list[dict], grades: Grades
-) -> None:
+def test_noise_is_fitted_on_responses_to_their_prompt(graded: Graded) -> None:
     """Answers to other prompts are told apart by everyone; they must not make labelers noisier."""
     pool, bad = Pool.make("training"), Grade(0.0, 0.0, 0.0, 0.0, 0.0)
-    without = label(grades, texts(candidates), pool, seed=0).noise
-    more = [[*row, bad] for row in grades]
-    more_texts = [[*row, "an answer to another prompt"] for row in texts(candidates)]
-    sampled = [[True] * len(row) + [False] for row in grades]
+    without = label(*graded, pool, seed=0).noise
+    more = [[*row, bad] for row in graded[0]]
+    more_texts = [[*row, "an answer to another prompt"] for row in graded[1]]
+    sampled = [[True] * len(row) + [False] for row in graded[0]]
     noise = label(more, more_texts, pool, 0, sampled=sampled).noise
     assert noise == pytest.approx(without, rel=0.1)
     assert label(more, more_texts, pool, 0).noise > 1.2 * without
 
 
 def test_ranks_follow_utility_when_labelers_always_agree(
-    candidates: list[dict], grades: Grades, monkeypatch: pytest.MonkeyPatch
+    graded: Graded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(labelers, "TARGET_AGREEMENT", 1.0)
     monkeypatch.setattr(labelers, "WEIGHT_SPREAD", 0.0)
-    labels = label(grades, texts(candidates), Pool.make("training"), seed=0)
+    labels = label(*graded, Pool.make("training"), seed=0)
     assert labels.noise < 1e-6
-    for ranks, row in zip(labels.ranks, grades, strict=True):
+    for ranks, row in zip(labels.ranks, graded[0], strict=True):
         steps = [round(12 * utility(marks, POOL_WEIGHTS["training"]) + 1e-9) for marks in row]
         order = sorted(set(steps), reverse=True)
         assert ranks == [order.index(step) + 1 for step in steps]
 
 
-def test_equal_texts_tie_and_labels_depend_on_the_seed_alone(
-    candidates: list[dict], grades: Grades
-) -> None:
+def test_equal_texts_tie_and_labels_depend_on_the_seed_alone(graded: Graded) -> None:
     pool = Pool.make("training")
-    labels = label(grades, texts(candidates), pool, seed=3)
+    labels = label(*graded, pool, seed=3)
     twins = 0
-    for ranks, responses in zip(labels.ranks, texts(candidates), strict=True):
+    for ranks, responses in zip(labels.ranks, graded[1], strict=True):
         for i, j in pairs(ranks):
             if responses[i] == responses[j]:
                 twins += 1
                 assert ranks[i] == ranks[j]
     assert twins > 50
-    again = label(grades, texts(candidates), pool, seed=3)
+    again = label(*graded, pool, seed=3)
     assert (again.ranks, again.labelers) == (labels.ranks, labels.labelers)
-    assert label(grades, texts(candidates), pool, seed=4).ranks != labels.ranks
+    assert label(*graded, pool, seed=4).ranks != labels.ranks
 
 
-def test_pools_have_random_numbers_of_their_own(candidates: list[dict], grades: Grades) -> None:
+def test_pools_have_random_numbers_of_their_own(graded: Graded) -> None:
     """Equal noise in both would make the held-out labelers agree with the others by chance."""
     picks, noises = [], []
-    marked = labelers._Marked.of(grades, texts(candidates))
+    marked = labelers._Marked.of(*graded)
     for name in POOL_WEIGHTS:
         ids, _, noise = marked.draw(Pool.make(name), Pool.make(name).rng(0, 2))
         picks.append(ids)
@@ -198,21 +191,12 @@ def test_agreement_out_of_reach_is_reported_not_invented() -> None:
     assert labels.tie_rate == 1.0 and np.isnan(labels.agreement) and np.isnan(labels.ceiling)
 
 
-def test_likert_and_metadata() -> None:
+def test_likert() -> None:
     best, weights = Grade(1, 1, 1, 1, 1), POOL_WEIGHTS["training"]
     worst = replace(best, helpful=0, truthful=0, harmless=0, ended=0)
     assert (likert(best, weights), likert(worst, weights)) == (7, 1)
     # (1.0 * 0.5 + 0.7 + 0.8 + 0.4) / 2.9 = 0.828; seventh steps of 1/7: 5.79
     assert likert(replace(best, helpful=0.5), weights) == 6
-    assert metadata(replace(best, constraints=0.5, fabricated=True, harmless=0.5)) == {
-        "fails_task": False,
-        "inappropriate": True,
-        "satisfies_constraint": False,
-        "hallucination": True,
-        "hedges": False,
-    }
-    assert metadata(replace(best, informative=0.0))["fails_task"] is True
-    assert metadata(best)["satisfies_constraint"] is None
 
 
 # ------------------------------------------------------------------------------- the command
@@ -243,9 +227,7 @@ def test_command_adds_ranks_and_labeler(files: Path, capsys: pytest.CaptureFixtu
     assert run(files, "--pool", "held_out", "--seed", "5") == made
 
 
-def test_several_labelers_rank_each_prompt(
-    files: Path, candidates: list[dict], grades: Grades
-) -> None:
+def test_several_labelers_rank_each_prompt(files: Path, candidates: list[dict]) -> None:
     """The first as if alone; no two of them are one person, and they agree as often as any two."""
     write_jsonl(files / "candidates.jsonl", candidates, "candidates")
     alone, made = run(files), run(files, "--labelers", "3")

@@ -240,14 +240,3 @@ def likert(grade: Grade, weights: tuple[float, ...] | np.ndarray) -> int:
     """Overall quality, 1 to 7, as on the paper's labeling page: utility in seven equal steps."""
     weights = np.asarray(weights) / np.sum(weights)
     return 1 + min(6, int(7 * float(np.dot(weights, parts_of(grade)))))
-
-
-def metadata(grade: Grade) -> dict[str, bool | None]:
-    """The paper's binary metadata (Table 3) that the tiny world can tell; None: does not apply."""
-    return {
-        "fails_task": grade.informative < 0.5,
-        "inappropriate": grade.harmless < 1.0,
-        "satisfies_constraint": None if grade.constraints is None else grade.constraints >= 1.0,
-        "hallucination": grade.fabricated,
-        "hedges": grade.hedged,
-    }
