@@ -50,6 +50,7 @@ from data.tokenizer import encode_prompt, encode_response, save_tokenizer, train
 
 Record = dict
 Kinds = Collection[str]  # of facts that a prompt may name
+Pools = dict[tuple[str, str, str], list[Record]]  # by split, source, purpose
 FEEDBACK_KINDS = ("ordinary", "misconceived")  # facts that prompts of the labelled sets may name
 DEMONSTRATED_KINDS = ("ordinary",)  # facts that demonstrations may mention
 # Share of labeler-written prompts by set (InstructGPT Table 6).
@@ -249,9 +250,6 @@ def demonstrate(
             made = respond(record)
         done.append(made)  # where every try was too long, check_lengths says so
     return done
-
-
-Pools = dict[tuple[str, str, str], list[Record]]  # by split, source, purpose
 
 
 def write_prompts(

@@ -56,7 +56,7 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def phrases(table: str) -> dict[str, tuple[str, ...]]:
-    """A table, in each line a name and its phrases; a line that begins with | goes on."""
+    """A table, in each line a name and its phrases; one that begins with | continues the last."""
     rows = re.sub(r"\n\s*\|", " |", table.strip()).splitlines()
     return {name: listed(text) for name, text in (row.split(maxsplit=1) for row in rows)}
 
