@@ -83,18 +83,18 @@ $(call weights,init): train_sft.py $(call weights,base)
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
 	  --pretrain_fraction 0.1 --no-epoch_checkpoints
 
-# Step 2: K = 4..9 responses a prompt, rankings, reward model.
-# One training response a prompt is another prompt's; validation is on samples as they are. Those
-# for training are drawn by two processes that share all cores.
+# Step 2: K = 4..9 responses a prompt, rankings, reward model. Those for training are drawn by two
+# processes that share all cores.
 train = $(filter train,$*)
 $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
 	$(if $(train),,$(half)) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
-	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(if $(train),--off_topic 1 --processes 2)
+	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(if $(train),--processes 2)
 
-# Three people rank each training prompt, which is one batch element all the same.
+# Three people rank each training prompt, which is one batch element all the same; one response of it
+# is another prompt's. Validation is on samples as they are.
 $(D)/%/comparisons.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
-	  --pool training --seed $(SEED) $(if $(train),--labelers 3)
+	  --pool training --seed $(SEED) $(if $(train),--labelers 3 --off_topic 1)
 
 $(D)/%/comparisons_held_out.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \

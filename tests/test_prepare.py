@@ -247,7 +247,7 @@ def test_real_sets_end_to_end(real_data, tmp_path):
         if kind != "prompts"
     )
     assert total["oasst", "comparisons"] == 211 and total["dolly", "demonstrations"] == 999
-    assert total["qa-feedback", "comparisons"] == 370  # 372 less 2 with a street address in train
+    assert total["qa-feedback", "comparisons"] == 372
     for name, kind in total:
         shares = [
             sum(r["data_set"] == name for r in parts[s][kind]) / total[name, kind] for s in SPLITS

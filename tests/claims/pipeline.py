@@ -363,7 +363,6 @@ class Seed:
                 data=self.path("data", f"{source}.jsonl"),
                 checkpoints=[policy, *sft],
                 shares=[0.7, 0.3][: 1 + len(sft)],
-                off_topic=len(sft),
                 processes=None,
             )
             self.run(
