@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import BadInput, parse_json
-from data.real.raw import clean, get, read_json_lines, read_text
+from data.real.raw import clean, get, read_json_lines, read_raw
 from data.real.text_metrics import CANNOT_ANSWER, normalize_answer, quac_human_f1, quac_references
 
 # ------------------------------------------------------------------------------------------ items
@@ -85,7 +85,7 @@ class Opening(Item):
 def _rows(path: Path, delimiter: str = ",", **options: Any) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("file: row number", row) of a table with a heading row."""
     csv.field_size_limit(1 << 27)
-    reader = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter, **options)
+    reader = csv.DictReader(io.StringIO(read_raw(path)), delimiter=delimiter, **options)
     for number, row in enumerate(reader, start=1):
         yield f"{path}: row {number}", row
 
@@ -196,7 +196,7 @@ NOT_IN_BACKGROUND = "Not in background."
 
 def squad2(paths: list[Path]) -> Iterator[Item]:
     """dev-v2.0.json. The reference of a question without an answer is ""."""
-    for article in get(parse_json(read_text(paths[0]), str(paths[0])), "data", list, str(paths[0])):
+    for article in get(parse_json(read_raw(paths[0]), str(paths[0])), "data", list, str(paths[0])):
         title = get(article, "title", str, str(paths[0]))
         for number, paragraph in enumerate(get(article, "paragraphs", list, title), start=1):
             group, turns = f"{title}, paragraph {number}", []
@@ -220,7 +220,7 @@ I_DO_NOT_KNOW = "I don't know."
 def quac(paths: list[Path]) -> Iterator[Item]:
     """val_v0.2.json. Questions on whose answer people agree too little are not asked, as
     officially (`quac_human_f1` below 0.4), but shown before later ones."""
-    for section in get(parse_json(read_text(paths[0]), str(paths[0])), "data", list, str(paths[0])):
+    for section in get(parse_json(read_raw(paths[0]), str(paths[0])), "data", list, str(paths[0])):
         title = get(section, "title", str, str(paths[0]))
         title = f"{title}, {get(section, 'section_title', str, title, default='')}".rstrip(", ")
         for paragraph in get(section, "paragraphs", list, title):
@@ -253,7 +253,7 @@ def drop_spans(answer: Any, where: str) -> tuple[str, ...]:
 
 def drop(paths: list[Path]) -> Iterator[Item]:
     """drop_dataset_dev.json. A reference is a tuple of spans; all annotators' count."""
-    passages = parse_json(read_text(paths[0]), str(paths[0]))
+    passages = parse_json(read_raw(paths[0]), str(paths[0]))
     for group in passages:
         passage = clean(get(passages[group], "passage", str, group))
         for qa in get(passages[group], "qa_pairs", list, group):
@@ -277,14 +277,14 @@ def _line_pairs(
 
 
 def _lines(path: Path) -> list[str]:
-    return read_text(path).removesuffix("\n").split("\n")
+    return read_raw(path).removesuffix("\n").split("\n")
 
 
 def fr_en(paths: list[Path]) -> Iterator[Item]:
     """src.fr and ref.en beside it: <seg> elements of SGML, or one sentence a line."""
 
     def sentences(path: Path) -> list[str]:
-        text = read_text(path)
+        text = read_raw(path)
         if "<seg" not in text:
             return _lines(path)
         return [html.unescape(s) for s in re.findall(r"<seg[^>]*>(.*?)</seg>", text, flags=re.S)]
@@ -376,7 +376,7 @@ def truthfulqa(paths: list[Path]) -> Iterator[Item]:
         )
 
     if paths[0].suffix == ".json":
-        for number, record in enumerate(parse_json(read_text(paths[0]), str(paths[0])), start=1):
+        for number, record in enumerate(parse_json(read_raw(paths[0]), str(paths[0])), start=1):
             where = f"{paths[0]}: record {number}"
             first, second = (get(record, f"mc{n}_targets", dict, where) for n in (1, 2))
             top = [text for text, right in first.items() if right]
