@@ -35,7 +35,7 @@ def read_raw(path: Path) -> str:
     if path.suffix == ".gz":
         try:
             text = gzip.decompress(path.read_bytes()).decode("utf-8-sig").replace("\r\n", "\n")
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise BadInput(f"{path}: damaged gzip file ({error}); download it again") from None
     else:
         text = read_text(path)
