@@ -148,8 +148,8 @@ real: $(R)/report/report.md $(R)/folds/folds.md
 	@cat $(R)/report/table.txt $(R)/folds/folds.md
 	@echo "The report is $(R)/report/report.md; reward-model accuracy in $(R)/folds/folds.md."
 
-$(R)/data/account.txt: data/real/prepare.py data/real/convert.py data/real/raw.py data/hygiene.py \
-                       data/tokenizer.py data/files.py | .venv/ready
+$(R)/data/account.txt: data/real/prepare.py data/real/convert.py data/real/raw.py \
+                       data/real/sources.py data/hygiene.py data/tokenizer.py data/files.py | .venv/ready
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(py) -m data.real.prepare novels alpaca oasst qa-feedback --from $(DATA) --out $(R)/data \
 	  --passage_chars 300 --seed $(SEED)
