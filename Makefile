@@ -17,6 +17,10 @@ OUT     ?= out
 SEED    ?= 0
 TESTS   ?=
 CLAIMS  ?=
+# Make cannot keep a name with white space together, neither in rules nor in lists.
+ifneq ($(words x$(OUT)x),1)
+$(error OUT="$(OUT)" has white space; give a folder name without)
+endif
 py      := .venv/bin/python
 # Two stages at a time where the graph allows it, each on half of the cores: small matrix products
 # use two separate cores better than two together. A stage that has to run alone gets them all.
@@ -48,7 +52,7 @@ lint: .venv/ready
 	$(py) -m ruff format --check .
 
 clean:
-	rm -rf $(OUT)
+	rm -rf -- "$(OUT)"
 
 .venv/ready: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 from checkpoint import find_model, read_info
 from data.files import (
+    LEFTOVER,
     BadInput,
     Parts,
     Record,
@@ -265,8 +267,47 @@ def best_of_n(
 # Choosing the SFT epoch
 
 
+# What --select writes, to --out.
+SELECTED = ("config.json", "model.safetensors", "tokenizer.json", "selection.csv", "SHA256SUMS",
+            "parts")  # fmt: skip
+
+
+def check_replaceable(args: argparse.Namespace) -> None:
+    """Raise `BadInput` where --select would destroy something: it replaces --out as a whole.
+
+    So --out may hold an earlier selection, whole or in parts, and nothing else; no input may be
+    in it; and it may not be where a run keeps its own models.
+    """
+    out, real, refused = Path(args.out), Path(args.out).resolve(), f"--out {args.out}: "
+    if not out.name.strip(".") or out.is_symlink() or os.path.ismount(out):
+        raise BadInput(
+            f"{refused}is replaced as a whole, which '.', a link and a mount point cannot be; give "
+            "the name of a new folder"
+        )
+    for name in ("select", "reward_model", "data", "world"):
+        path = getattr(args, name)
+        if path and Path(path).resolve().is_relative_to(real):
+            raise BadInput(
+                f"{refused}is replaced as a whole, and --{name} {path} lies in it; give another "
+                "folder"
+            )
+    for run in (args.select, args.reward_model):
+        for kept in (Path(run, name) for name in ("epochs", "checkpoints", "steps")):
+            if real.is_relative_to(kept.resolve()):
+                raise BadInput(f"{refused}{kept} is for models of that run; give another folder")
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # A model without selection.csv is a training's.
+    earlier = SELECTED if "selection.csv" in there else ("parts",)
+    if others := sorted(n for n in there if n not in earlier and not LEFTOVER.fullmatch(n)):
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        raise BadInput(
+            f"{refused}is replaced as a whole, but holds {others[0]!r}{more}, which no earlier "
+            "selection wrote; give another folder, or move that away"
+        )
+
+
 def select(args: argparse.Namespace) -> None:
-    """Copy the epoch checkpoint that the reward model chooses to --out (C.1).
+    """Copy the epoch checkpoint that the reward model chooses to --out, replacing it (C.1).
 
     The paper chose SFT models "based on the RM score on the validation set", although validation
     loss turns up after one epoch; selection.csv has the three curves. See `last_of_the_best`.
@@ -951,9 +992,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
+    remove_leftovers(Path(args.out).parent, Path(args.out).name)  # may put an earlier --out back
+    if args.select:
+        check_replaceable(args)
     check_writable(args.out)
     remove_leftovers(args.out)
-    remove_leftovers(Path(args.out).parent, Path(args.out).name)
     if args.select:
         select(args)
     elif args.folds:

@@ -301,14 +301,22 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+# What a process has aside: `.<what it becomes>.<process>.tmp`, or the folder that it replaces.
+LEFTOVER = re.compile(r"\.(.+)\.\d+\.(tmp|replaced)")
+
+
 def write_folder_atomic(folder: Path | str, write: Callable[[Path], None]) -> None:
     """Call `write(aside)` on an empty folder aside, add checksums, flush, rename it to `folder`.
 
-    A folder already there is replaced. SHA256SUMS is in the format of the sha256sum command.
+    A folder already there is replaced: it steps aside whole, and goes when the new one is in its
+    place. Where that fails (`OSError`) it stays; where the process is killed between the two
+    renames, `remove_leftovers` puts it back. SHA256SUMS is in the format of the sha256sum command.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    replaced = aside.with_suffix(".replaced")
+    _put_back(replaced, folder)  # of a killed process of the same number
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -318,19 +326,40 @@ def write_folder_atomic(folder: Path | str, write: Callable[[Path], None]) -> No
         for file in aside.iterdir():
             flush_to_disk(file)
         flush_to_disk(aside)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir() and not folder.is_symlink():
+            os.rename(folder, replaced)  # not of a mount point: nothing is lost then
         os.replace(aside, folder)
         flush_to_disk(folder.parent)
     finally:
+        _put_back(replaced, folder)
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _put_back(replaced: Path, folder: Path) -> None:
+    """Rename a folder that has stepped aside back, or delete it where its place is taken."""
+    if not replaced.exists():
+        return
+    try:
+        os.replace(replaced, folder)  # also over an empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path | str, name: str = "") -> None:
-    """Delete what killed processes left aside in `folder` before it could be renamed; with `name`,
-    only what was to become that file or folder: others may be at work beside it."""
-    for path in Path(folder).glob(".*.tmp"):
-        if re.fullmatch(rf"\.{re.escape(name) or '.+'}\.\d+\.tmp", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Delete what killed processes left aside in `folder` before it could be renamed, and put back
+    the folders that they were about to replace; with `name`, only what was to become that file or
+    folder: others may be at work beside it."""
+    for path in sorted(Path(folder).glob(".*")):
+        if not (found := LEFTOVER.fullmatch(path.name)) or name not in ("", found[1]):
+            continue
+        if found[2] == "replaced":
+            _put_back(path, path.with_name(found[1]))
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _sha256(file: Path) -> str:

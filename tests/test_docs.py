@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -155,6 +156,21 @@ def test_stages_side_by_side_have_half_of_the_cores_each() -> None:
         "report ahead": True,
         "report": False,
     }
+
+
+@pytest.mark.parametrize("out", ["my out", "out ", "my\tout"])
+def test_make_refuses_a_folder_with_white_space(out: str, tmp_path: Path) -> None:
+    """`make clean` would remove others: of "my out" the folders "my" and "out"."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("my", "out", out):
+        (tmp_path / name).mkdir()
+    run = subprocess.run(
+        ["make", "clean", f"OUT={out}"], cwd=tmp_path, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
+    )  # fmt: skip
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.count("\n") == 1 and f'OUT="{out}" has white space; give' in run.stderr
+    assert all((tmp_path / name).is_dir() for name in ("my", "out", out))
 
 
 def test_what_decides_a_measurement_makes_the_demo_measure_again() -> None:

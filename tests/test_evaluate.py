@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -376,6 +378,90 @@ def test_select_refuses_other_folders(
         assert run_command(lambda argv=argv: evaluate.main(argv)) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x/model.safetensors").exists()
+
+
+def files_in(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def test_select_refuses_to_destroy(
+    tiny: Tiny, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """--out is replaced as a whole; nothing is touched, and nothing is computed before."""
+    first = select(tiny, run_folder, "--num_prompts", "3")  # an earlier selection
+    shutil.copytree(first, tmp_path / "with_notes")
+    (tmp_path / "with_notes/notes.txt").write_text("mine")
+    shutil.copytree(first, tmp_path / "with_hidden")
+    (tmp_path / "with_hidden/.git").mkdir()
+    (tmp_path / "with_data/parts").mkdir(parents=True)
+    data = shutil.copy(tiny.prompts, tmp_path / "with_data/parts")
+    shutil.copytree(tiny.base, tmp_path / "base")
+    (tmp_path / "link").symlink_to(first)
+    shutil.copytree(first, tmp_path / "mount")
+    is_mount = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda p: Path(p).name == "mount" or is_mount(p))
+    monkeypatch.setattr(evaluate, "load_reward_model", lambda args: pytest.fail("has begun"))
+    monkeypatch.chdir(run_folder)
+    before = files_in(tmp_path)
+    capsys.readouterr()
+    for out, words, more in (
+        (tmp_path / "with_notes", "'notes.txt'", ()),
+        (tmp_path / "with_hidden", "'.git'", ()),
+        (tmp_path / "with_data", f"--data {data} lies in it", ("--data", str(data))),
+        (tmp_path / "with_data", f"--world {data} lies in it", ("--world", str(data))),
+        (tmp_path / "base", "'config.json' and 2 more, which no earlier selection", ()),
+        (tmp_path, f"--select {run_folder} lies in it", ()),
+        (run_folder, f"--select {run_folder} lies in it", ()),
+        (run_folder / "../sft", f"--select {run_folder} lies in it", ()),
+        (run_folder / "epochs", "is for models of that run", ()),
+        (run_folder / "epochs/02", "is for models of that run", ()),
+        (run_folder / "epochs/99", "is for models of that run", ()),
+        (run_folder / "checkpoints", "is for models of that run", ()),
+        (tiny.rm / "checkpoints/00000001", "is for models of that run", ()),
+        (tiny.rm, f"--reward_model {tiny.rm} lies in it", ()),
+        (tmp_path / "link", "a link", ()),
+        (tmp_path / "mount", "a mount point", ()),
+        (Path(), "'.'", ()),
+    ):
+        argv = ["--select", str(run_folder), "--reward_model", str(tiny.rm), "--data",
+                str(tiny.prompts), "--out", str(out), *LIMITS, *more]  # fmt: skip
+        assert run_command(lambda argv=argv: evaluate.main(argv)) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: --out {out}: ") and words in said and "; give " in said
+        assert said.count("\n") == 1
+        assert files_in(tmp_path) == before, out
+
+
+def test_select_replaces_an_earlier_selection(tiny: Tiny, run_folder: Path) -> None:
+    out = select(tiny, run_folder, "--num_prompts", "3")
+    whole = sorted(path.name for path in out.iterdir())
+    (out / "parts").mkdir()  # of a selection that was interrupted
+    (out / ".config.json.77.tmp").touch()
+    first = (out / "selection.csv").read_bytes()
+    assert select(tiny, run_folder, "--num_prompts", "5") == out
+    assert sorted(path.name for path in out.iterdir()) == whole == sorted(
+        set(evaluate.SELECTED) - {"parts"}
+    )
+    assert (out / "selection.csv").read_bytes() != first
+    shutil.rmtree(out)
+    (out / "parts").mkdir(parents=True)  # interrupted, with nothing before
+    assert select(tiny, run_folder, "--num_prompts", "3") == out
+    assert (out / "selection.csv").read_bytes() == first
+
+
+def test_a_selection_whose_replacement_was_killed_comes_back(
+    tiny: Tiny, run_folder: Path, tmp_path: Path
+) -> None:
+    out = select(tiny, run_folder, "--num_prompts", "3")
+    before = {path.relative_to(out): content for path, content in files_in(out).items()}
+    out.rename(tmp_path / ".selected.77.replaced")
+    (tmp_path / ".selected.77.tmp").mkdir()
+    argv = ["--select", str(tiny.base), "--reward_model", str(tiny.rm), "--data",
+            str(tiny.prompts), "--out", str(out), *LIMITS]  # fmt: skip
+    assert run_command(lambda: evaluate.main(argv)) == 2  # no epochs there
+    assert {path.relative_to(out): content for path, content in files_in(out).items()} == before
+    assert not list(tmp_path.glob(".selected*"))
 
 
 # ---------------------------------------------------------------------------- the report

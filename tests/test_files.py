@@ -1,8 +1,11 @@
 """data/files.py: what is refused and how it is said, atomic writes, round trips over any input."""
 
+import errno
 import json
 import os
+import signal
 import string
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -440,6 +443,84 @@ def test_a_folder_is_written_whole_with_checksums(tmp_path: Path) -> None:
     assert [p.name for p in folder.parent.iterdir()] == ["7"]
 
 
+def write_letter(letter: str) -> Callable[[Path], object]:
+    return lambda aside: (aside / "a").write_text(letter)
+
+
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "f"
+    write_folder_atomic(folder, write_letter("x"))
+    (folder / "notes").write_text("mine")
+
+    def busy(original: Callable) -> Callable:
+        def rename(source: Path, target: Path) -> None:
+            if folder in (Path(source), Path(target)):  # as if it were a mount point
+                raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+            original(source, target)
+        return rename
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, busy(getattr(os, name)))
+    assert run_command(lambda: write_folder_atomic(folder, write_letter("y"))) == 2
+    assert capsys.readouterr().err == f"error: {folder}: Device or resource busy\n"
+    assert (folder / "a").read_text() == "x" and (folder / "notes").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_a_folder_comes_back_when_the_new_one_cannot_take_its_place(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, original = tmp_path / "f", os.replace
+    write_folder_atomic(folder, write_letter("x"))
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".tmp":
+            raise error
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(type(error)):
+        write_folder_atomic(folder, write_letter("y"))
+    assert folder_is_intact(folder) and (folder / "a").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_folder_is_the_old_one_or_the_new_one_wherever_its_writer_is_killed(
+    tmp_path: Path,
+) -> None:
+    """Killed before each operation on files in turn. What is next is the clearing away that every
+    command begins with, or a process of the same number."""
+    folder = tmp_path / "f"
+    code = (
+        "import sys; from data.files import write_folder_atomic; from tests.crash import FileHook; "
+        "sys.addaudithook(FileHook({'at': {int(sys.argv[2]): int(sys.argv[3])}})); "
+        "write_folder_atomic(sys.argv[1], lambda aside: (aside / 'a').write_text('y'))"
+    )
+    found = []
+    for number in range(1, 30):
+        write_folder_atomic(folder, write_letter("x"))
+        argv = [sys.executable, "-c", code, str(folder), str(number), str(int(signal.SIGKILL))]
+        died = subprocess.run(argv, cwd=Path(files.__file__).parents[1]).returncode
+        if number % 2:
+            for path in tmp_path.glob(".f.*"):
+                path.rename(tmp_path / f".f.{os.getpid()}{path.suffix}")
+            with pytest.raises(ZeroDivisionError):
+                write_folder_atomic(folder, lambda aside: 1 / 0)
+        else:
+            remove_leftovers(tmp_path, "f")
+        assert folder_is_intact(folder), number
+        found.append((folder / "a").read_text())
+        assert [p.name for p in tmp_path.iterdir()] == ["f"]
+        if died == 0:
+            break
+    # At least: folder, file, sums, two renames; then two files and the folder go.
+    assert died == 0 and len(found) > 8
+    assert found == sorted(found) and set(found) == {"x", "y"}
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -464,8 +545,16 @@ def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path: Path) -> No
     for name in [*kept, ".model.safetensors.123.tmp"]:
         (tmp_path / name).write_text("")
     (tmp_path / ".00000004.77.tmp" / "inner").mkdir(parents=True)
+    for name in (".gone.77.replaced", ".there.77.replaced", "there", ".empty.77.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    (tmp_path / "empty").mkdir()
+    remove_leftovers(tmp_path, "other")
+    assert len(list(tmp_path.iterdir())) == len(kept) + 7
     remove_leftovers(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "empty", "gone", "there"])
+    assert (tmp_path / "gone/.gone.77.replaced").exists() and (tmp_path / "there/there").exists()
+    assert (tmp_path / "empty/.empty.77.replaced").exists()
     remove_leftovers(tmp_path / "absent")
 
 
