@@ -440,8 +440,10 @@ def test_select_replaces_an_earlier_selection(tiny: Tiny, run_folder: Path) -> N
     (out / ".config.json.77.tmp").touch()
     first = (out / "selection.csv").read_bytes()
     assert select(tiny, run_folder, "--num_prompts", "5") == out
-    assert sorted(path.name for path in out.iterdir()) == whole == sorted(
-        set(evaluate.SELECTED) - {"parts"}
+    assert (
+        sorted(path.name for path in out.iterdir())
+        == whole
+        == sorted(set(evaluate.SELECTED) - {"parts"})
     )
     assert (out / "selection.csv").read_bytes() != first
     shutil.rmtree(out)

@@ -459,6 +459,7 @@ def test_a_folder_that_cannot_be_replaced_stays(
             if folder in (Path(source), Path(target)):  # as if it were a mount point
                 raise OSError(errno.EBUSY, "Device or resource busy", str(source))
             original(source, target)
+
         return rename
 
     for name in ("rename", "replace"):
