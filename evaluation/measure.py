@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -265,6 +265,13 @@ def respond(
     )
 
 
+def by_length(sequences: list[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Batches of indices of sequences of similar length, so that little padding is computed."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
 @torch.no_grad()
 def reward_scores(
     reward_model: ScalarModel,
@@ -281,12 +288,10 @@ def reward_scores(
         encode_prompt(speaker.encoding, prompt) + sample.tokens
         for prompt, sample in zip(prompts, samples, strict=True)
     ]
-    end, device = reward_model.config.eos_token_id, reward_model.score.weight.device
-    scores = np.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(order), batch_size):  # of similar length
-        rows = order[start : start + batch_size]
-        tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
+    scores, device = np.zeros(len(sequences)), reward_model.score.weight.device
+    for rows in by_length(sequences, batch_size):
+        padded = [sequences[i] for i in rows]
+        tokens, lengths = pad_right(padded, reward_model.config.eos_token_id, device)
         scores[rows] = reward_model.scores(tokens, lengths).double().cpu().numpy()
     return scores
 
@@ -321,13 +326,11 @@ def total_logprobs(
     batch_size: int = 256,
     dtype: str = "float32",
 ) -> np.ndarray:
-    """log p(answer tokens | context tokens), in nats: (N,). Batches are of similar length."""
+    """log p(answer tokens | context tokens), in nats: (N,)."""
     sequences = [context + answer for context, answer in zip(contexts, answers, strict=True)]
     end, device = speaker.model.config.eos_token_id, speaker.model.wte.weight.device
     totals = np.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in by_length(sequences, batch_size):
         tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
         first = torch.tensor([len(contexts[i]) for i in rows], device=device)
         places = torch.arange(tokens.shape[1], device=device)

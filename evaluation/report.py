@@ -33,7 +33,8 @@ from data.tiny.labelers import Labels, Pool, label
 
 plt.switch_backend("agg")  # figures are files; no display is needed
 TIE = 0.02  # utilities that differ by less are a tie, which counts one half
-KEYS = {"name", "settings", "data", "prompts", "users", "models", "prefixes", "log", "epoch"}
+KEYS = {"name", "settings", "data", "prompts", "users", "models", "prefixes"}
+KEYS |= {"selection", "epoch", "log"}
 
 
 @dataclass

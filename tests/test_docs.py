@@ -191,6 +191,19 @@ def test_what_reads_raw_data_asks_for_the_folder() -> None:
         assert recipe.startswith('\t@test -n "$(DATA)" ||'), target
 
 
+def imports_of(script: str) -> set[str]:
+    """The files of this project that a file imports, and itself."""
+    imported = {f"{script}.py"}
+    for node in ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in getattr(node, "names", ())]
+        if isinstance(node, ast.ImportFrom):
+            packages = ("data", "data.real", "evaluation")
+            inside = node.module in packages
+            names = [f"{node.module}.{n}" for n in names] if inside else [node.module]
+        imported |= {f"{name.replace('.', '/')}.py" for name in names}
+    return {path for path in imported if (ROOT / path).is_file()}
+
+
 @pytest.mark.parametrize(
     ("target", "script"),
     [
@@ -200,16 +213,19 @@ def test_what_reads_raw_data_asks_for_the_folder() -> None:
 )
 def test_the_makefile_knows_what_a_command_is_made_of(target: str, script: str) -> None:
     """A command on real data runs again where a file that it imports has changed."""
-    imported = {f"{script}.py"}
-    for node in ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body:
-        names = [alias.name for alias in getattr(node, "names", ())]
-        if isinstance(node, ast.ImportFrom):
-            packages = ("data", "data.real", "evaluation")
-            inside = node.module in packages
-            names = [f"{node.module}.{n}" for n in names] if inside else [node.module]
-        imported |= {f"{name.replace('.', '/')}.py" for name in names}
-    mine = {path for path in imported if (ROOT / path).is_file()}
+    mine = imports_of(script)
     assert len(mine) > 4 and mine <= rules()[target][0]
+
+
+def test_what_decides_a_measurement_makes_the_demo_measure_again() -> None:
+    """Beside the files of which the models and the data are made, and so made again."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    measuring = set(re.search(r"^measuring := (.*)", makefile, flags=re.M)[1].split())
+    before = {"model.py", "checkpoint.py", *(f"data/{n}.py" for n in ("files", "tokenizer"))}
+    mine = imports_of("evaluation/measure") - before - {"data/tiny/world.py"}
+    assert len(mine) > 4 and mine <= measuring
+    for measured in ("$(measured)", "$(real_measured)"):
+        assert "$(measuring)" in rules()[measured][0]
 
 
 def test_the_sources_in_the_readme_are_those_of_the_table() -> None:
