@@ -169,9 +169,12 @@ def test_make_refuses_a_folder_with_white_space(out: str, tmp_path: Path) -> Non
     for name in ("my", "out", out):
         (tmp_path / name).mkdir()
     run = subprocess.run(
-        ["make", "clean", f"OUT={out}"], cwd=tmp_path, capture_output=True, text=True,
+        ["make", "clean", f"OUT={out}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
-    )  # fmt: skip
+    )
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.count("\n") == 1 and f'OUT="{out}" has white space; give' in run.stderr
     assert all((tmp_path / name).is_dir() for name in ("my", "out", out))
