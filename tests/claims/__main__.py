@@ -70,7 +70,7 @@ def build(args: argparse.Namespace) -> tuple[pipeline.Graph, list[str]]:
     code += [
         pipeline.ROOT / f
         for f in (
-            "evaluate.py",
+            "evaluation/measure.py",
             "evaluation/report.py",
             "data/tiny/grader.py",
             "data/tiny/labelers.py",

@@ -36,7 +36,7 @@ KL_FACTORS = (0.1, 10, 100)  # times the demo's --kl_coef
 OVEROPT_STEPS, OVEROPT_KEEP = 60, 6
 PAIRS_PROMPTS = 1500  # prompts of both arms of the contrast of 3.5
 ROUND_PROMPTS = 2500  # prompts ranked anew in the second round
-RESUMABLE = ("train_sft.py", "train_rm.py", "train_ppo.py", "sample.py")
+RESUMABLE = ("train_sft.py", "train_rm.py", "train_ppo.py")
 # --fast: flags of each script that make a run of seconds; the numbers then mean nothing.
 FAST: dict[str, dict[str, object]] = {
     "data.tiny.make": {
@@ -103,6 +103,8 @@ def recipes(folder: Path, seed: int) -> dict[str, tuple[str, ...]]:
         if "--out" in words:
             made = Path(words[words.index("--out") + 1]).relative_to(folder).as_posix()
             found[made] = (sys.executable, *words[1:])
+        elif words[:1] == ["cat"] and ">" in words:  # parts, one after the other
+            found[Path(words[-1]).relative_to(folder).as_posix()] = ("bash", "-c", line)
     return found
 
 
@@ -228,12 +230,13 @@ class Seed:
         if not self.graph.fast:
             command = ("make", "demo", f"SEED={self.seed}", f"OUT={self.folder}")
             last = self.path("report", "table.csv")
-            sources = sorted([ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
+            folders = ("*.py", "data/**/*.py", "evaluation/*.py")
+            sources = sorted([ROOT / "Makefile", *(f for g in folders for f in ROOT.glob(g))])
             self.graph.add(Stage(name, command, last, (), 24.0, CORES, tuple(sources)))
             return
         before: tuple[str, ...] = ()
         for made, recipe in self.recipes.items():
-            if made == "report":
+            if made.startswith("report"):
                 continue
             command = recipe if made != "data" else edit(recipe, **FAST["data.tiny.make"])
             command = edit(command, **FAST.get(script_of(command), {}))
@@ -265,7 +268,7 @@ class Seed:
                 "sft_selected",
                 [f"{size}/sft"],
                 0.4,
-                select=self.path(size, "sft"),
+                run=self.path(size, "sft"),
             )
             self.run(f"{size}/init", "init", [base], 2.0 * cost, **start)
             for like in ("ppo", "ppo_ptx"):
@@ -281,7 +284,7 @@ class Seed:
         """A model tuned on public tasks as instructions, chosen by reward model as SFT is."""
         data = self.path("data", "train", "public_demonstrations.jsonl")
         self.run("public", "sft", ["demo"], 1.2, data=data)
-        self.run("public_selected", "sft_selected", ["public"], 0.6, select=self.path("public"))
+        self.run("public_selected", "sft_selected", ["public"], 0.6, run=self.path("public"))
 
     def coefficients(self) -> None:
         """The sweeps of E.6 and E.7; one flag differs from the demo's PPO-ptx or PPO."""
@@ -356,14 +359,14 @@ class Seed:
             sft = [f"sft={self.path('sft_selected')}"] if split == "train" else []
             self.run(
                 made,
-                "data/train/candidates.jsonl",
+                "data/train/candidates_1.jsonl",
                 ["demo"],
                 1.0,
                 num_prompts=num,
                 data=self.path("data", f"{source}.jsonl"),
                 checkpoints=[policy, *sft],
                 shares=[0.7, 0.3][: 1 + len(sft)],
-                processes=None,
+                part=None,
             )
             self.run(
                 f"round_2/{split}.jsonl", label.format(split), [made], 0.3, data=self.path(made)
