@@ -26,26 +26,23 @@ def same_results(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> No
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
-def decode_alone(score_mod: str) -> None:
-    """Token by token over a cache gives the hidden states of one full forward, ragged rows too."""
-    model = make_gpt(score_mod=score_mod, n_positions=96)
-    tokens, lengths = torch.randint(END, (3, 80)), torch.tensor([74, 2, 61], dtype=torch.int32)
-    cache = KVCache(model, 3, 80)
-    model(tokens[:, :74], lengths, cache)
-    for step in range(6):
-        positions = lengths.long() + step
-        new = tokens[torch.arange(3), positions]
-        x = model.wte(new) + model.wpe(positions)
-        for block in model.h:
-            x = block.step(x, positions, cache)
-        full = model(tokens)[torch.arange(3), positions]
-        assert (model.ln_f(x) - full).abs().max() < 1e-4
-
-
 @torch.no_grad()
 def check_cached_forward() -> None:
+    """Token by token over a cache gives the hidden states of one full forward, ragged rows too,
+    with every attention function."""
     for score_mod in kernels.SCORE_MODS:
-        decode_alone(score_mod)
+        model = make_gpt(score_mod=score_mod, n_positions=96)
+        tokens, lengths = torch.randint(END, (3, 80)), torch.tensor([74, 2, 61], dtype=torch.int32)
+        cache = KVCache(model, 3, 80)
+        model(tokens[:, :74], lengths, cache)
+        for step in range(6):
+            positions = lengths.long() + step
+            new = tokens[torch.arange(3), positions]
+            x = model.wte(new) + model.wpe(positions)
+            for block in model.h:
+                x = block.step(x, positions, cache)
+            full = model(tokens)[torch.arange(3), positions]
+            assert (model.ln_f(x) - full).abs().max() < 1e-4
 
 
 def check_greedy() -> None:
@@ -311,19 +308,14 @@ def test_planted_bug_is_caught(where, old, new, check, monkeypatch) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# bfloat16, the cache, arguments
+# bfloat16, arguments
 
 
 def test_bfloat16_sampling_uses_float32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two logits whose difference bfloat16 rounds away are still told apart."""
     model, seen = make_gpt(n_embd=64, dtype="bfloat16"), []
     original = generate.sample
-
-    def spy(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-        seen.append(logits)
-        return original(logits, uniforms, temperature)
-
-    monkeypatch.setattr(generate, "sample", spy)
+    monkeypatch.setattr(generate, "sample", lambda *a: seen.append(a[0]) or original(*a))
     tokens, _ = model.generate(*make_prompts(), 4)
     assert len(seen) == 4 and tokens.shape == (6, 11)
     for logits in seen:
@@ -331,9 +323,7 @@ def test_bfloat16_sampling_uses_float32_logits(monkeypatch: pytest.MonkeyPatch) 
         assert not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_sampling_in_bfloat16_casts_matrices_once_and_changes_no_token(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_sampling_in_bfloat16_casts_matrices_once_and_changes_no_token(monkeypatch) -> None:
     """Against the model as it is under autocast, which casts its float32 matrices at each use."""
     tokens = sample_forty(dtype="bfloat16")
     gpt = make_gpt(dtype="bfloat16")
@@ -346,15 +336,6 @@ def test_sampling_in_bfloat16_casts_matrices_once_and_changes_no_token(
     monkeypatch.setattr(generate, "for_decoding", lambda gpt: gpt.requires_grad_(False))
     monkeypatch.setattr(generate, "KVCache", lambda gpt, *sizes: KVCache(decoding, *sizes))
     same_results(sample_forty(dtype="bfloat16"), tokens)
-
-
-def test_cache_rows_are_kept_in_order() -> None:
-    cache = KVCache(make_gpt(), 3, 2)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.copy_(torch.arange(3.0)[:, None, None, None].expand_as(tensor))
-    cache.keep_rows(torch.tensor([2, 2, 0]))
-    for tensor in (*cache.keys, *cache.values):
-        assert tensor[:, 0, 0, 0].tolist() == [2, 2, 0]
 
 
 def test_the_context_is_the_limit() -> None:
