@@ -1,28 +1,27 @@
 """Words are tested too: what README and docs/ name exists, and their tables equal code and tree."""
 
 import ast
-import contextlib
-import csv
-import importlib
 import importlib.util
 import io
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import evaluate
 import kernels.flash_attention
 from checkpoint import GPT2_NAMES
 from data.real.sources import SOURCES
+from tests.makefile import clean_environment, dry_run
 from tests.tiny import Tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,12 +31,7 @@ README = PAGES["README.md"]
 SCRIPTS = ("train_sft", "train_rm", "train_ppo")
 PROGRAMS = (*SCRIPTS, "sample", "evaluate", "data.label", "data.tiny.make", "data.real.prepare")
 PROGRAMS += ("tests.crash", "tests.determinism", "tests.throughput", "tests.claims.__main__")
-EVALUATE = ("select", "measure", "report", "folds", "public")
-READERS = {  # make targets that read raw data, and what makes them
-    "$(R)/data/account.txt": "data/real/prepare",
-    "$(R)/public/report.md": "evaluation/public",
-}
-MAKE_ENV = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+MADE = {"$(R)/data/account.txt": "data/real/prepare", "$(R)/public/report.md": "evaluation/public"}
 STIFF = (
     r"stands? (at|far|for|beside)|(is|are) what|so many|of like|like norms|go(es)? on|mended"
     r"|that breaks|asked are|lacks?|eloquent|exchange the name|given win|clear of|interrupted twice"
@@ -78,11 +72,10 @@ def program(words: list[str]) -> tuple[ModuleType, list[str]]:
 def flags_of(name: str, *command: str) -> set[str]:
     """Flags that the --help of a program lists; of `evaluate` alone: those of all its commands."""
     if name == "evaluate" and not command:
-        return set().union(*(flags_of(name, each) for each in EVALUATE))
+        return set().union(*(flags_of(name, each) for each in evaluate.COMMANDS))
     shown, argv = io.StringIO(), [name, *command, "--help"]
-    with contextlib.redirect_stdout(shown), mock.patch.object(sys, "argv", argv):
-        with pytest.raises(SystemExit):
-            importlib.import_module(name).main()
+    with redirect_stdout(shown), patch.object(sys, "argv", argv), pytest.raises(SystemExit):
+        importlib.import_module(name).main()
     return set(re.findall(r"^  (?:-h, )?--(\w+)", shown.getvalue(), flags=re.M))
 
 
@@ -93,7 +86,7 @@ def flags_in(text: str) -> set[str]:
 def check_command(words: list[str], whole: bool = True) -> None:
     """Its file is there, its flags are spelt in full, and if it is whole its arguments parse."""
     module, args = program(words)
-    if named := flags_in(" ".join(args)):
+    if named := flags_in(" ".join(word for word in args if " " not in word)):
         command = args[:1] if module.__name__ == "evaluate" else []
         assert named <= flags_of(module.__name__, *command)
     if whole and hasattr(module, "get_args"):
@@ -107,20 +100,15 @@ def test_python_commands_parse(command: str, whole: bool, monkeypatch: pytest.Mo
     check_command(shlex.split(command)[1:], whole)
 
 
-def dry_run(*words: str) -> list[str]:
-    """The lines that make would run, everything being out of date."""
-    make = ["make", "--dry-run", "--always-make", "--no-print-directory", *words]
-    run = subprocess.run(make, cwd=ROOT, env=MAKE_ENV, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.replace("\\\n", " ").splitlines()
-
-
 @pytest.mark.parametrize("command", commands("make "))
 def test_make_commands_exist_and_what_they_run_parses(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as `make gpt2` expects
-    for line in dry_run(*shlex.split(command)[1:]):
+    words = [word for word in shlex.split(command)[1:] if not word.startswith("-")]
+    (target,) = (word for word in words if "=" not in word)
+    variables = dict(word.split("=", 1) for word in words if "=" in word)
+    for line in dry_run(target, **variables):
         if found := re.search(r"bin/python ((?:\w+\.py|-m (?:data|tests)\b).*)", line):
             check_command(shlex.split(found[1]))
 
@@ -133,7 +121,8 @@ def test_flags_that_pages_name_exist() -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_flags_that_a_docstring_names_exist(name: str) -> None:
-    assert flags_in(importlib.import_module(name).__doc__) <= flags_of(name)
+    words = re.sub(r" -- .*", "", importlib.import_module(name).__doc__)  # passed on to others
+    assert flags_in(words) <= flags_of(name)
 
 
 @pytest.mark.parametrize("name", PROGRAMS[:5])
@@ -147,14 +136,13 @@ def test_every_flag_is_read(name: str) -> None:
 
 
 def test_the_metrics_page_has_the_columns_of_the_logs(tiny: Tiny, tmp_path: Path) -> None:
-    more = {"sft": ["--val_pretrain_data", str(tiny.pretrain)]}
-    logged = set()
+    logged, text = set(), ["--val_pretrain_data", str(tiny.pretrain)]
     for name in SCRIPTS:
         stage, out = name.removeprefix("train_"), tmp_path / name
-        args = tiny.args(stage, out, "--max_steps", "2", *more.get(stage, []))
+        args = tiny.args(stage, out, "--max_steps", "2", *(text if stage == "sft" else []))
         assert importlib.import_module(name).main(args) == 0
         for log in ("log.csv", "timing.csv"):
-            logged |= set(next(csv.reader((out / log).open())))
+            logged |= set((out / log).read_text().split("\n")[0].split(","))
     assert {"pretrain_loss", "val_pretrain_loss", "val_accuracy", "ptx_loss", "val_kl"} <= logged
     assert set(cells(PAGES["metrics.md"], 1)) == logged
 
@@ -195,8 +183,8 @@ def test_the_sources_and_sizes_are_those_of_the_code() -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.M)
-    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8").lower(), flags=re.M)
+    return {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PATHS, ids=lambda path: path.name)
@@ -225,7 +213,7 @@ def test_no_placeholder_is_left() -> None:
 def test_stages_side_by_side_have_half_of_the_cores_each() -> None:
     """And those that run alone all: two stages with all cores mostly wait for each other."""
     halves = {}
-    for line in dry_run("OUT=x", "demo"):
+    for line in dry_run("demo", OUT="x"):
         if out := re.search(r"\.py .*--out x/(\S+)", line):
             halves[out[1]] = line.startswith("OMP_NUM_THREADS=")
     alone = {"base", "rm", "report"}
@@ -241,8 +229,8 @@ def test_make_refuses_a_folder_with_white_space(out: str, tmp_path: Path) -> Non
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("my", "out", out):
         (tmp_path / name).mkdir()
-    make = ["make", "clean", f"OUT={out}"]
-    run = subprocess.run(make, cwd=tmp_path, env=MAKE_ENV, capture_output=True, text=True)
+    how = {"cwd": tmp_path, "env": clean_environment(), "capture_output": True, "text": True}
+    run = subprocess.run(["make", "clean", f"OUT={out}"], **how)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.count("\n") == 1 and f'OUT="{out}" has white space; give' in run.stderr
     assert all((tmp_path / name).is_dir() for name in ("my", "out", out))
@@ -255,10 +243,9 @@ def rules() -> dict[str, tuple[set[str], str]]:
     return {target: (set(needs.split()), recipe) for target, needs, recipe in found}
 
 
-@pytest.mark.parametrize(("target", "script"), READERS.items())
+@pytest.mark.parametrize(("target", "script"), MADE.items())
 def test_the_makefile_knows_what_a_command_is_made_of(target: str, script: str) -> None:
-    """A command on real data asks for the folder, and runs again where a file that it imports has
-    changed."""
+    """A command on real data asks for the folder, and runs again where an import has changed."""
     imported = {f"{script}.py"}
     for node in ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body:
         names = [alias.name for alias in getattr(node, "names", ())]
@@ -270,4 +257,4 @@ def test_the_makefile_knows_what_a_command_is_made_of(target: str, script: str) 
     needs, recipe = rules()[target]
     assert len(mine) > 4 and mine <= needs
     assert recipe.startswith('\t@test -n "$(DATA)" ||')
-    assert {name for name, (_, recipe) in rules().items() if "$(DATA)" in recipe} == set(READERS)
+    assert {name for name, (_, recipe) in rules().items() if "$(DATA)" in recipe} == set(MADE)
