@@ -1,4 +1,4 @@
-"""A run's manners: the flags that every run has, exact resume, signals, logs, clocks.
+"""What every run needs: common flags, exact resume, signals, logs, clocks.
 
 A script keeps its loop, its models and its optimizers, and tells a `Run` about them:
 
@@ -10,9 +10,9 @@ A script keeps its loop, its models and its optimizers, and tells a `Run` about 
         run.log({"lr": lr})              # a row of log.csv, a line; stops where it is not finite
     return run.finish()                  # the result, for the next stage
 
-What follows the loop's body on the next turn is "save if due, leave if asked". Every random draw of
-step i is a function of the seed and of i, and so is every batch: what `state` lists, the logs and
-the step are all there is to save, and a run that was killed and resumed is the uninterrupted run,
+After the loop's body, `steps` saves if a save is due and leaves if a signal came. Every random draw
+of step i is a function of the seed and of i, and so is every batch. So `state`, the logs and the
+step are all there is to save, and a run that was killed and resumed equals the uninterrupted run,
 on a CPU bit for bit.
 
     OUT/model.safetensors, config.json, tokenizer.json    the result
