@@ -18,8 +18,8 @@ on a CPU bit for bit.
     OUT/model.safetensors, config.json, tokenizer.json    the result
     OUT/checkpoints/<step>/   those, state.pt, the logs so far, checksums; the newest two are kept
     OUT/epochs/<n>/, steps/<n>/                           models that `Run.keep` was asked to keep
-    OUT/log.csv, timing.csv   one row a step; what a clock says is apart, so that logs of equal runs
-                              are equal
+    OUT/log.csv, timing.csv   one row a step; clocks and memory are in the second, so that logs of
+                              equal runs are equal
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Run:
                 raise SystemExit(128 + stopped[0])
 
     def due(self, every: int) -> bool:
-        """Whether this step is one of every so many (0: none), or the last."""
+        """Whether `every` divides this step (0: never), or this step is the last."""
         return self.step == self.total or (every > 0 and self.step % every == 0)
 
     def add(self, values: dict[str, Any], share: float | torch.Tensor = 1.0) -> None:
