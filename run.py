@@ -1,4 +1,4 @@
-"""What every run needs: common flags, exact resume, signals, logs, clocks.
+"""A run's manners: the flags that every run has, exact resume, signals, logs, clocks.
 
 A script keeps its loop, its models and its optimizers, and tells a `Run` about them:
 
@@ -10,16 +10,16 @@ A script keeps its loop, its models and its optimizers, and tells a `Run` about 
         run.log({"lr": lr})              # a row of log.csv, a line; stops where it is not finite
     return run.finish()                  # the result, for the next stage
 
-After the loop's body, `steps` saves if a save is due and leaves if a signal came. Every random draw
-of step i is a function of the seed and of i, and so is every batch. So `state`, the logs and the
-step are all there is to save, and a run that was killed and resumed equals the uninterrupted run,
+What follows the loop's body on the next turn is "save if due, leave if asked". Every random draw of
+step i is a function of the seed and of i, and so is every batch: what `state` lists, the logs and
+the step are all there is to save, and a run that was killed and resumed is the uninterrupted run,
 on a CPU bit for bit.
 
     OUT/model.safetensors, config.json, tokenizer.json    the result
     OUT/checkpoints/<step>/   those, state.pt, the logs so far, checksums; the newest two are kept
     OUT/epochs/<n>/, steps/<n>/                           models that `Run.keep` was asked to keep
-    OUT/log.csv, timing.csv   one row a step; clocks and memory are in the second, so that logs of
-                              equal runs are equal
+    OUT/log.csv, timing.csv   one row a step; what a clock says is apart, so that logs of equal runs
+                              are equal
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Run:
                 raise SystemExit(128 + stopped[0])
 
     def due(self, every: int) -> bool:
-        """Whether `every` divides this step (0: never), or this step is the last."""
+        """Whether this step is one of every so many (0: none), or the last."""
         return self.step == self.total or (every > 0 and self.step % every == 0)
 
     def add(self, values: dict[str, Any], share: float | torch.Tensor = 1.0) -> None:
