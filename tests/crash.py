@@ -56,6 +56,7 @@ def serve() -> None:
     import train_rm
     import train_sft
     from data.files import run_command
+    from tests import toy
 
     mains = {
         "sft": train_sft.main,
@@ -65,6 +66,7 @@ def serve() -> None:
         "report": evaluate.main,
         "label": data.label.main,
         "tiny_world": data.tiny.make.main,
+        "toy": toy.main,
     }
     finished: list[int] = []
     for line in sys.stdin:
