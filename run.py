@@ -11,15 +11,14 @@ A script keeps its loop, its models and its optimizers, and tells a `Run` about 
     return run.finish()                  # the result, for the next stage
 
 What follows the loop's body on the next turn is "save if due, leave if asked". Every random draw of
-step i is a function of the seed and of i, and so is every batch: what `state` lists, the logs and
-the step are all there is to save, and a run that was killed and resumed is the uninterrupted run,
-on a CPU bit for bit.
+step i is a function of the seed and of i, and so is every batch: so the logs, the step and what
+`state` lists are all there is to save, and a run that was killed and resumed is the uninterrupted
+run, on a CPU bit for bit.
 
     OUT/model.safetensors, config.json, tokenizer.json    the result
     OUT/checkpoints/<step>/   those, state.pt, the logs so far, checksums; the newest two are kept
     OUT/epochs/<n>/, steps/<n>/                           models that `Run.keep` was asked to keep
-    OUT/log.csv, timing.csv   one row a step; what a clock says is apart, so that logs of equal runs
-                              are equal
+    OUT/log.csv, timing.csv   one row a step; clocks apart, so that logs of equal runs are equal
 """
 
 from __future__ import annotations
@@ -33,18 +32,17 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 
 import kernels
-from checkpoint import find_model, read_info, save_model
+from checkpoint import find_model, load_state, read_info, save_model, save_state
 from data import files
-from data.files import BadInput, fingerprint, write_atomic
+from data.files import BadInput
 
 FOLDERS = ("checkpoints", "epochs", "steps")  # in --out
 OWN = re.compile(r"checkpoints/[0-9]{8}|(epochs|steps)/[0-9]+")  # others there are the user's
@@ -71,17 +69,14 @@ natural = _number(int, 1, 2**20, f"a whole number from 1 to {2**20}")
 whole = _number(int, 0, 2**32, f"a whole number from 0 to {2**32}")
 number = _number(float, -1e30, 1e30, "a number")
 nonnegative = _number(float, 0, 1e30, "a number from 0")
-positive = _number(float, 1e-30, 1e30, "a number over 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
 
 
 def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
     """A parser with the flags that every run has; the script adds the method's."""
-    parser = argparse.ArgumentParser(
-        description=doc.split("\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=shows_defaults)
+    parser.description = doc.split("\n")[0]
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--out", default=out, help="folder of the run")
@@ -122,22 +117,18 @@ def _inputs(args: argparse.Namespace) -> dict[str, str]:
 
 def _fingerprints(args: argparse.Namespace) -> dict[str, str]:
     """Path -> checksum of every file that a run reads."""
-    read = {}
-    for value in _inputs(args).values():
-        path = find_model(value)
-        paths = [path / name for name in MODEL] if path.is_dir() else [path]
-        read |= {str(path): fingerprint(path) for path in paths if path.is_file()}
-    return read
+    models = [find_model(value) for value in _inputs(args).values()]
+    paths = [path / name for path in models for name in ("", *MODEL)]
+    return {str(path): files.fingerprint(path) for path in paths if path.is_file()}
 
 
-def check_context(args: argparse.Namespace, *models: nn.Module) -> None:
+def check_context(args: argparse.Namespace, *models: torch.nn.Module) -> None:
     """Raise `BadInput` unless the longest prompt and its response fit into every context."""
     context = min(model.config.n_positions for model in models)
-    if args.max_prompt_tokens + args.max_new_tokens > context:
-        raise BadInput(
-            f"--max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
-            f"{args.max_new_tokens} come to more than the context of {context}: lower one"
-        )
+    prompt, response = args.max_prompt_tokens, args.max_new_tokens
+    if prompt + response > context:
+        both = f"--max_prompt_tokens {prompt} and --max_new_tokens {response}"
+        raise BadInput(f"{both} come to more than the context of {context}: lower one")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,7 +145,7 @@ class Run:
 
     args: argparse.Namespace
     stage: str
-    result: nn.Module  # the model that is handed on
+    result: torch.nn.Module  # the model that is handed on
     tokenizer: str | Path  # its file, or a model's folder
     state: dict[str, Any]  # name -> model or optimizer: all that a resume restores
     shows: str = ""  # columns that are printed, where a validation is and
@@ -176,9 +167,7 @@ class Run:
         for name in ("", *FOLDERS):
             files.remove_leftovers(self.out / name)
         self.done, self.saved, self.models = 0, [], set()  # step, checkpoints, models that are kept
-        if args.resume:
-            self._restore()
-        newest = self.saved[-1] if self.saved else None
+        newest = self._restore() if args.resume else None
         self.logs = [Log(self.out / name, newest) for name in ("log.csv", "timing.csv")]
 
     def steps(self, total: int) -> Iterator[int]:
@@ -188,21 +177,18 @@ class Run:
         the step, save and leave with code 130 or 143; a second one leaves at once.
         """
         args, self.total, stopped = self.args, total, []
+        signals = (signal.SIGINT, signal.SIGTERM)
 
         def on_signal(number: int, _) -> None:
             stopped.append(number)
-            for either in before:
+            for either in signals:
                 signal.signal(either, signal.SIG_DFL)
 
-        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-        for either in before:
-            signal.signal(either, on_signal)
-        print(
-            f"{self.out.name}: {self.result.num_parameters:,} parameters, {args.device}, "
-            f"{args.dtype}, kernels {kernels.resolve(args.kernels, args.device)}; "
-            f"{total} steps of {args.batch_size}, from {self.done}",
-            flush=True,
-        )
+        handlers = [signal.signal(either, on_signal) for either in signals]
+        how = f"{args.device}, {args.dtype}, kernels {kernels.resolve(args.kernels, args.device)}"
+        size = f"{self.result.num_parameters:,} parameters"
+        goal = f"{total} steps of {args.batch_size}, from {self.done}"
+        print(f"{self.out.name}: {size}, {how}; {goal}", flush=True)
         for step in range(self.done + 1, total + 1):
             self.step, self.sums, self.kept = step, {}, {}
             self.clocks, self.rates, self.last_lap = {}, {}, time.perf_counter()
@@ -213,7 +199,7 @@ class Run:
             if stopped and step < total:
                 print(f"stopped by a signal after step {step}; --resume goes on", file=sys.stderr)
                 raise SystemExit(128 + stopped[0])
-        for either, handler in before.items():
+        for either, handler in zip(signals, handlers, strict=True):
             signal.signal(either, handler)
 
     def due(self, every: int) -> bool:
@@ -244,28 +230,25 @@ class Run:
     def log(self, row: dict[str, float | int | None]) -> None:
         """Write `row` and what was added to log.csv and the laps to timing.csv; print if due.
 
-        The first row sets the columns: later ones have the same, None for an empty cell. A value
-        that is not finite ends the run with code 1, before anything of this step is saved.
+        The first row sets the columns; None is an empty cell. A value that is not finite ends the
+        run with code 1, before anything of this step is saved.
         """
         row = {"step": self.step} | row | {name: v.item() for name, v in self.sums.items()}
         bad = [f"{k} {v}" for k, v in row.items() if v is not None and not math.isfinite(v)]
         if bad:
-            print(
-                f"error: step {self.step}: not finite: {', '.join(bad)}; checkpoints are kept; "
-                "start over with a lower learning rate",
-                file=sys.stderr,
-            )
+            print(f"error: step {self.step}: not finite: {', '.join(bad)}", end="", file=sys.stderr)
+            print("; checkpoints are kept; start over with a lower learning rate", file=sys.stderr)
             raise SystemExit(1)
         whole = {"step": self.step, "step_s": sum(self.clocks.values())}
         clocks = self.clocks | self.rates | {"mem_gib": self._memory()}
         for log, values in zip(self.logs, (row, whole | clocks), strict=True):
             log.write(values)
-        validated = any(v is not None for k, v in row.items() if k.startswith("val_"))
-        if validated or self.due(self.print_every):
-            shown = [f"{k} {row[k]:.4g}" for k in self.shows.split() if row.get(k) is not None]
-            shown += [f"{k} {v:,.3g}" for k, v in clocks.items() if k != "step_s"]
-            place = f"{self.out.name} {self.step:05d}/{self.total}"
-            print(" | ".join([place, *shown]), flush=True)
+        shown = {k: row[k] for k in self.shows.split() if row.get(k) is not None}
+        if self.due(self.print_every) or any(k.startswith("val_") for k in shown):
+            parts = [f"{self.out.name} {self.step:05d}/{self.total}"]
+            parts += [f"{k} {v:.4g}" for k, v in shown.items()]
+            parts += [f"{k} {v:,.3g}" for k, v in clocks.items() if k != "step_s"]
+            print(" | ".join(parts), flush=True)
 
     def keep(self, name: str, **info: Any) -> None:
         """After this step, keep `result` as OUT/<name>/ whatever becomes of the checkpoints."""
@@ -284,19 +267,15 @@ class Run:
         unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
-    # --------------------------------------------------------------------------------------------
-    # Checkpoints
-
     def _save(self) -> None:
         """Write checkpoints/<step>/ whole; drop older ones and what an earlier run left."""
 
         def write(aside: Path) -> None:
             info = self.info | {"step": self.step} | self.kept
             save_model(aside, self.result, self.tokenizer_json, info)
-            state = {name: each.state_dict() for name, each in self.state.items()}
-            torch.save(_interned({"step": self.step, "state": state}), aside / "state.pt")
+            save_state(aside / "state.pt", self.step, self.state)
             for log in self.logs:
-                log.copy_to(aside)
+                (aside / log.path.name).write_text("".join(log.lines))
 
         folder = self.out / "checkpoints" / f"{self.step:08d}"
         files.write_folder_atomic(folder, write)
@@ -313,12 +292,8 @@ class Run:
         name = str(read_info(self.saved[-1]).get("kept_as"))
         kept = self.out / name
         if OWN.fullmatch(name) and kept not in self.models:
-
-            def write(aside: Path) -> None:
-                for file in MODEL:
-                    shutil.copy(self.saved[-1] / file, aside)
-
-            files.write_folder_atomic(kept, write)
+            sources = [self.saved[-1] / file for file in MODEL]
+            files.write_folder_atomic(kept, lambda aside: [shutil.copy(s, aside) for s in sources])
             self.models.add(kept)
 
     def _folders(self) -> list[Path]:
@@ -326,42 +301,28 @@ class Run:
         found = [(name, f) for name in FOLDERS for f in sorted((self.out / name).glob("*"))]
         return [f for name, f in found if OWN.fullmatch(f"{name}/{f.name}") and f.is_dir()]
 
-    def _restore(self) -> None:
+    def _restore(self) -> Path | None:
         """Load the newest intact checkpoint, if any; drop what later steps and other runs left."""
         intact = [f for f in self._folders() if files.folder_is_intact(f)]
         checkpoints = [f for f in self._folders() if f.parent.name == "checkpoints"]
         while checkpoints and checkpoints[-1] not in intact:
-            print(
-                f"warning: {checkpoints.pop()} is damaged; trying the one before", file=sys.stderr
-            )
+            damaged = checkpoints.pop()
+            print(f"warning: {damaged} is damaged; trying the one before", file=sys.stderr)
         if not checkpoints:
-            return
+            return None
         # A run killed while it replaced an earlier run's checkpoints may leave both.
         mine = [f for f in intact if not self._differences(f)]
         self.saved = [f for f in mine if f in checkpoints][-self.KEEP :]
         if not self.saved:
-            raise BadInput(
-                f"{checkpoints[-1]}: --resume with other settings: "
-                f"{self._differences(checkpoints[-1])}; give the old ones, or start over without "
-                "--resume"
-            )
-        path = self.saved[-1] / "state.pt"
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            for name, each in self.state.items():
-                each.load_state_dict(saved["state"][name])
-            self.done = int(saved["step"])
-        except Exception as error:  # crafted or of another version; weights_only runs nothing
-            too_large = isinstance(error, RuntimeError) and "memory" in str(error)
-            if too_large or isinstance(error, MemoryError):
-                raise
-            raise BadInput(
-                f"{path}: not the state of such a run ({type(error).__name__}); start over without "
-                "--resume"
-            ) from error
+            other = f"{checkpoints[-1]}: --resume with other settings"
+            remedy = "give the old ones, or start over without --resume"
+            raise BadInput(f"{other}: {self._differences(checkpoints[-1])}; {remedy}")
+        newest = self.saved[-1]
+        self.done = load_state(newest / "state.pt", self.state)
         kept = set(mine) - set(checkpoints)
         self.models = {f for f in kept if read_info(f).get("step", math.inf) <= self.done}
         self._tidy()
+        return newest
 
     def _differences(self, folder: Path) -> str:
         """In what the settings of a checkpoint differ from this run's; empty if in nothing."""
@@ -372,53 +333,42 @@ class Run:
         return ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differ)
 
 
-def _interned(value: Any) -> Any:
-    """The same nested dicts and lists, equal keys being one object. Pickle writes each object once
-    and then refers to it, so only then are the files of equal states equal."""
-    if isinstance(value, dict):
-        return {sys.intern(k) if isinstance(k, str) else k: _interned(v) for k, v in value.items()}
-    return [_interned(v) for v in value] if isinstance(value, list) else value
-
-
 # ------------------------------------------------------------------------------------------------
 # Logs
 
 
 class Log:
-    """A CSV file with one flushed row a step; the first row sets the columns.
+    """A CSV file with one row a step, flushed; the first row sets the columns.
 
-    Where the log of an earlier run stands, it stays until `keep()`, and the new one is written
-    beside it as `.<name>.new`: a run that dies before its first checkpoint destroys nothing.
-    `checkpoint`, a folder with a copy, puts that back, which cuts off the rows of later steps.
+    The log of an earlier run stays until `keep()`: a run that dies before its first checkpoint
+    destroys nothing. With `checkpoint`, a folder with a copy, that is what the log goes on from.
     """
 
     def __init__(self, path: Path, checkpoint: Path | None = None):
-        self.path, self.columns = path, None
-        aside = path.with_name(f".{path.name}.new")
-        if checkpoint:
-            write_atomic(path, (checkpoint / path.name).read_bytes())
-            self.columns = path.read_text().split("\n", 1)[0].split(",")
-            aside.unlink(missing_ok=True)
-        self._place = path if checkpoint or not path.exists() else aside
-        self._file = self._place.open("a" if checkpoint else "w")
+        self.path, self.file = path, None
+        self.lines = (checkpoint / path.name).read_text().splitlines(True) if checkpoint else []
+        if checkpoint or not path.exists():
+            self.keep()
+
+    def keep(self) -> None:
+        """From now on in the file, over what was there."""
+        if self.file is None:
+            files.write_atomic(self.path, "".join(self.lines))
+            self.file = self.path.open("a", buffering=1)
 
     def write(self, row: dict[str, float | int | None]) -> None:
         """Append one row; None is an empty cell, floats keep 9 digits (float32 is exact)."""
-        if self.columns is None:
-            self.columns = list(row)
-            self._file.write(",".join(row) + "\n")
-        if odd := sorted(set(row) ^ set(self.columns)):
+        if not self.lines:
+            self._append(row)
+        columns = self.lines[0].strip().split(",")
+        if odd := sorted(set(row) ^ set(columns)):
             raise ValueError(f"{self.path}: the row and the header differ in {odd}")
-        cells = [row[name] for name in self.columns]
-        cells = [c if isinstance(c, int) else "" if c is None else f"{c:.9g}" for c in cells]
-        self._file.write(",".join(map(str, cells)) + "\n")
-        self._file.flush()
+        cells = [row[name] for name in columns]
+        self._append(
+            [f"{c:.9g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
+        )
 
-    def copy_to(self, folder: Path) -> None:
-        """Copy the log so far into a checkpoint that is being written."""
-        shutil.copyfile(self._place, folder / self.path.name)
-
-    def keep(self) -> None:
-        """Move the new log to its final name, over the log of an earlier run."""
-        if self._place != self.path:
-            self._place = self._place.replace(self.path)
+    def _append(self, cells: Iterable[str]) -> None:
+        self.lines.append(",".join(cells) + "\n")
+        if self.file:
+            self.file.write(self.lines[-1])
