@@ -230,89 +230,50 @@ def leaves_what_a_user_put_there(w: World) -> None:
     assert [user for user in users if not (w.out / user).is_file()] == []
 
 
-def not_restored(name: str) -> Callable[[pytest.MonkeyPatch], None]:
-    def bug(patch: pytest.MonkeyPatch) -> None:
-        restore = Run._restore
+def restore_without(name: str) -> Callable[[Run], Path | None]:
+    """`Run._restore` that leaves out one name of the state."""
+    original = Run._restore
 
-        def without(self) -> Path | None:
-            whole = self.state
-            self.state = {key: each for key, each in whole.items() if key != name}
-            newest = restore(self)
-            self.state = whole
-            return newest
+    def restore(run: Run) -> Path | None:
+        whole = run.state
+        run.state = {key: each for key, each in whole.items() if key != name}
+        newest = original(run)
+        run.state = whole
+        return newest
 
-        patch.setattr(Run, "_restore", without)
-
-    bug.__name__ = f"{name}_not_restored"
-    return bug
+    return restore
 
 
-def not_seeded_by_the_step(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch, "manual_seed", lambda seed: torch.default_generator)
-
-
-def log_not_cut_back(patch: pytest.MonkeyPatch) -> None:
-    init = Log.__init__
-    patch.setattr(Log, "__init__", lambda self, path, _: init(self, path, path.parent))
-
-
-def earlier_log_overwritten(patch: pytest.MonkeyPatch) -> None:
-    init = Log.__init__
-    patch.setattr(Log, "__init__", lambda self, *args: init(self, *args) or self.keep())
-
-
-def earlier_result_not_removed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
-
-
-def kept_only_by_save(patch: pytest.MonkeyPatch) -> None:
-    tidy = Run._tidy
-    patch.setattr(Run, "_tidy", lambda self: tidy(self) if hasattr(self, "step") else None)
-
-
-def checksums_not_looked_at(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(files, "folder_is_intact", lambda folder: True)
-
-
-def settings_not_compared(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Run, "_differences", lambda self, folder: "")
-
-
-def inputs_not_read(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(run_file, "_fingerprints", lambda args: {})
-
-
-def any_step_is_past(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(run_file, "read_info", lambda folder: read_info(folder) | {"step": 0})
-
-
-def nothing_deleted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
-
-
-def all_deleted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Run, "_folders", lambda self: sorted((self.out / "checkpoints").iterdir()))
-
-
-def nothing_is_infinite(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(math, "isfinite", lambda value: True)
-
-
-CHECKS: dict[Callable, list[Callable]] = {
-    resumes_exactly: [*map(not_restored, toy.STATE), not_seeded_by_the_step, log_not_cut_back],
-    copies_a_kept_model_again: [kept_only_by_save],
-    drops_kept_models_of_later_steps: [any_step_is_past, settings_not_compared, kept_only_by_save],
-    passes_over_damage: [checksums_not_looked_at],
-    refuses_other_settings: [settings_not_compared],
-    refuses_another_input: [inputs_not_read],
+LOG, TIDY = Log.__init__, Run._tidy
+BUGS = {f"{name} not restored": (Run, "_restore", restore_without(name)) for name in toy.STATE} | {
+    "not seeded by the step": (torch, "manual_seed", lambda seed: torch.default_generator),
+    "log not cut back": (Log, "__init__", lambda log, path, _: LOG(log, path, path.parent)),
+    "earlier log overwritten": (Log, "__init__", lambda log, *args: LOG(log, *args) or log.keep()),
+    "earlier result stays": (Path, "unlink", lambda path, missing_ok=False: None),
+    "kept only by save": (Run, "_tidy", lambda r: TIDY(r) if hasattr(r, "step") else None),
+    "checksums not looked at": (files, "folder_is_intact", lambda folder: True),
+    "settings not compared": (Run, "_differences", lambda run, folder: ""),
+    "inputs not read": (run_file, "_fingerprints", lambda args: {}),
+    "any step is past": (run_file, "read_info", lambda folder: read_info(folder) | {"step": 0}),
+    "nothing deleted": (shutil, "rmtree", lambda *args, **kwargs: None),
+    "all deleted": (Run, "_folders", lambda r: sorted((r.out / "checkpoints").iterdir())),
+    "nothing is infinite": (math, "isfinite", lambda value: True),
+}
+CHECKS = {  # and the bugs that each catches
+    resumes_exactly: [*list(BUGS)[:3], "not seeded by the step", "log not cut back"],
+    copies_a_kept_model_again: ["kept only by save"],
+    drops_kept_models_of_later_steps: ["any step is past", "settings not compared"],
+    passes_over_damage: ["checksums not looked at"],
+    refuses_other_settings: ["settings not compared"],
+    refuses_another_input: ["inputs not read"],
     leaves_an_earlier_result: [
-        earlier_log_overwritten,
-        earlier_result_not_removed,
-        nothing_deleted,
+        "earlier log overwritten",
+        "earlier result stays",
+        "nothing deleted",
     ],
-    stops_where_not_finite: [nothing_is_infinite],
-    keeps_two_checkpoints: [nothing_deleted],
-    leaves_what_a_user_put_there: [all_deleted],
+    stops_where_not_finite: ["nothing is infinite"],
+    keeps_two_checkpoints: ["nothing deleted"],
+    leaves_what_a_user_put_there: ["all deleted"],
 }
 PLANTED = [(check, bug) for check, bugs in CHECKS.items() for bug in bugs]
 
@@ -322,9 +283,9 @@ def test_a_run(check: Callable, w: World) -> None:
     check(w)
 
 
-@pytest.mark.parametrize(("check", "bug"), PLANTED, ids=lambda each: each.__name__)
-def test_a_planted_bug_is_caught(check: Callable, bug: Callable, w: World) -> None:
-    w.planted = bug
+@pytest.mark.parametrize(("check", "bug"), PLANTED, ids=[f"{c.__name__}-{b}" for c, b in PLANTED])
+def test_a_planted_bug_is_caught(check: Callable, bug: str, w: World) -> None:
+    w.planted = lambda patch: patch.setattr(*BUGS[bug])
     with pytest.raises((AssertionError, OSError)):
         check(w)
 
@@ -578,29 +539,21 @@ def test_the_first_row_of_a_log_sets_its_columns(tmp_path: Path) -> None:
         read_log(path, ["step"])
 
 
-def test_an_earlier_log_stays_until_the_new_one_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    path.write_text("step\n1\n2\n3\n")
-    log = Log(path)
-    log.write({"step": 1})
-    assert path.read_text() == "step\n1\n2\n3\n"
-    for step, text in ((2, "step\n1\n"), (3, "step\n1\n2\n")):
-        log.keep()
-        assert path.read_text() == text
-        log.write({"step": step})
-    assert names(tmp_path) == ["log.csv"]
-
-
-@pytest.mark.parametrize("found", ["step\n1\n2\n3\n", "step\n1\n2\n3\n4", "step\n7\n8\n", None])
-def test_a_resumed_log_is_the_checkpoints(found: str | None, tmp_path: Path) -> None:
+def test_a_log_replaces_what_was_there_when_it_is_kept(tmp_path: Path) -> None:
+    """At once where a checkpoint holds its beginning."""
     path, checkpoint = tmp_path / "log.csv", tmp_path / "2"
     checkpoint.mkdir()
-    (checkpoint / "log.csv").write_text("step\n1\n2\n")
-    if found:
-        path.write_text(found)
-    log = Log(path, checkpoint)
-    log.write({"step": 3})
+    for place in (path, checkpoint / "log.csv"):
+        place.write_text("step\n1\n2\n")
+    log = Log(path)
+    log.write({"step": 7})
+    assert path.read_text() == "step\n1\n2\n"
     log.keep()
+    log.write({"step": 8})
+    assert path.read_text() == "step\n7\n8\n"
+    log = Log(path, checkpoint)
+    assert path.read_text() == "step\n1\n2\n"
+    log.write({"step": 3})
     assert path.read_text() == "step\n1\n2\n3\n"
 
 
