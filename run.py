@@ -200,7 +200,7 @@ class Run:
                 print(f"stopped by a signal after step {step}; --resume goes on", file=sys.stderr)
                 raise SystemExit(128 + stopped[0])
         for either, handler in zip(signals, handlers, strict=True):
-            signal.signal(either, handler)
+            signal.signal(either, handler or signal.SIG_DFL)  # None: not set from Python
 
     def due(self, every: int) -> bool:
         """Whether this step is one of every so many (0: none), or the last."""

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -60,9 +61,7 @@ def test_a_hostile_config_is_refused(key: str, values: list, tiny: Tiny, tmp_pat
 
 def test_a_shape_that_no_memory_holds_is_refused_before_it_is_made() -> None:
     with pytest.raises(BadInput, match="n_layer 1000000000, .* parameters, over 1e[+]12: lower"):
-        GPTConfig(
-            vocab_size=300, n_positions=16, n_embd=16, n_layer=10**9, n_head=2, eos_token_id=299
-        )
+        GPTConfig(300, n_positions=16, n_embd=16, n_layer=10**9, n_head=2, eos_token_id=299)
 
 
 TENSORS = [torch.ones(32, dtype=kind) for kind in (torch.int64, torch.bool, torch.complex64)]
@@ -131,7 +130,7 @@ def test_pipes_and_symlink_loops_are_refused(tmp_path: Path) -> None:
     refused(lambda: check_writable(tmp_path / "a"), "cannot be written")
 
 
-def flags_of(script: str, monkeypatch: pytest.MonkeyPatch) -> list[argparse.Action]:
+def flags_of(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[argparse.Action]:
     """The flags of one of the three scripts that take a number."""
     taken = []
 

@@ -232,19 +232,11 @@ BAD_INPUT = [
 EACH = [(s, *case[1:]) for case in BAD_INPUT for s in (STAGES if case[0] == "*" else [case[0]])]
 
 
-@pytest.mark.parametrize(
-    ("stage", "flag", "value", "message"), EACH, ids=[f"{s}-{m}" for s, *_, m in EACH]
-)
+@pytest.mark.parametrize("case", EACH, ids=[f"{stage}-{said}" for stage, *_, said in EACH])
 def test_bad_input_exits_with_2_and_one_line(
-    stage: str,
-    flag: str,
-    value: str | Callable,
-    message: str,
-    tiny: Tiny,
-    whole: dict,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
+    case: tuple, tiny: Tiny, whole: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    stage, flag, value, message = case
     out = Path(shutil.copytree(whole[stage][0], tmp_path / "out"))
     value = value(tiny, tmp_path) if callable(value) else value.replace("{tmp}", str(tmp_path))
     more = ["--dtype", "bfloat16"] if flag == "--kernels" else []
