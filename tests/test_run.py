@@ -342,7 +342,7 @@ class Evil:
         return Path.touch, (Path("executed"),)
 
 
-@pytest.mark.parametrize("state", [Evil(), {"step": Evil()}, {"step": 2}, [1, 2], None], ids=str)
+@pytest.mark.parametrize("state", [Evil(), {"step": Evil()}, {"step": 2}, [1, 2], None])
 def test_a_crafted_state_is_refused_and_not_executed(
     state: object, w: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
