@@ -3,6 +3,7 @@
     config.json        shape under GPT-2's names; stage, data and settings of the run beside them
     model.safetensors  weights under GPT-2's names, in float32
     tokenizer.json     see data/tokenizer.py
+    state.pt           in a run's checkpoints: models and optimizers as they are in training
 
 Nothing here knows a model class: functions take the class, or a model, from their caller. A faulty
 folder raises `BadInput`, which names the file, the value and what was expected.
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -278,3 +280,41 @@ def save_model(
         files.flush_to_disk(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# The state of a run
+
+
+def save_state(path: Path, step: int, objects: dict[str, Any]) -> None:
+    """Write the states of models and optimizers after a step; equal states are equal files."""
+    states = {name: each.state_dict() for name, each in objects.items()}
+    torch.save(_interned({"step": step, "state": states}), path)
+
+
+def load_state(path: Path, objects: dict[str, Any]) -> int:
+    """Give models and optimizers the states that `save_state` wrote; returns the step.
+
+    Raises `BadInput` for any other file, and runs nothing that is in it.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, each in objects.items():
+            each.load_state_dict(saved["state"][name])
+        return int(saved["step"])
+    except Exception as error:  # a crafted pickle can raise anything
+        too_large = isinstance(error, RuntimeError) and "memory" in str(error)
+        if too_large or isinstance(error, MemoryError):
+            raise
+        raise BadInput(
+            f"{path}: not the state of such a run ({type(error).__name__}); start over without "
+            "--resume"
+        ) from error
+
+
+def _interned(value: Any) -> Any:
+    """The same nested dicts and lists, equal keys being one object. Pickle writes each object once
+    and then refers to it, so only then are the files of equal states equal."""
+    if isinstance(value, dict):
+        return {sys.intern(k) if isinstance(k, str) else k: _interned(v) for k, v in value.items()}
+    return [_interned(v) for v in value] if isinstance(value, list) else value

@@ -55,6 +55,7 @@ def serve() -> None:
     import train_rm
     import train_sft
     from data.files import run_command
+    from tests import toy
 
     mains = {
         "sft": train_sft.main,
@@ -64,6 +65,7 @@ def serve() -> None:
         "evaluate": evaluate.main,
         "label": data.label.main,
         "tiny_world": data.tiny.make.main,
+        "toy": toy.main,
     }
     sample.CHUNK = 4  # prompts: several chunks of the few that there are
     finished: list[int] = []
@@ -218,17 +220,9 @@ def bytes_lost(reference: dict[str, bytes], found: dict[str, bytes]) -> int:
 
 def same_steps(out: Path) -> bool:
     """timing.csv, where there is one, has a row for each row of log.csv."""
-    if not (out / "timing.csv").exists():
-        return True
-    return (
-        len(
-            {
-                tuple(line.split(",")[0] for line in (out / name).read_text().splitlines())
-                for name in ("log.csv", "timing.csv")
-            }
-        )
-        == 1
-    )
+    logs = [out / name for name in ("log.csv", "timing.csv") if (out / "timing.csv").exists()]
+    steps = [[line.split(",")[0] for line in log.read_text().splitlines()] for log in logs]
+    return steps[:1] == steps[1:]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -307,17 +301,16 @@ def main() -> int:
             duration = time.perf_counter() - started
             reference = contents(folder / "whole")
             runs = -(-args.runs // len(args.stages))
+            kills = identical = lost = 0
             if args.every_write:  # over an earlier run: its files are removed, which are more
                 shutil.copytree(folder / "earlier", folder / "over")
-                runs = server.run(stage, tiny.args(stage, folder / "over")).operations
-            kills = identical = lost = 0
+                kills = runs = server.run(stage, tiny.args(stage, folder / "over")).operations
             for number in range(1, runs + 1):
                 out = folder / "out"
                 shutil.rmtree(out, ignore_errors=True)
                 if args.every_write:
                     shutil.copytree(folder / "earlier", out)
                     run_dying_at(server, stage, tiny.args(stage, out), number)
-                    kills += 1
                 else:
                     delays = iter(lambda limit=duration: random.uniform(0, limit), None)
                     kills += run_killed(server, stage, tiny.args(stage, out), delays)

@@ -25,7 +25,6 @@ from data.files import (
     parse_json,
     read_documents,
     read_jsonl,
-    read_log,
     remove_leftovers,
     run_command,
     write_atomic,
@@ -34,7 +33,6 @@ from data.files import (
     write_jsonl,
 )
 from data.tokenizer import encode_prompt, encode_response
-from run import Log
 from tests.tiny import Tiny
 
 PROMPT = {"prompt": "say red", "user": "u1", "source": "customer", "use_case": "other"}
@@ -557,62 +555,6 @@ def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path: Path) -> No
     assert (tmp_path / "gone/.gone.77.replaced").exists() and (tmp_path / "there/there").exists()
     assert (tmp_path / "empty/.empty.77.replaced").exists()
     remove_leftovers(tmp_path / "absent")
-
-
-# ------------------------------------------------------------------------------------------------
-# Logs
-
-
-def test_a_log_is_flushed_by_row_and_strict_about_keys(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    log = Log(path, ["step", "loss", "val_loss"])
-    log.write({"step": 1, "loss": 0.1234567890123, "val_loss": None})
-    assert path.read_text() == "step,loss,val_loss\n1,0.123456789,\n"
-    for row in ({"step": 2, "loss": 0.5}, {"step": 2, "loss": 1, "val_loss": 1, "more": 1}):
-        with pytest.raises(ValueError, match="the row and the header differ in"):
-            log.write(row)
-    with path.open("a") as stream:
-        stream.write("2,0.4")  # torn
-    assert read_log(path) == [{"step": "1", "loss": "0.123456789", "val_loss": ""}]
-    with pytest.raises(BadInput, match="header 'step,loss,val_loss', expected 'step'"):
-        read_log(path, ["step"])
-
-
-def test_an_earlier_log_stays_until_the_new_one_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    path.write_text("step\n1\n2\n3\n")
-    log = Log(path, ["step"])
-    log.write({"step": 1})
-    assert path.read_text() == "step\n1\n2\n3\n"
-    log.keep()
-    assert path.read_text() == "step\n1\n"
-    log.write({"step": 2})
-    log.keep()
-    assert path.read_text() == "step\n1\n2\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
-
-
-def test_a_resumed_log_is_the_checkpoints(tmp_path: Path) -> None:
-    path, checkpoint = tmp_path / "log.csv", tmp_path / "2"
-    checkpoint.mkdir()
-    log = Log(path, ["step"])
-    for step in (1, 2):
-        log.write({"step": step})
-    log.copy_to(checkpoint)
-    log.write({"step": 3})
-    log.close()
-    for found in (path.read_text(), path.read_text() + "4", "step\n7\n8\n", None):
-        path.unlink(missing_ok=True)
-        if found is not None:
-            path.write_text(found)
-        (tmp_path / ".log.csv.new").write_text("step\n1\n")
-        log = Log(path, ["step"], checkpoint)
-        log.write({"step": 3})
-        log.keep()
-        assert path.read_text() == "step\n1\n2\n3\n"
-        assert not (tmp_path / ".log.csv.new").exists()
-    with pytest.raises(BadInput, match="header 'step', expected 'step,loss'"):
-        Log(path, ["step", "loss"], checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------
