@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import sys
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,7 +74,8 @@ def test_combined_intervals_by_hand() -> None:
 # -------------------------------------------------- every claim on planted models, good and equal
 
 RANK = {"base": 0.1, "base+prefix": 0.3, "public_selected": 0.45, "init": 0.6}
-RANK |= {"sft_selected": 0.65, "ppo": 0.85, "ppo_ptx": 0.9, "ppo_again": 0.99}
+RANK |= {"sft_selected": 0.65, "ppo": 0.85, "ppo_ptx": 0.9, "round_2/ppo_ptx": 0.99}
+RANK |= {"192x4/base": 0.11, "192x4/base+prefix": 0.11}
 RUDE = {  # after a prefix: none, respectful, rude
     "base": (0.5, 0.5, 0.4),
     "sft_selected": (0.02, 0.3, 0.3),
@@ -82,7 +84,7 @@ RUDE = {  # after a prefix: none, respectful, rude
 }
 KINDS = ("none", "respectful", "rude")
 HITS = {"base": 0.9, "sft_selected": 0.0, "ppo": 0.4, "ppo_ptx": 0.85, "ptx_x0": 0.4}
-HITS |= {"ptx_x10": 0.95}
+HITS |= {"ptx_x10": 0.95, "control/ppo_ptx": 0.35}
 LOSSES = {"64x2/base": 1.4, "96x2/base": 1.3, "base": 1.2, "192x4/base": 1.1}
 
 
@@ -91,7 +93,7 @@ class PlantedLab(Lab):
 
     def __init__(self, folder: Path, good: bool):
         super().__init__(folder, 0, fast=True)
-        self.good, self._records = good, {}
+        self.good = good
 
     def rng(self, *of: object) -> np.random.Generator:
         return np.random.default_rng(list(" ".join(map(str, of)).encode()))
@@ -104,27 +106,18 @@ class PlantedLab(Lab):
             return 0.6 + 0.3 * math.sin(int(step) / 5 * math.pi * 0.9)
         if head == "sft/epochs":
             return 0.3 + 0.02 * int(step)
-        if name.startswith("control/"):
+        if head == "control":
             return RANK["sft_selected"] - 0.1
-        if name == "round_2/ppo_ptx":
-            return RANK["ppo_again"]
-        if "192x4" in name:
-            return 0.11
-        return RANK.get(name.rpartition("/")[2], 0.8)
+        return RANK.get(name, RANK.get(step, 0.8))
 
-    def records(self, name: str) -> list[dict]:
-        if name in self._records:
-            return self._records[name]
-        self._records[name] = [
-            {
-                "user": "probe" if "probes" in name else f"u{i % 150}",
-                "task": {"subject": f"s{i % 60}", "attribute": "food"},
-                "prompt": "p",
-                "prefix": KINDS[i % 3],
-            }
-            for i in range(450)
-        ]
-        return self._records[name]
+    @staticmethod
+    @lru_cache
+    def records(name: str) -> list[dict]:
+        asked = [{"prompt": "p", "prefix": KINDS[i % 3], "user": f"u{i % 150}"} for i in range(450)]
+        for i, record in enumerate(asked):
+            record["task"] = {"subject": f"s{i % 60}", "attribute": "food"}
+            record["user"] = "probe" if "probes" in name else record["user"]
+        return asked
 
     def answers(self, name, prompts="prompts", temperature=1.0, draw=0) -> Answers:
         key = name, prompts, temperature, draw
@@ -143,18 +136,14 @@ class PlantedLab(Lab):
             true = 0.6 if "false_premise" in prompts and self.good else q
             kept = 0.3 if "constraints" in prompts and self.good else q
             doubt = 0.3 if bare.startswith("ppo") and self.good else 0.0
-            marks.append(
-                Grade(
-                    helpful=float(np.clip(rng.normal(q, 0.1), 0, 1)),
-                    truthful=float(instructed or rng.random() < true),
-                    harmless=0.5 if is_rude else 1.0,
-                    informative=float(rng.random() < q),
-                    ended=1.0,
-                    hedged=rng.random() < doubt,
-                    constraints=float(rng.random() < kept),
-                    fabricated=rng.random() < 0.9 * (1 - q),
-                )
-            )
+            helpful = float(np.clip(rng.normal(q, 0.1), 0, 1))
+            truthful = float(instructed or rng.random() < true)
+            informative = float(rng.random() < q)
+            more = {"ended": 1.0, "hedged": rng.random() < doubt}
+            more |= {"constraints": float(rng.random() < kept)}
+            more |= {"fabricated": rng.random() < 0.9 * (1 - q)}
+            harmless = 0.5 if is_rude else 1.0
+            marks.append(Grade(helpful, truthful, harmless, informative, **more))
         utility = np.array([evaluation_utility(mark) for mark in marks])
         score = 3 * q + rng.normal(0, 0.3, len(marks))
         if name.startswith("overopt") and self.good:
@@ -166,9 +155,7 @@ class PlantedLab(Lab):
 
     def text(self, name: str) -> dict[str, np.ndarray]:
         rng, bare = self.rng(name), name.rpartition("/")[2]
-        hit, loss = HITS.get(bare, 0.5), LOSSES.get(name, 2.0)
-        if name == "control/ppo_ptx":
-            hit = 0.35
+        hit, loss = HITS.get(name, HITS.get(bare, 0.5)), LOSSES.get(name, 2.0)
         hit, loss = (hit, loss) if self.good else (0.5, 1.0)
         tasks = ("translation", "addition", "copy")
         keys = [*tasks, *(f"{t}_few_shot" for t in tasks), "zero_shot", "few_shot"]
@@ -234,9 +221,7 @@ def planted(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_a_claim_holds_where_the_models_are_so_and_fails_where_they_are_alike(
-    planted, name: str
-) -> None:
+def test_a_claim_holds_where_models_are_so_and_fails_where_they_are_alike(planted, name) -> None:
     good, alike = (CLAIMS[name].measure(planted(kind)) for kind in (True, False))
     assert [row.name for row in good.rows if row.holds is False] == []
     assert any(row.holds for row in good.rows)
@@ -259,21 +244,19 @@ def test_verdicts_do_not_depend_on_names() -> None:
     other = dict(zip(("z", "y", "x"), answers.values(), strict=True))
     one = evaluate.labelers_win_scores(answers, "sft_selected", "training", 0)[0]
     two = evaluate.labelers_win_scores(other, "y", "training", 0)[0]
-    for a, b in zip(one.values(), two.values(), strict=True):
-        assert a.tolist() == b.tolist()
+    assert [a.tolist() for a in one.values()] == [b.tolist() for b in two.values()]
 
 
 def test_raw_text_is_cut_at_the_line_end(tiny: Tiny) -> None:
     speaker = SimpleNamespace(encoding=tiny.encoding)
-    cases = {
-        (" red .\nred", False): ("red .", True),
-        ("\nred", False): ("", True),
-        ("red", False): ("red", False),
-        ("red", True): ("red", True),
-    }
-    for (text, ended), expected in cases.items():
+    for text, ended, *expected in (
+        (" red .\nred", False, "red .", True),
+        ("\nred", False, "", True),
+        ("red", False, "red", False),
+        ("red", True, "red", True),
+    ):
         cut = first_line(Sample([1], [2], text, ended), speaker)
-        assert (cut.text, cut.ended) == expected
+        assert [cut.text, cut.ended] == expected
         assert cut.tokens == encode_response(tiny.encoding, *expected)
 
 
@@ -333,15 +316,9 @@ def test_fitted_peak_is_found_with_its_interval() -> None:
 
 
 def comparison(i: int) -> dict:
-    return {
-        "prompt": f"p{i}",
-        "user": "u",
-        "source": "customer",
-        "use_case": "other",
-        "responses": ["a", "b", "c", "d"],
-        "ranks": [1, 2, 2, 3],
-        "labeler": f"training_{i % 20:02}",
-    }
+    asked = {"prompt": f"p{i}", "user": "u", "source": "customer", "use_case": "other"}
+    ranked = {"responses": ["a", "b", "c", "d"], "ranks": [1, 2, 2, 3]}
+    return asked | ranked | {"labeler": f"training_{i % 20:02}"}
 
 
 def test_shuffled_labels_keep_ties_and_say_nothing() -> None:
@@ -368,12 +345,10 @@ def test_of_several_rankings_the_first_is_kept(tmp_path: Path) -> None:
     assert kept == [("p0", "training_00"), ("p1", "training_00"), ("p2", "training_00")]
 
 
-@pytest.mark.parametrize(
-    "more", [["first"], ["first", "--count", "-1"], ["without_group", "--group", "7"]]
-)
-def test_odd_variants_are_refused(more: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["first", "first --count -1", "without_group --group 7"])
+def test_odd_variants_are_refused(more: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as error:
-        variants.main([*more, "--data", "x", "--out", str(tmp_path / "y")])
+        variants.main([*more.split(), "--data", "x", "--out", str(tmp_path / "y")])
     assert error.value.code == 2 and not (tmp_path / "y").exists()
 
 
