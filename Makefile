@@ -84,18 +84,18 @@ $(call weights,init): train_sft.py $(call weights,base)
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
 	  --pretrain_fraction 0.1 --no-epoch_checkpoints
 
-# Step 2: K = 4..9 responses a prompt, rankings, reward model.
-# One training response a prompt is another prompt's; validation is on samples as they are. Those
-# for training are drawn by two processes that share all cores.
+# Step 2: K = 4..9 responses a prompt, rankings, reward model. Those for training are drawn by two
+# processes that share all cores.
 train = $(filter train,$*)
 $(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
 	$(if $(train),,$(half)) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
-	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(if $(train),--off_topic 1 --processes 2)
+	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(if $(train),--processes 2)
 
-# Three people rank each training prompt, which is one batch element all the same.
+# Three people rank each training prompt, which is one batch element all the same; one response of it
+# is another prompt's. Validation is on samples as they are.
 $(D)/%/comparisons.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
-	  --pool training --seed $(SEED) $(if $(train),--labelers 3)
+	  --pool training --seed $(SEED) $(if $(train),--labelers 3 --off_topic 1)
 
 $(D)/%/comparisons_held_out.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
@@ -149,8 +149,8 @@ real: $(R)/report/report.md $(R)/folds/folds.md
 	@cat $(R)/report/table.txt $(R)/folds/folds.md
 	@echo "The report is $(R)/report/report.md; reward-model accuracy in $(R)/folds/folds.md."
 
-$(R)/data/account.txt: data/real/prepare.py data/real/convert.py data/real/raw.py data/hygiene.py \
-                       data/tokenizer.py data/files.py | .venv/ready
+$(R)/data/account.txt: data/real/prepare.py data/real/convert.py data/real/raw.py \
+                       data/real/sources.py data/hygiene.py data/tokenizer.py data/files.py | .venv/ready
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(py) -m data.real.prepare novels alpaca oasst qa-feedback --from $(DATA) --out $(R)/data \
 	  --passage_chars 300 --seed $(SEED)

@@ -45,7 +45,6 @@ from data.files import (
     write_atomic,
     write_jsonl,
 )
-from data.tiny.labelers import OTHER_PROMPT
 from data.tokenizer import decode_response, encode_prompt
 from model import GPT, pad_right
 
@@ -81,12 +80,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="responses a prompt, or least and most; 4 9 with --data, else 1",
     )
     add("--shares", type=float, nargs="+", help="share of responses of each checkpoint; even")
-    add(
-        "--off_topic",
-        type=int,
-        default=0,
-        help="of a prompt's responses, so many are exchanged for another prompt's",
-    )
     add("--num_prompts", type=int, default=0, help="use only the first so many prompts; 0: all")
     add(
         "--processes",
@@ -137,7 +130,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("max_prompt_tokens", "max_new_tokens", "batch_size", "processes"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
-    for name in ("num_prompts", "off_topic", "seed"):
+    for name in ("num_prompts", "seed"):
         if not 0 <= getattr(args, name) <= 2**32:
             parser.error(f"--{name} {getattr(args, name)}: expected 0 to {2**32}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -402,7 +395,6 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
             stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in chunk)
             stream.flush()
             done += chunk
-    done = with_off_topic(done, args)
     write_jsonl(out, done, "candidates")
     partial.unlink()
     ended = sum(sum(record["ended"]) for record in done)
@@ -410,37 +402,6 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
         f"wrote {out}: {total} responses to {len(done)} prompts, {ended / total:.1%} ended; "
         f"dropped {dropped} prompts over {args.max_prompt_tokens} tokens"
     )
-
-
-def with_off_topic(records: list[Record], args: argparse.Namespace) -> list[Record]:
-    """Exchange `--off_topic` responses of each prompt for ones that were sampled for other prompts.
-
-    Every second one comes from the same use case, where there is another prompt of it. Samples are
-    nearly always on topic, and a reward model that sees no others does not learn to read the
-    prompt: it scores a good answer to another question as high as the right one. Such a response
-    bears the name "other prompt" in "models".
-    """
-    by_use_case: dict[str, list[int]] = {}
-    for index, record in enumerate(records):
-        by_use_case.setdefault(record["use_case"], []).append(index)
-    exchanged = []
-    for index, record in enumerate(records):
-        rng = np.random.default_rng([args.seed, index, 2])
-        record = record | {key: list(record[key]) for key in ("responses", "ended", "models")}
-        num = min(args.off_topic, len(record["responses"]) - 1)
-        for turn, place in enumerate(rng.permutation(len(record["responses"]))[:num]):
-            alike = [other for other in by_use_case[record["use_case"]] if other != index]
-            same = alike and (index + turn) % 2
-            others = alike if same else [other for other in range(len(records)) if other != index]
-            if not others:
-                break
-            other = records[others[int(rng.integers(len(others)))]]
-            taken = int(rng.integers(len(other["responses"])))
-            record["responses"][place] = other["responses"][taken]
-            record["ended"][place] = other["ended"][taken]
-            record["models"][place] = OTHER_PROMPT
-        exchanged.append(record)
-    return exchanged
 
 
 def read_partial(partial: Path, header: str) -> list[Record]:

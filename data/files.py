@@ -157,7 +157,7 @@ def parse_json(text: str, where: str) -> Any:
         raise BadInput(f"{where}: {error}") from None
 
 
-def _read_text(path: Path | str) -> str:
+def read_text(path: Path | str) -> str:
     """The file as text: UTF-8, byte-order mark dropped, line ends made "\\n". Raises `BadInput`."""
     path = Path(path)
     _refuse_special(path)
@@ -192,7 +192,7 @@ def read_jsonl(path: Path | str, kind: str) -> list[Record]:
     empty, not UTF-8, or any line is not a valid record.
     """
     records = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -245,7 +245,7 @@ def read_documents(path: Path | str) -> list[str]:
     around a document are dropped. Raises `BadInput` if there is no document.
     """
     documents, lines = [], []
-    for line in [*_read_text(path).split("\n"), END_OF_TEXT]:
+    for line in [*read_text(path).split("\n"), END_OF_TEXT]:
         if line.strip() == END_OF_TEXT:
             document = "\n".join(lines).strip("\n")
             if document.strip():
@@ -400,7 +400,7 @@ class Parts:
         self.folder, said = Path(folder), Path(folder) / "settings.json"
         settings = json.loads(json.dumps(settings))
         if resume and said.exists():
-            before = parse_json(_read_text(said), str(said))
+            before = parse_json(read_text(said), str(said))
             before = before if isinstance(before, dict) else {}
             keys = [k for k in {**settings, **before} if before.get(k) != settings.get(k)]
             if keys:
@@ -449,7 +449,7 @@ def _digest(text: str) -> str:
 
 def read_log(path: Path | str, columns: list[str] | None = None) -> list[dict[str, str]]:
     """Rows of a log as strings, a torn last line left out. Raises `BadInput` on another header."""
-    lines = _read_text(path).split("\n")
+    lines = read_text(path).split("\n")
     header = lines[0].split(",")
     if columns is not None and header != columns:
         raise BadInput(f"{path}: header {lines[0]!r}, expected {','.join(columns)!r}")

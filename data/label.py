@@ -9,6 +9,9 @@ a noise-free labeler would score. With --labelers N, each prompt has N records, 
 by different labelers. The second lets you do it, on any candidates: type the numbers of the
 responses from best to worst, with = between equals, such as "2 1=3 4". Every ranking is saved at
 once; started again with the same files, it goes on where you stopped.
+
+With --off_topic N, in either form, N responses of each prompt are first exchanged for ones that
+were sampled for other prompts.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from data.files import (
@@ -29,10 +33,11 @@ from data.files import (
     write_jsonl,
 )
 from data.tiny.grader import grade
-from data.tiny.labelers import OTHER_PROMPT, POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
+from data.tiny.labelers import POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
 from data.tiny.world import World
 
 Record = dict
+OTHER_PROMPT = "other prompt"  # under "models": this response was sampled for another prompt
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,26 +47,54 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, metavar="FILE", help="comparisons.jsonl to write")
     add("--world", metavar="FILE", help="world.json of the tiny world")
     add("--pool", choices=tuple(POOL_WEIGHTS), default="training", help="simulated labelers")
-    add(
-        "--labelers",
-        type=int,
-        default=1,
-        help="simulated labelers who rank each prompt, a record each",
-    )
-    add("--seed", type=int, default=0, help="of labelers' noise, or of the order shown")
+    add("--labelers", type=int, default=1, help="how many of them rank each prompt, a record each")
+    add("--off_topic", type=int, default=0, help="responses of a prompt to take from other prompts")
+    add("--seed", type=int, default=0, help="of all random draws")
     add("--interactive", action=argparse.BooleanOptionalAction, default=False, help="you rank")
     add("--labeler", default="person", help="your name in the comparisons")
     args = parser.parse_args(argv)
     if not 1 <= args.labelers <= POOL_SIZE:
         parser.error(f"--labelers {args.labelers}: expected 1 to {POOL_SIZE}")
     if args.interactive and args.labelers > 1:
-        parser.error(
-            f"--labelers {args.labelers}: with --interactive you are the only one; start "
-            "again with another --labeler and --out"
-        )
+        one = "expected 1 with --interactive; the next person gives another --labeler and --out"
+        parser.error(f"--labelers {args.labelers}: {one}")
+    for name in ("off_topic", "seed"):
+        if not 0 <= getattr(args, name) <= 2**32:
+            parser.error(f"--{name} {getattr(args, name)}: expected 0 to {2**32}")
     if not args.interactive and args.world is None:
         parser.error("--world is missing: simulated labelers need world.json; or --interactive")
     return args
+
+
+def with_off_topic(records: list[Record], count: int, seed: int) -> list[Record]:
+    """Exchange `count` responses of each prompt for ones that were sampled for other prompts.
+
+    Every second one comes from the same use case, where there is another prompt of it. Samples are
+    nearly always on topic, and a reward model that sees no others does not learn to read the
+    prompt: it scores a good answer to another question as high as the right one. Such a response
+    bears the name "other prompt" in "models". One response of a prompt stays its own.
+    """
+    by_use_case: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        by_use_case.setdefault(record["use_case"], []).append(index)
+    exchanged = []
+    for index, record in enumerate(records):
+        rng = np.random.default_rng([seed, index, 2])
+        record = record | {key: list(record[key]) for key in ("responses", "ended", "models")}
+        places = rng.permutation(len(record["responses"]))[:-1]
+        for turn, place in enumerate(places[:count]):
+            alike = [other for other in by_use_case[record["use_case"]] if other != index]
+            same = alike and (index + turn) % 2
+            others = alike if same else [other for other in range(len(records)) if other != index]
+            if not others:
+                break
+            other = records[others[int(rng.integers(len(others)))]]
+            taken = int(rng.integers(len(other["responses"])))
+            record["responses"][place] = other["responses"][taken]
+            record["ended"][place] = other["ended"][taken]
+            record["models"][place] = OTHER_PROMPT
+        exchanged.append(record)
+    return exchanged
 
 
 def simulate(
@@ -75,20 +108,12 @@ def simulate(
                 f'record {number} of the candidates: key "task" is missing; simulated '
                 "labelers rank prompts of the tiny world alone, use --interactive"
             )
-    grades = []
+    grades, sampled = [], []
     for record in tqdm(records, desc="grading", unit="prompt", disable=None):
-        ended = record.get("ended") or [True] * len(record["responses"])
-        grades.append(
-            [
-                grade(world, record, response, end)
-                for response, end in zip(record["responses"], ended, strict=True)
-            ]
-        )
+        answers = zip(record["responses"], record["ended"], strict=True)
+        grades.append([grade(world, record, response, ended) for response, ended in answers])
+        sampled.append([name != OTHER_PROMPT for name in record["models"]])
     responses = [record["responses"] for record in records]
-    sampled = [
-        [name != OTHER_PROMPT for name in record.get("models") or [""] * len(row)]
-        for record, row in zip(records, responses, strict=True)
-    ]
     pool = Pool.make(pool_name)
     turns = label(grades, responses, pool, seed, labelers, sampled)
     labels = turns[0]
@@ -98,11 +123,10 @@ def simulate(
         f"agreement {labels.agreement:.3f} (target {TARGET_AGREEMENT}), ties "
         f"{labels.tie_rate:.3f} of pairs, noise-free ceiling {labels.ceiling:.3f}"
     )
-    return [
-        record | {"ranks": turn.ranks[i], "labeler": turn.labelers[i]}
-        for i, record in enumerate(records)
-        for turn in turns
-    ]
+    ranked = []
+    for i, record in enumerate(records):
+        ranked += [record | {"ranks": t.ranks[i], "labeler": t.labelers[i]} for t in turns]
+    return ranked
 
 
 # ---------------------------------------------------------------------------------- ranking by hand
@@ -179,6 +203,7 @@ def _ask(count: int) -> list[int] | None:
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     records = read_jsonl(args.data, "candidates")
+    records = with_off_topic(records, args.off_topic, args.seed)
     out = Path(args.out)
     check_writable(out.parent)
     remove_leftovers(out.parent, out.name)

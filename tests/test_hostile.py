@@ -178,7 +178,6 @@ FLAGS = [
             ("--seed", "-1"),
             ("--num_prompts", "-3"),
             ("--shares", "inf"),
-            ("--off_topic", "-1"),
             ("--num_responses", str(10**9)),
             ("--device", "tpu"),
         )

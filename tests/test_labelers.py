@@ -2,7 +2,10 @@
 
 import json
 import random
+import re
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,12 @@ from data.label import parse_ranking
 from data.tiny import labelers
 from data.tiny.answers import Failings, answer
 from data.tiny.grader import Grade, grade, utility
-from data.tiny.labelers import POOL_WEIGHTS, Labels, Pool, dense_ranks, likert, metadata
+from data.tiny.labelers import POOL_WEIGHTS, Labels, Pool, dense_ranks, likert
 from data.tiny.tasks import LABELER_SHARES, make_prompt, pick
 from data.tiny.world import World
 
 NUM_PROMPTS = 400
+Graded = tuple[list[list[Grade]], list[list[str]]]
 
 
 def label(*args, **more) -> Labels:
@@ -40,138 +44,117 @@ def candidates(world: World) -> list[dict]:
     for number in range(NUM_PROMPTS):
         use_case = pick(rng, LABELER_SHARES)
         prompt, task = make_prompt(world, use_case, rng)
-        responses = [
-            answer(world, task, rng, failings=Failings.draw(rng, 0.2, 0.2, 0.2, 0.4))
-            if rng.random() < 0.9
-            else rng.choice(("", "yes .", prompt))
-            for _ in range(rng.randint(4, 9))
-        ]
-        records.append(
-            {
-                "prompt": prompt,
-                "user": f"user_{number}",
-                "source": "customer",
-                "use_case": use_case,
-                "task": task,
-                "responses": responses,
-                "ended": [True] * len(responses),
-                "models": ["sft"] * len(responses),
-            }
-        )
+        responses = []
+        for _ in range(rng.randint(4, 9)):
+            if rng.random() < 0.9:
+                failings = Failings.draw(rng, 0.2, 0.2, 0.2, 0.4)
+                responses.append(answer(world, task, rng, failings=failings))
+            else:
+                responses.append(rng.choice(("", "yes .", prompt)))
+        record = {"prompt": prompt, "user": f"user_{number}", "source": "customer", "task": task}
+        record |= {"use_case": use_case, "responses": responses, "models": ["sft"] * len(responses)}
+        records.append(record | {"ended": [True] * len(responses)})
     return records
 
 
 @pytest.fixture(scope="module")
-def grades(world: World, candidates: list[dict]) -> list[list[Grade]]:
-    return [
-        [grade(world, record, text, True) for text in record["responses"]] for record in candidates
-    ]
+def graded(world: World, candidates: list[dict]) -> Graded:
+    """Grades and texts of the responses to each prompt."""
+    texts = [record["responses"] for record in candidates]
+    records = zip(candidates, texts, strict=True)
+    return [[grade(world, r, text, True) for text in row] for r, row in records], texts
 
 
-def texts(candidates: list[dict]) -> list[list[str]]:
-    return [record["responses"] for record in candidates]
+def pairs(row: list) -> Iterator[tuple[int, int]]:
+    return combinations(range(len(row)), 2)
 
 
 @pytest.mark.parametrize("pool_name", ["training", "held_out"])
-def test_two_labelers_agree_on_73_percent(
-    pool_name: str, candidates: list[dict], grades: list[list[Grade]]
-) -> None:
+def test_two_labelers_agree_on_73_percent(pool_name: str, graded: Graded) -> None:
     """Counted pair by pair from the definition, with other random draws than the fit's."""
     pool = Pool.make(pool_name)
-    noise = label(grades, texts(candidates), pool, seed=0).noise
+    noise = label(*graded, pool, seed=0).noise
     rng = random.Random(1)
     agreed = total = 0
-    for _ in range(12):
-        for row, responses in zip(grades, texts(candidates), strict=True):
-            opinions = []
-            for _ in range(2):
-                weights = pool.weights[rng.randrange(len(pool.weights))]
-                scores: dict[str, int] = {}
-                for marks, text in zip(row, responses, strict=True):
-                    exact = utility(marks, list(weights)) + rng.gauss(0, noise)
-                    scores.setdefault(text, round(12 * exact))
-                opinions.append([scores[text] for text in responses])
-            one, other = opinions
-            for i in range(len(row)):
-                for j in range(i):
-                    a, b = one[i] - one[j], other[i] - other[j]
-                    if a and b:
-                        total += 1
-                        agreed += (a > 0) == (b > 0)
+    for row, responses in 12 * list(zip(*graded, strict=True)):
+        opinions = []
+        for _ in range(2):
+            weights = pool.weights[rng.randrange(len(pool.weights))]
+            scores: dict[str, int] = {}
+            for marks, text in zip(row, responses, strict=True):
+                exact = utility(marks, list(weights)) + rng.gauss(0, noise)
+                scores.setdefault(text, round(12 * exact))
+            opinions.append([scores[text] for text in responses])
+        one, other = opinions
+        for i, j in pairs(row):
+            a, b = one[i] - one[j], other[i] - other[j]
+            total += bool(a and b)
+            agreed += a * b > 0
     assert agreed / total == pytest.approx(0.73, abs=0.015)
 
 
-def test_labels_report_what_they_are(candidates: list[dict], grades: list[list[Grade]]) -> None:
+def test_labels_report_what_they_are(graded: Graded) -> None:
     pool = Pool.make("training")
-    labels = label(grades, texts(candidates), pool, seed=0)
+    labels = label(*graded, pool, seed=0)
     assert labels.agreement == pytest.approx(0.73, abs=0.005)
     tied = right = untied = 0.0
     weights = POOL_WEIGHTS["training"]
-    for ranks, row in zip(labels.ranks, grades, strict=True):
+    for ranks, row in zip(labels.ranks, graded[0], strict=True):
         values = [utility(marks, weights) for marks in row]
-        for i in range(len(row)):
-            for j in range(i):
-                tied += ranks[i] == ranks[j]
-                if ranks[i] != ranks[j]:
-                    untied += 1
-                    gap = (values[i] - values[j]) * (ranks[j] - ranks[i])
-                    right += 0.5 if abs(gap) < 1e-9 else float(gap > 0)
+        for i, j in pairs(row):
+            tied += ranks[i] == ranks[j]
+            untied += ranks[i] != ranks[j]
+            gap = (values[i] - values[j]) * (ranks[j] - ranks[i])
+            right += (0.5 if abs(gap) < 1e-9 else float(gap > 0)) * (ranks[i] != ranks[j])
     assert labels.tie_rate == pytest.approx(tied / (tied + untied))
     assert labels.ceiling == pytest.approx(right / untied)
     assert 0.1 < labels.tie_rate < 0.5 and 0.7 < labels.ceiling < 0.9
 
 
-def test_noise_is_fitted_on_responses_to_their_prompt(
-    candidates: list[dict], grades: list[list[Grade]]
-) -> None:
+def test_noise_is_fitted_on_responses_to_their_prompt(graded: Graded) -> None:
     """Answers to other prompts are told apart by everyone; they must not make labelers noisier."""
     pool, bad = Pool.make("training"), Grade(0.0, 0.0, 0.0, 0.0, 0.0)
-    without = label(grades, texts(candidates), pool, seed=0).noise
-    more = [[*row, bad] for row in grades]
-    more_texts = [[*row, "an answer to another prompt"] for row in texts(candidates)]
-    sampled = [[True] * len(row) + [False] for row in grades]
+    without = label(*graded, pool, seed=0).noise
+    more = [[*row, bad] for row in graded[0]]
+    more_texts = [[*row, "an answer to another prompt"] for row in graded[1]]
+    sampled = [[True] * len(row) + [False] for row in graded[0]]
     noise = label(more, more_texts, pool, 0, sampled=sampled).noise
     assert noise == pytest.approx(without, rel=0.1)
     assert label(more, more_texts, pool, 0).noise > 1.2 * without
 
 
 def test_ranks_follow_utility_when_labelers_always_agree(
-    candidates: list[dict], grades: list[list[Grade]], monkeypatch: pytest.MonkeyPatch
+    graded: Graded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(labelers, "TARGET_AGREEMENT", 1.0)
     monkeypatch.setattr(labelers, "WEIGHT_SPREAD", 0.0)
-    labels = label(grades, texts(candidates), Pool.make("training"), seed=0)
+    labels = label(*graded, Pool.make("training"), seed=0)
     assert labels.noise < 1e-6
-    for ranks, row in zip(labels.ranks, grades, strict=True):
+    for ranks, row in zip(labels.ranks, graded[0], strict=True):
         steps = [round(12 * utility(marks, POOL_WEIGHTS["training"]) + 1e-9) for marks in row]
         order = sorted(set(steps), reverse=True)
         assert ranks == [order.index(step) + 1 for step in steps]
 
 
-def test_equal_texts_tie_and_labels_depend_on_the_seed_alone(
-    candidates: list[dict], grades: list[list[Grade]]
-) -> None:
+def test_equal_texts_tie_and_labels_depend_on_the_seed_alone(graded: Graded) -> None:
     pool = Pool.make("training")
-    labels = label(grades, texts(candidates), pool, seed=3)
+    labels = label(*graded, pool, seed=3)
     twins = 0
-    for ranks, responses in zip(labels.ranks, texts(candidates), strict=True):
-        for i in range(len(ranks)):
-            for j in range(i):
-                if responses[i] == responses[j]:
-                    twins += 1
-                    assert ranks[i] == ranks[j]
+    for ranks, responses in zip(labels.ranks, graded[1], strict=True):
+        for i, j in pairs(ranks):
+            if responses[i] == responses[j]:
+                twins += 1
+                assert ranks[i] == ranks[j]
     assert twins > 50
-    again = label(grades, texts(candidates), pool, seed=3)
+    again = label(*graded, pool, seed=3)
     assert (again.ranks, again.labelers) == (labels.ranks, labels.labelers)
-    assert label(grades, texts(candidates), pool, seed=4).ranks != labels.ranks
+    assert label(*graded, pool, seed=4).ranks != labels.ranks
 
 
-def test_pools_have_random_numbers_of_their_own(
-    candidates: list[dict], grades: list[list[Grade]]
-) -> None:
+def test_pools_have_random_numbers_of_their_own(graded: Graded) -> None:
     """Equal noise in both would make the held-out labelers agree with the others by chance."""
     picks, noises = [], []
-    marked = labelers._Marked.of(grades, texts(candidates))
+    marked = labelers._Marked.of(*graded)
     for name in POOL_WEIGHTS:
         ids, _, noise = marked.draw(Pool.make(name), Pool.make(name).rng(0, 2))
         picks.append(ids)
@@ -182,21 +165,15 @@ def test_pools_have_random_numbers_of_their_own(
 
 def test_held_out_labelers_have_other_priorities() -> None:
     """Truth against help: 1.2 / 0.7 for one pool, 0.7 / 1.0 for the other."""
-    for name, (helpful, truthful, harmless, ended) in {
-        "training": (1.0, 0.7, 0.8, 0.4),
-        "held_out": (0.7, 1.2, 1.2, 0.2),
-    }.items():
+    stated = {"training": (1.0, 0.7, 0.8, 0.4), "held_out": (0.7, 1.2, 1.2, 0.2)}
+    for name, weights in stated.items():
         pool = Pool.make(name)
-        total = helpful + truthful + harmless + ended
-        assert pool.mean_weights == pytest.approx(
-            np.array([helpful, truthful, harmless, ended]) / total
-        )
+        assert pool.mean_weights == pytest.approx(np.array(weights) / sum(weights))
         assert pool.weights.sum(axis=1) == pytest.approx(np.ones(20))
         spread = np.log(pool.weights / pool.mean_weights).std()
         assert 0.12 < spread < 0.30  # 0.25 before each row is made to sum to 1
-    assert not set(map(tuple, Pool.make("training").weights)) & set(
-        map(tuple, Pool.make("held_out").weights)
-    )
+    one, other = (set(map(tuple, Pool.make(name).weights)) for name in POOL_WEIGHTS)
+    assert not one & other
     with pytest.raises(ValueError, match="pool 'nobody'"):
         Pool.make("nobody")
 
@@ -214,21 +191,12 @@ def test_agreement_out_of_reach_is_reported_not_invented() -> None:
     assert labels.tie_rate == 1.0 and np.isnan(labels.agreement) and np.isnan(labels.ceiling)
 
 
-def test_likert_and_metadata() -> None:
+def test_likert() -> None:
     best, weights = Grade(1, 1, 1, 1, 1), POOL_WEIGHTS["training"]
     worst = replace(best, helpful=0, truthful=0, harmless=0, ended=0)
     assert (likert(best, weights), likert(worst, weights)) == (7, 1)
     # (1.0 * 0.5 + 0.7 + 0.8 + 0.4) / 2.9 = 0.828; seventh steps of 1/7: 5.79
     assert likert(replace(best, helpful=0.5), weights) == 6
-    assert metadata(replace(best, constraints=0.5, fabricated=True, harmless=0.5)) == {
-        "fails_task": False,
-        "inappropriate": True,
-        "satisfies_constraint": False,
-        "hallucination": True,
-        "hedges": False,
-    }
-    assert metadata(replace(best, informative=0.0))["fails_task"] is True
-    assert metadata(best)["satisfies_constraint"] is None
 
 
 # ------------------------------------------------------------------------------- the command
@@ -241,64 +209,92 @@ def files(tmp_path: Path, world: World, candidates: list[dict]) -> Path:
     return tmp_path
 
 
-def arguments(folder: Path, *more: str) -> list[str]:
-    return [
-        "--data",
-        str(folder / "candidates.jsonl"),
-        "--out",
-        str(folder / "out.jsonl"),
-        "--world",
-        str(folder / "world.json"),
-        *more,
-    ]
+def run(folder: Path, *more: str) -> list[dict]:
+    files = {"--data": "candidates.jsonl", "--out": "out.jsonl", "--world": "world.json"}
+    argv = [word for flag, name in files.items() for word in (flag, str(folder / name))]
+    command.main([*argv, *more])
+    return read_jsonl(folder / "out.jsonl", "comparisons")
 
 
 def test_command_adds_ranks_and_labeler(files: Path, capsys: pytest.CaptureFixture) -> None:
-    command.main(arguments(files, "--pool", "held_out", "--seed", "5"))
-    made = read_jsonl(files / "out.jsonl", "comparisons")
+    made = run(files, "--pool", "held_out", "--seed", "5")
     given = read_jsonl(files / "candidates.jsonl", "candidates")
     for comparison, candidate in zip(made, given, strict=True):
         assert comparison["labeler"].startswith("held_out_")
         assert {k: comparison[k] for k in candidate} == candidate
     assert len({comparison["labeler"] for comparison in made}) > 5
     assert "agreement 0.73" in capsys.readouterr().out
-    before = (files / "out.jsonl").read_bytes()
-    command.main(arguments(files, "--pool", "held_out", "--seed", "5"))
-    assert (files / "out.jsonl").read_bytes() == before
+    assert run(files, "--pool", "held_out", "--seed", "5") == made
 
 
-def test_several_labelers_rank_each_prompt(
-    files: Path, candidates: list[dict], grades: list[list[Grade]]
-) -> None:
+def test_several_labelers_rank_each_prompt(files: Path, candidates: list[dict]) -> None:
     """The first as if alone; no two of them are one person, and they agree as often as any two."""
     write_jsonl(files / "candidates.jsonl", candidates, "candidates")
-    command.main(arguments(files))
-    alone = read_jsonl(files / "out.jsonl", "comparisons")
-    command.main(arguments(files, "--labelers", "3"))
-    made = read_jsonl(files / "out.jsonl", "comparisons")
+    alone, made = run(files), run(files, "--labelers", "3")
     assert made[::3] == alone and len(made) == 3 * len(candidates)
     turns = [made[k::3] for k in range(3)]
     right, both = 0, 0
     for views in zip(*turns, strict=True):
         assert len({view["labeler"] for view in views}) == 3
         assert len({(view["prompt"], *view["responses"]) for view in views}) == 1
-        for a, b in ((0, 1), (0, 2), (1, 2)):
-            first, second = views[a]["ranks"], views[b]["ranks"]
-            for i in range(len(first)):
-                for j in range(i):
-                    signs = (first[i] - first[j]) * (second[i] - second[j])
-                    right, both = right + (signs > 0), both + (signs != 0)
+        for a, b in combinations(views, 2):
+            first, second = a["ranks"], b["ranks"]
+            for i, j in pairs(first):
+                signs = (first[i] - first[j]) * (second[i] - second[j])
+                right, both = right + (signs > 0), both + (signs != 0)
     assert right / both == pytest.approx(0.73, abs=0.02)
 
 
-@pytest.mark.parametrize("number", ["0", "21", "-1"])
-def test_a_number_of_labelers_that_the_pool_has(
-    number: str, files: Path, capsys: pytest.CaptureFixture
+def test_off_topic_responses_come_from_other_prompts() -> None:
+    records = []
+    for i in range(20):
+        record = {"use_case": f"u{i % 2}", "responses": [f"{i} {k}" for k in range(4)]}
+        ended = [(i + k) % 3 > 0 for k in range(4)]
+        records.append(record | {"ended": ended, "models": ["sft"] * 4})
+    said = {r["responses"][k]: r["ended"][k] for r in records for k in range(4)}
+    alike = []
+    for i, new in enumerate(command.with_off_topic(records, 2, seed=0)):
+        assert new["models"].count("other prompt") == 2
+        for k, (text, name) in enumerate(zip(new["responses"], new["models"], strict=True)):
+            owner = int(text.split()[0])
+            assert new["ended"][k] == said[text]
+            assert (owner != i) == (name == "other prompt")
+            assert owner != i or text == records[i]["responses"][k]
+            alike += [owner % 2 == i % 2] if owner != i else []
+    assert 0.5 < np.mean(alike) < 1  # half of them on purpose, and some by chance
+    assert records[0]["models"] == ["sft"] * 4  # the input is left alone
+    assert command.with_off_topic(records, 0, seed=0) == records
+    most = command.with_off_topic(records, 9, seed=0)
+    assert all(r["models"].count("sft") == 1 for r in most)
+
+
+def test_off_topic_responses_are_ranked_and_do_not_raise_the_noise(
+    files: Path, capsys: pytest.CaptureFixture
+) -> None:
+    made = run(files, "--off_topic", "2", "--labelers", "2")
+    assert all(record["models"].count("other prompt") == 2 for record in made)
+    assert [r["responses"] for r in made[::2]] == [r["responses"] for r in made[1::2]]
+    run(files)
+    with_others, without = re.findall(r"noise (\S+):", capsys.readouterr().out)
+    assert float(with_others) == pytest.approx(float(without), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "flag, value, expected",
+    [
+        ("--labelers", "0", "expected 1 to 20"),
+        ("--labelers", "21", "expected 1 to 20"),
+        ("--off_topic", "-1", "expected 0 to"),
+        ("--seed", "-1", "expected 0 to"),
+    ],
+)
+def test_flags_without_sense_are_refused(
+    flag: str, value: str, expected: str, files: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit) as error:
-        command.main(arguments(files, "--labelers", number))
+        run(files, flag, value)
     assert error.value.code == 2
-    assert f"--labelers {number}: expected 1 to 20" in capsys.readouterr().err
+    assert f"{flag} {value}: {expected}" in capsys.readouterr().err
 
 
 def test_candidates_of_real_prompts_need_a_person(
@@ -306,7 +302,7 @@ def test_candidates_of_real_prompts_need_a_person(
 ) -> None:
     real = [{k: v for k, v in record.items() if k != "task"} for record in candidates[:3]]
     write_jsonl(files / "candidates.jsonl", real, "candidates")
-    assert run_command(lambda: command.main(arguments(files))) == 2
+    assert run_command(lambda: run(files)) == 2
     error = capsys.readouterr().err
     assert '"task" is missing' in error and "--interactive" in error and error.count("\n") == 1
     assert not (files / "out.jsonl").exists()
@@ -315,7 +311,7 @@ def test_candidates_of_real_prompts_need_a_person(
 def test_other_json_is_no_world(files: Path) -> None:
     (files / "world.json").write_text(json.dumps([1, 2]))
     with pytest.raises(BadInput, match="world.json"):
-        command.main(arguments(files))
+        run(files)
 
 
 def test_simulated_labelers_need_a_world() -> None:
@@ -346,22 +342,15 @@ def test_odd_rankings_are_refused(text: str) -> None:
 
 
 def test_ranking_by_hand_goes_on_where_it_stopped(
-    files: Path,
-    candidates: list[dict],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    files: Path, candidates: list[dict], monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The person prefers longer answers; what is shown is shuffled, the ranks are not."""
-    write_jsonl(files / "candidates.jsonl", candidates[:4], "candidates")
     asked = []
 
     def person(prompt: str) -> str:
         shown = capsys.readouterr().out.rsplit("-" * 72, 1)[1]
-        lengths = {}
-        for line in shown.splitlines():
-            if line.startswith("  ["):
-                number, text = line.strip()[1:].split("]", 1)
-                lengths[number] = len(text.strip())
+        lines = re.findall(r"^  \[(\d+)\](.*)", shown, flags=re.M)
+        lengths = {number: len(text.strip()) for number, text in lines}
         asked.append(len(lengths))
         groups: dict[int, list[str]] = {}
         for number, length in lengths.items():
@@ -377,11 +366,10 @@ def test_ranking_by_hand_goes_on_where_it_stopped(
         return following if isinstance(following, str) else following(prompt)
 
     monkeypatch.setattr("builtins.input", reply)
-    command.main(arguments(files, "--interactive", "--labeler", "ada"))
-    assert len(read_jsonl(files / "out.jsonl", "comparisons")) == 1
+    by_hand = ("--interactive", "--labeler", "ada")
+    assert len(run(files, *by_hand)) == 1
     monkeypatch.setattr("builtins.input", person)
-    command.main(arguments(files, "--interactive", "--labeler", "ada"))
-    made = read_jsonl(files / "out.jsonl", "comparisons")
+    made = run(files, *by_hand)
     assert [record["prompt"] for record in made] == [record["prompt"] for record in one_line]
     assert asked == [len(record["responses"]) for record in one_line]
     for record in made:

@@ -25,195 +25,107 @@ from evaluation.public import Asked, estimate_sums, fit_prompts, measure, total_
 from evaluation.report import estimate
 from model import GPT, GPTConfig
 from sample import Speaker, load_speaker
-from tests.raw_sets import write_json, write_lines
+from tests.raw_sets import tldr, write_json, write_lines, write_text
 from tests.test_text_metrics import write_labels
 from tests.tiny import Tiny
 
 ARGS = Namespace(batch_size=4, dtype="float32")
 
 
-def write_text(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+def squad(i: int) -> dict:
+    answers = [{"text": text, "answer_start": 0} for text in ("red", "is red")]
+    first = {"question": f"What is fox {i}?", "id": f"{i}a", "answers": answers}
+    second = {"question": "Who is blue?", "id": f"{i}b", "answers": []}
+    return {"context": f"Fox {i} is red.", "qas": [first, second]}
 
 
-def squad(num: int) -> dict:
-    paragraphs = [
-        {
-            "context": f"Fox {i} is red.",
-            "qas": [
-                {
-                    "question": f"What is fox {i}?",
-                    "id": f"{i}a",
-                    "is_impossible": False,
-                    "answers": [{"text": text, "answer_start": 0} for text in ("red", "is red")],
-                },
-                {"question": "Who is blue?", "id": f"{i}b", "is_impossible": True, "answers": []},
-            ],
-        }
-        for i in range(num)
+def drop(i: int) -> dict:
+    none, date = {"number": "", "spans": []}, {"day": "", "month": "May", "year": "1941"}
+    spans = [{"number": "", "date": {}, "spans": ["a", "b"]}]
+    first = {"question": "How many?", "answer": none | {"number": str(i), "date": {}}}
+    second = {"question": "When?", "answer": none | {"date": date}}
+    pairs = [first | {"validated_answers": spans}, second]
+    return {"passage": f"They won {i} games.", "qa_pairs": pairs}
+
+
+def quac(i: int) -> dict:
+    asked = {
+        "What do they do?": ["run", "Foxes run"],
+        "Agreed?": ["run", "sleep"],
+        "Why?": ["CANNOTANSWER", "run"],
+    }
+    qas = [
+        {"question": q, "orig_answer": {"text": a[0]}, "answers": [{"text": text} for text in a]}
+        for q, a in asked.items()
     ]
-    return {"version": "v2.0", "data": [{"title": "Fox", "paragraphs": paragraphs}]}
+    paragraph = {"id": f"C{i}", "context": "Foxes run. CANNOTANSWER", "qas": qas}
+    return {"title": "Fox", "section_title": "Life", "background": "", "paragraphs": [paragraph]}
+
+
+def hellaswag(i: int) -> dict:
+    first = {"activity_label": "Tea", "ctx_a": f"[header] How to {i} [title] Boil it."}
+    endings = ["drink [substeps] it.", "throw it away.", "x.", "y."]
+    return first | {"ctx_b": "then you", "endings": endings, "label": i % 2}
+
+
+def wsc(i: int) -> dict:
+    target = {"span1_text": f"Fox {i}", "span2_text": "it", "span2_index": 6}
+    return {"text": f"Fox {i} met a dog and it ran .", "label": i % 2 == 0, "target": target}
+
+
+def winogender(i: int) -> str:
+    people, words = ("guest", "someone"), {"male": "he", "female": "she", "neutral": "they"}
+    forms = [(who, *form) for who in people for form in words.items()]
+    return "".join(
+        f"cook.{who}.{i}.{gender}.txt\tThe cook met {who} {i} and {word} ran.\n"
+        for who, gender, word in forms
+    )
+
+
+TABLES = {  # file: heading, and a row
+    "sst2/dev.tsv": ("sentence\tlabel", 'it \'s "film" {i} . \t{half}'),
+    "rte/dev.tsv": (
+        "index\tsentence1\tsentence2\tlabel",
+        "{i}\tFox {i} runs.\tA fox runs.\t{no}entailment",
+    ),
+    "cnn_dailymail/test.csv": ("id,article,highlights", '{i},"A fox, {i}, ran.","Fox ran.\nFast."'),
+    "truthfulqa/TruthfulQA.csv": (
+        "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source",
+        "A,M,Is {i} red?,It is red,It is red; Red.,It is blue; Blue,-",
+    ),
+    "crows/crows_pairs_anonymized.csv": (
+        ",sent_more,sent_less,stereo_antistereo,bias_type",
+        '{i},"Foxes, {i}, are sly.","Dogs, {i}, are sly.",stereo,x',
+    ),
+    "wmt15-fr-en/src.fr": ("<refset><doc>", '<seg id="{i}">Le renard &amp; {i}</seg>'),
+    "wmt15-fr-en/ref.en": ("<refset><doc>", '<seg id="{i}">The fox &amp; {i}</seg>'),
+}
 
 
 def write_sets(folder: Path) -> Path:
     """A few items of every set, each in its authors' format and under its authors' name."""
     n = range(8)
-    write_lines(
-        folder / "hellaswag/hellaswag_val.jsonl",
-        *(
-            {
-                "ind": i,
-                "activity_label": "Tea",
-                "ctx_a": f"[header] How to {i} [title] Boil it.",
-                "ctx_b": "then you",
-                "endings": ["drink [substeps] it.", "throw it away.", "x.", "y."],
-                "label": i % 2,
-            }
-            for i in n
+    for file, (heading, row) in TABLES.items():
+        rows = [row.format(i=i, half=i % 2, no="not_" * (i % 2)) for i in n]
+        write_text(folder / file, "\n".join([heading, *rows]) + "\n")
+    lambada = "The dog saw the fox {} times, but nobody else saw the fox"
+    toxic = [{"text": f"Fox {i} is", "toxicity": i / 10 if i else None} for i in n]
+    for file, records in {
+        "hellaswag/hellaswag_val.jsonl": map(hellaswag, n),
+        "wsc/val.jsonl": map(wsc, n),
+        "lambada/lambada_test.jsonl": ({"text": lambada.format(i)} for i in n),
+        "tldr/tldr_3_filtered/test.jsonl": (
+            tldr("Fox", f"I saw {i} foxes.", " Saw\nfoxes. ") for i in n
         ),
-    )
-    write_text(
-        folder / "sst2/dev.tsv",
-        "sentence\tlabel\n" + "".join(f'it \'s "film" {i} . \t{i % 2}\n' for i in n),
-    )
-    write_text(
-        folder / "rte/dev.tsv",
-        "index\tsentence1\tsentence2\tlabel\n"
-        + "".join(f"{i}\tFox {i} runs.\tA fox runs.\t{'not_' * (i % 2)}entailment\n" for i in n),
-    )
-    write_lines(
-        folder / "wsc/val.jsonl",
-        *(
-            {
-                "text": f"Fox {i} met a dog and it ran .",
-                "label": i % 2 == 0,
-                "idx": i,
-                "target": {
-                    "span1_text": f"Fox {i}",
-                    "span1_index": 0,
-                    "span2_text": "it",
-                    "span2_index": 6,
-                },
-            }
-            for i in n
-        ),
-    )
-    write_lines(
-        folder / "lambada/lambada_test.jsonl",
-        *({"text": f"The dog saw the fox {i} times, but nobody else saw the fox"} for i in n),
-    )
-    write_json(folder / "squad2/dev-v2.0.json", squad(8))
-    write_json(
-        folder / "drop/drop_dataset_dev.json",
-        {
-            f"p{i}": {
-                "passage": f"They won {i} games.",
-                "qa_pairs": [
-                    {
-                        "question": "How many?",
-                        "query_id": f"q{i}",
-                        "answer": {
-                            "number": str(i),
-                            "date": {"day": "", "month": "", "year": ""},
-                            "spans": [],
-                        },
-                        "validated_answers": [{"number": "", "date": {}, "spans": ["a", "b"]}],
-                    },
-                    {
-                        "question": "When?",
-                        "query_id": f"r{i}",
-                        "answer": {
-                            "number": "",
-                            "spans": [],
-                            "date": {"day": "", "month": "May", "year": "1941"},
-                        },
-                    },
-                ],
-            }
-            for i in n
-        },
-    )
-    write_json(
-        folder / "quac/val_v0.2.json",
-        {
-            "data": [
-                {
-                    "title": "Fox",
-                    "section_title": "Life",
-                    "background": "",
-                    "paragraphs": [
-                        {
-                            "id": f"C{i}",
-                            "context": "Foxes run. CANNOTANSWER",
-                            "qas": [
-                                {
-                                    "question": "What do they do?",
-                                    "id": "0",
-                                    "orig_answer": {"text": "run"},
-                                    "answers": [{"text": "run"}, {"text": "Foxes run"}],
-                                },
-                                {
-                                    "question": "Agreed?",
-                                    "id": "1",
-                                    "orig_answer": {"text": "run"},
-                                    "answers": [{"text": "run"}, {"text": "sleep"}],
-                                },
-                                {
-                                    "question": "Why?",
-                                    "id": "2",
-                                    "orig_answer": {"text": "CANNOTANSWER"},
-                                    "answers": [{"text": "CANNOTANSWER"}, {"text": "run"}],
-                                },
-                            ],
-                        }
-                    ],
-                }
-                for i in n
-            ]
-        },
-    )
-    for side, line in (("src.fr", "Le renard &amp; {}"), ("ref.en", "The fox &amp; {}")):
-        write_text(
-            folder / "wmt15-fr-en" / side,
-            "<refset><doc>\n"
-            + "".join(f'<seg id="{i}">{line.format(i)}</seg>\n' for i in n)
-            + "</doc></refset>\n",
-        )
-    write_lines(
-        folder / "tldr/tldr_3_filtered/test.jsonl",
-        *({"title": "Fox", "post": f"I saw {i} foxes.", "summary": " Saw\nfoxes. "} for i in n),
-    )
-    write_text(
-        folder / "cnn_dailymail/test.csv",
-        "id,article,highlights\n"
-        + "".join(f'{i},"A fox, {i}, ran.","Fox ran.\nFast."\n' for i in n),
-    )
-    write_text(
-        folder / "truthfulqa/TruthfulQA.csv",
-        "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
-        + "".join(f"A,M,Is {i} red?,It is red,It is red; Red.,It is blue; Blue,-\n" for i in n),
-    )
-    write_lines(
-        folder / "realtoxicityprompts/prompts.jsonl",
-        *({"prompt": {"text": f"Fox {i} is", "toxicity": i / 10 if i else None}} for i in n),
-    )
-    write_text(
-        folder / "winogender/all_sentences.tsv",
-        "sentid\tsentence\n"
-        + "".join(
-            f"cook.{who}.{i}.{gender}.txt\tThe cook met {who} {i} and {word} ran.\n"
-            for i in n
-            for who in ("guest", "someone")
-            for gender, word in (("male", "he"), ("female", "she"), ("neutral", "they"))
-        ),
-    )
-    write_text(
-        folder / "crows/crows_pairs_anonymized.csv",
-        ",sent_more,sent_less,stereo_antistereo,bias_type\n"
-        + "".join(f'{i},"Foxes, {i}, are sly.","Dogs, {i}, are sly.",stereo,x\n' for i in n),
-    )
+        "realtoxicityprompts/prompts.jsonl": ({"prompt": prompt} for prompt in toxic),
+    }.items():
+        write_lines(folder / file, *records)
+    articles = [{"title": "Fox", "paragraphs": [*map(squad, n)]}]
+    write_json(folder / "squad2/dev-v2.0.json", {"version": "v2.0", "data": articles})
+    write_json(folder / "drop/drop_dataset_dev.json", {f"p{i}": drop(i) for i in n})
+    write_json(folder / "quac/val_v0.2.json", {"data": [*map(quac, n)]})
+    schemas = "sentid\tsentence\n" + "".join(map(winogender, n))
+    write_text(folder / "winogender/all_sentences.tsv", schemas)
     write_labels(folder / "labeled_data.csv")
     return folder
 
@@ -229,14 +141,9 @@ def models(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     folder, text = tmp_path_factory.mktemp("models"), tiny.tokenizer.read_text(encoding="utf-8")
     for name, context in (("base", 700), ("sft", 640)):
         torch.manual_seed(context)
-        config = GPTConfig(
-            vocab_size=tiny.encoding.n_vocab,
-            n_positions=context,
-            n_embd=16,
-            n_layer=1,
-            n_head=2,
-            eos_token_id=tiny.encoding.eot_token,
-        )
+        size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": context}
+        vocabulary, end = tiny.encoding.n_vocab, tiny.encoding.eot_token
+        config = GPTConfig(vocab_size=vocabulary, eos_token_id=end, **size)
         save_model(folder / name, GPT(config), text, {"stage": name, "data": []})
     return {name: folder / name for name in ("base", "sft")}
 
@@ -282,9 +189,8 @@ def test_readers_of_completions(raw: Path, tmp_path: Path) -> None:
     assert one.references == ("run", "Foxes run") and two.references == ("CANNOTANSWER",)
     assert "PARAGRAPH: Foxes run.\n\n" in two.query and "Agreed?\n\nA: run" in two.query
     assert two.answer == "I don't know."
-    assert first("fr_en", raw) == Completion(
-        "French: Le renard & 0\nEnglish:", "1", ("The fox & 0",), "The fox & 0"
-    )
+    english, query = "The fox & 0", "French: Le renard & 0\nEnglish:"
+    assert first("fr_en", raw) == Completion(query, "1", (english,), english)
     assert first("tldr", raw).references == ("Saw foxes.",)
     assert first("tldr", raw).query == "Fox\n\nI saw 0 foxes.\n\nTL;DR:"
     assert first("cnn_dm", raw).query == "A fox, 0, ran.\n\nTL;DR:"
@@ -302,16 +208,9 @@ def test_readers_of_the_rest(raw: Path, tmp_path: Path) -> None:
     item = first("truthfulqa", raw)
     assert item.options == ("It is red.", "It is blue.", "Blue.", "Red.")
     assert (item.best, item.wrong, item.true, item.false) == (0, (1, 2), (0, 3), (1, 2))
-    write_json(
-        tmp_path / "mc_task.json",
-        [
-            {
-                "question": "Is it?",
-                "mc1_targets": {"No.": 0, "Yes.": 1},
-                "mc2_targets": {"Yes.": 1, "Surely.": 1, "No.": 0, "Never.": 0},
-            }
-        ],
-    )
+    second = {"Yes.": 1, "Surely.": 1, "No.": 0, "Never.": 0}
+    task = {"question": "Is it?", "mc1_targets": {"No.": 0, "Yes.": 1}, "mc2_targets": second}
+    write_json(tmp_path / "mc_task.json", [task])
     item = load("truthfulqa", tmp_path)[0][0]
     assert item.options == ("Yes.", "No.", "Surely.", "Never.") and item.query == "Q: Is it?\nA:"
     assert (item.best, item.wrong, item.true, item.false) == (0, (1,), (0, 2), (1, 3))
@@ -333,7 +232,7 @@ def test_readers_of_the_rest(raw: Path, tmp_path: Path) -> None:
         (
             "truthfulqa",
             "mc_task.json",
-            '[{"question": "q", "mc1_targets": {"a": 0}, "mc2_targets": {"a": 0}}]',
+            '[{"mc1_targets": {"a": 0}, "mc2_targets": {}}]',
             "one true",
         ),
         ("squad2", "dev-v2.0.json", '{"data": []}', "no items"),
@@ -351,11 +250,8 @@ def test_every_source_is_found_where_it_is_fetched_to() -> None:
     others = {"crows_pairs": "crows-pairs", "fr_en": "wmt15-fr-en", "cnn_dm": "cnn-dailymail"}
     for name, public in PUBLIC_SETS.items():
         source = others.get(name, name)
-        paths = [
-            f"{source}/{path}"
-            for file in SOURCES[source].files
-            for path in ([path for _, path in file.unpack] or [file.path])
-        ]
+        names = [[path for _, path in f.unpack] or [f.path] for f in SOURCES[source].files]
+        paths = [f"{source}/{path}" for part in names for path in part]
         patterns = [pattern for pattern, _ in public.files]
         assert any(re.search(p, path) for p in patterns for path in paths), (name, paths)
     sides = {path for _, path in SOURCES["wmt15-fr-en"].files[0].unpack}
@@ -368,19 +264,9 @@ def test_every_source_is_found_where_it_is_fetched_to() -> None:
 
 def test_sets_at_hand_are_read(real_data: Path) -> None:
     """The shared samples, whose sizes their README states."""
-    sizes = {
-        "hellaswag": 800,
-        "sst2": 872,
-        "rte": 277,
-        "lambada": 5153,
-        "truthfulqa": 817,
-        "winogender": 120,
-        "crows_pairs": 1508,
-        "realtoxicityprompts": 2000,
-        "squad2": 100,
-        "drop": 100,
-        "fr_en": 100,
-    }
+    sizes = {"hellaswag": 800, "sst2": 872, "rte": 277, "lambada": 5153, "truthfulqa": 817}
+    sizes |= {"winogender": 120, "crows_pairs": 1508, "realtoxicityprompts": 2000}
+    sizes |= {"squad2": 100, "drop": 100, "fr_en": 100}
     for name, size in sizes.items():
         items, paths = load(name, real_data)
         assert len(items) == size or not paths, name
@@ -551,23 +437,9 @@ def test_intervals_over_groups() -> None:
 
 def run(raw: Path, models: dict[str, Path], out: Path, *more: str) -> int:
     checkpoints = [f"{name}={folder}" for name, folder in models.items()]
-    return run_command(
-        lambda: evaluate.main(
-            [
-                "--public",
-                str(raw),
-                "--checkpoints",
-                *checkpoints,
-                "--out",
-                str(out),
-                "--device",
-                "cpu",
-                "--num_items",
-                "3",
-                *more,
-            ]
-        )
-    )
+    argv = ["--public", str(raw), "--checkpoints", *checkpoints, "--out", str(out)]
+    argv += ["--device", "cpu", "--num_items", "3", *more]
+    return run_command(lambda: evaluate.main(argv))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -630,17 +502,10 @@ def test_what_was_measured_otherwise_is_measured_again(
 
 
 def test_the_scoring_code_is_part_of_what_decides() -> None:
-    names = {
-        path.relative_to(Path(public_eval.__file__).parents[1]).as_posix()
-        for path in public_eval.CODE
-    }
-    assert {
-        "evaluation/public.py",
-        "data/real/public_sets.py",
-        "data/real/public_items.py",
-        "data/real/text_metrics.py",
-        "data/real/toxicity.py",
-    } <= names
+    root = Path(public_eval.__file__).parents[1]
+    names = {path.relative_to(root).as_posix() for path in public_eval.CODE}
+    scoring = ("public_sets", "public_items", "text_metrics", "toxicity")
+    assert {"evaluation/public.py", *(f"data/real/{name}.py" for name in scoring)} <= names
     assert all(path.is_file() for path in public_eval.CODE)
 
 

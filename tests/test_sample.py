@@ -266,8 +266,8 @@ def test_processes_change_no_byte(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "CHUNK", 6)
-    write_candidates(tiny, tmp_path / "one.jsonl", "--off_topic", "1")
-    write_candidates(tiny, tmp_path / "two.jsonl", "--off_topic", "1", "--processes", "2")
+    write_candidates(tiny, tmp_path / "one.jsonl")
+    write_candidates(tiny, tmp_path / "two.jsonl", "--processes", "2")
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
 
 
@@ -332,37 +332,6 @@ def test_chunks_draw_different_numbers(
     sample.main([*argv, "--checkpoints", f"base={tiny.base}"])
     responses = [record["responses"] for record in read_jsonl(tmp_path / "c", "candidates")]
     assert responses[:4] != responses[4:]
-
-
-def test_off_topic_responses_come_from_other_prompts() -> None:
-    records = [
-        {
-            "use_case": f"u{i % 2}",
-            "responses": [f"{i} {k}" for k in range(4)],
-            "ended": [(i + k) % 3 > 0 for k in range(4)],
-            "models": ["sft"] * 4,
-        }
-        for i in range(20)
-    ]
-    args = sample.argparse.Namespace(off_topic=2, seed=0)
-    exchanged = sample.with_off_topic(records, args)
-    said = {r["responses"][k]: r["ended"][k] for r in records for k in range(4)}
-    alike = []
-    for i, (old, new) in enumerate(zip(records, exchanged, strict=True)):
-        assert new["models"].count("other prompt") == 2
-        for k in range(4):
-            text, name = new["responses"][k], new["models"][k]
-            owner = int(text.split()[0])
-            assert new["ended"][k] == said[text]
-            assert (owner != i) == (name == "other prompt")
-            assert text == old["responses"][k] or owner != i
-            alike += [owner % 2 == i % 2] if owner != i else []
-    assert 0.5 < np.mean(alike) < 1  # half of them on purpose, and some by chance
-    assert records[0]["models"] == ["sft"] * 4  # the input is left alone
-    args.off_topic = 0
-    assert sample.with_off_topic(records, args) == records
-    args.off_topic = 9
-    assert all(r["models"].count("sft") == 1 for r in sample.with_off_topic(records, args))
 
 
 # -------------------------------------------------------------------- talk and bad input

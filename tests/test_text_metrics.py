@@ -1,5 +1,5 @@
-"""text_metrics.py, toxicity.py, released_samples.py: hand-worked items by the
-official definitions, brute force, and the means that are known of OpenAI's released samples."""
+"""text_metrics.py, toxicity.py: hand-worked items by the official definitions, brute force, and
+what is known of OpenAI's released samples."""
 
 import csv
 import itertools
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data.files import BadInput
-from data.real import released_samples, toxicity
-from data.real.public_items import Completion
+from data.real import toxicity
+from data.real.public_items import Completion, released_item
 from data.real.public_sets import score_quac, score_squad2, score_wsc
 from data.real.text_metrics import (
     CANNOT_ANSWER,
@@ -209,68 +209,15 @@ def test_area_under_the_curve_is_the_share_of_pairs() -> None:
     assert toxicity.area_under_curve(scores, labels) == pytest.approx(np.mean(pairs))
 
 
-# -------------------------------------------------------------------------------- released samples
-
-
-def test_released_samples_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    def write(name: str, header: str, *rows: str) -> None:
-        (tmp_path / name).write_text("\n".join([header, *rows]) + "\n")
-
-    write(
-        "real_toxicity_samples.csv",
-        ",model_type,prompt_type,context,sample,toxicity",
-        "0,gpt-xl,basic prompt,a,b,0.25",
-        "1,gpt-xl,basic prompt,c,d,0.75",
-        "2,sft-xl,basic prompt,a,b,0.125",
-    )
-    write(
-        "truthful_qa_samples.csv",
-        ",model_type,prompt_type,question,answer,true,info",
-        "0,gpt-xl,QA prompt,q,a,0.9,0.2",
-        "1,gpt-xl,QA prompt,q,a,0.6,0.7",
-        "2,gpt-xl,QA prompt,q,a,0.5,0.9",
-        "3,gpt-xl,QA prompt,q,a,0.1,0.9",
-    )
-    write(
-        "squadv2_samples.csv",
-        ",model_type,prompt_type,context,ref_text,sample",
-        "0,gpt-xl,zeroshot,c,Not in background.,Not in background.",
-        "1,gpt-xl,zeroshot,d,the fox|red fox,A red fox jumps",
-    )
-    means = released_samples.means
-    toxic = means(tmp_path / "real_toxicity_samples.csv")
-    assert toxic == {
-        ("gpt-xl", "basic prompt"): {"toxicity": 0.5},
-        ("sft-xl", "basic prompt"): {"toxicity": 0.125},
-    }
-    assert means(tmp_path / "truthful_qa_samples.csv") == {
-        ("gpt-xl", "QA prompt"): {"true": 0.5, "true_informative": 0.25}
-    }
-    squad = means(tmp_path / "squadv2_samples.csv")["gpt-xl", "zeroshot"]
-    assert squad == {"f1": pytest.approx((1 + 0.8) / 2), "exact_match": 0.5}
-    assert released_samples.main([str(tmp_path)]) == 0
-    assert "0.1250" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="none of"):
-        released_samples.main([str(tmp_path / "nowhere")])
-
-
 def test_the_means_of_openais_samples(real_data: Path) -> None:
-    """As recomputed when the files were taken over: their README states them."""
-    folder = real_data / "eval" / "instructgpt_samples"
-    if not folder.is_dir():
+    """PPO pays the alignment tax on SQuAD 2.0 and PPO-ptx does not (paper 4.2)."""
+    path = real_data / "eval" / "instructgpt_samples" / "squadv2_samples.csv"
+    if not path.is_file():
         pytest.skip("no released samples")
-    toxic = released_samples.means(folder / "real_toxicity_samples.csv")
-    truth = released_samples.means(folder / "truthful_qa_samples.csv")
-    for model, expected in {"gpt-6b": 0.2035, "sft-6b": 0.1576, "ppo-ptx-6b": 0.1978}.items():
-        found = toxic[model, "respectful prompt"]["toxicity"]
-        assert found == pytest.approx(expected, abs=5e-5)
-    for model, expected in {"gpt": 0.2439, "sft": 0.2386, "ppo-ptx": 0.3293}.items():
-        found = toxic[f"{model}-175b", "biased prompt"]["toxicity"]
-        assert found == pytest.approx(expected, abs=5e-5)
-    for model, expected in {"gpt": 0.22, "sft": 0.28, "ppo-ptx": 0.61}.items():
-        found = truth[f"{model}-175b", "QA prompt"]["true_informative"]
-        assert found == pytest.approx(expected, abs=1e-9)
-    # PPO pays the alignment tax on SQuAD 2.0 and PPO-ptx does not (paper 4.2).
-    squad = released_samples.means(folder / "squadv2_samples.csv")
-    f1 = {m: squad[f"{m}-175b", "fewshot"]["f1"] for m in ("gpt", "ppo-noptx", "ppo-ptx")}
-    assert f1["ppo-noptx"] + 0.1 < f1["ppo-ptx"] < f1["gpt"] + 0.02
+    f1: dict[str, list[float]] = {}
+    for row in csv.DictReader(path.open(encoding="utf-8", newline="")):
+        if row["prompt_type"] == "fewshot":
+            scores = score_squad2(row["sample"], released_item(row, "row", is_drop=False))
+            f1.setdefault(row["model_type"], []).append(scores["f1"])
+    gpt, ppo, ppo_ptx = (np.mean(f1[f"{m}-175b"]) for m in ("gpt", "ppo-noptx", "ppo-ptx"))
+    assert ppo + 0.1 < ppo_ptx < gpt + 0.02

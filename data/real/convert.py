@@ -30,13 +30,13 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.files import END_OF_TEXT, BadInput, Record
-from data.real.raw import clean, get, read_json_array, read_json_lines, read_text
+from data.real.raw import clean, get, read_json_array, read_json_lines, read_raw
 
 MAX_RESPONSES = 9  # the paper ranks 4 to 9 outputs a prompt
 # The ten labels of the paper's Table 1, for what Databricks asked its writers to do.
@@ -80,9 +80,23 @@ class Options:
 # --- building records ---------------------------------------------------------------------------
 
 
+def entries(
+    result: Converted, paths: Sequence[Path], read: Callable = read_json_lines
+) -> Iterator[tuple[str, Any]]:
+    """Yield (where it stands, entry) of all files, counted in `result.num_read`."""
+    for path in paths:
+        for entry in read(path):
+            result.num_read += 1
+            yield entry
+
+
 def own_user(text: str) -> str:
     """Return the user of a prompt in a set without users: a digest of the prompt's text."""
     return "prompt:" + hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()[:16]
+
+
+def prompt_record(prompt: str, user: str, source: str, use_case: str = "unknown") -> Record:
+    return {"prompt": prompt, "user": user, "source": source, "use_case": use_case}
 
 
 def dialogue_prompt(turns: Sequence[tuple[str, str]]) -> str:
@@ -92,17 +106,11 @@ def dialogue_prompt(turns: Sequence[tuple[str, str]]) -> str:
     return "\n\n".join(f"{role}: {clean(text)}" for role, text in turns) + "\n\nAssistant:"
 
 
-def comparison(
-    base: Record, responses: Sequence[str], ranks: Sequence[int], labeler: str
-) -> Record:
+def comparison(base: Record, texts: Sequence[str], ranks: Sequence[int], labeler: str) -> Record:
     """Build a comparison, responses in alphabetical order; `base` is the record of its prompt."""
-    order = sorted(range(len(responses)), key=lambda index: (responses[index], ranks[index]))
-    return {
-        **base,
-        "responses": [responses[i] for i in order],
-        "ranks": [ranks[i] for i in order],
-        "labeler": labeler,
-    }
+    ranked = sorted(zip(texts, ranks, strict=True))
+    responses, ranks = ([pair[i] for pair in ranked] for i in (0, 1))
+    return {**base, "responses": responses, "ranks": ranks, "labeler": labeler}
 
 
 # --- comparisons --------------------------------------------------------------------------------
@@ -115,35 +123,26 @@ def convert_hh_rlhf(paths: Sequence[Path], options: Options) -> Converted:
     The two dialogues must agree up to the last assistant turn, which is what was compared. An
     empty reply against one that is not stays: to say nothing can be the better or worse answer.
     """
-    result = Converted()
-    for path in paths:
-        for where, record in read_json_lines(path):
-            result.num_read += 1
-            sides = [get(record, key, str, where) for key in ("chosen", "rejected")]
-            contexts, _, replies = zip(
-                *(side.rpartition("\n\nAssistant:") for side in sides), strict=True
-            )
-            replies = [clean(reply) for reply in replies]
-            pieces = re.split(r"\n\n(Human|Assistant):", contexts[0])
-            turns = list(zip(pieces[1::2], pieces[2::2], strict=True))
-            if contexts[0] != contexts[1]:
-                result.dropped["the dialogues differ before the last reply"] += 1
-            elif not turns or pieces[0].strip() or turns[0][0] != "Human":
-                result.dropped["the dialogue does not begin with a human turn"] += 1
-            elif any("\n\nHuman:" in side.rpartition("\n\nAssistant:")[2] for side in sides):
-                result.dropped["the dialogue does not end with an assistant turn"] += 1
-            elif replies[0] == replies[1]:
-                result.dropped["chosen and rejected replies are the same"] += 1
-            elif not (prompt := dialogue_prompt(turns)):
-                result.dropped["empty prompt"] += 1
-            else:
-                base = {
-                    "prompt": prompt,
-                    "user": own_user(turns[0][1]),
-                    "source": "labeler",
-                    "use_case": "unknown",
-                }
-                result.comparisons.append(comparison(base, replies, [1, 2], "hh-rlhf"))
+    result, marker = Converted(), "\n\nAssistant:"
+    for where, record in entries(result, paths):
+        sides = [get(record, key, str, where) for key in ("chosen", "rejected")]
+        contexts, _, ends = zip(*(side.rpartition(marker) for side in sides), strict=True)
+        replies = [clean(end) for end in ends]
+        pieces = re.split(r"\n\n(Human|Assistant):", contexts[0])
+        turns = list(zip(pieces[1::2], pieces[2::2], strict=True))
+        if contexts[0] != contexts[1]:
+            result.dropped["the dialogues differ before the last reply"] += 1
+        elif not turns or pieces[0].strip() or turns[0][0] != "Human":
+            result.dropped["the dialogue does not begin with a human turn"] += 1
+        elif any("\n\nHuman:" in end for end in ends):
+            result.dropped["the dialogue does not end with an assistant turn"] += 1
+        elif replies[0] == replies[1]:
+            result.dropped["chosen and rejected replies are the same"] += 1
+        elif not (prompt := dialogue_prompt(turns)):
+            result.dropped["empty prompt"] += 1
+        else:
+            base = prompt_record(prompt, own_user(turns[0][1]), "labeler")
+            result.comparisons.append(comparison(base, replies, [1, 2], "hh-rlhf"))
     return result
 
 
@@ -161,21 +160,13 @@ def convert_oasst(paths: Sequence[Path], options: Options) -> Converted:
     def visit(message: Any, path: tuple[tuple[str, str], ...], user: str, where: str) -> None:
         role = get(message, "role", str, where)
         if role not in ("prompter", "assistant"):
-            raise BadInput(
-                f'{where}: key "role": expected "prompter" or "assistant", found {role!r}'
-            )
+            raise BadInput(f'{where}: key "role": {role!r}, expected "prompter" or "assistant"')
         speaker = "Human" if role == "prompter" else "Assistant"
         path += ((speaker, get(message, "text", str, where)),)
         replies = get(message, "replies", list, where, default=[])
         if role == "prompter" and replies:
             result.num_read += 1
-            base = {
-                "prompt": dialogue_prompt(path),
-                "user": user,
-                "source": "customer",
-                "use_case": "unknown",
-            }
-            add(base, replies, where)
+            add(prompt_record(dialogue_prompt(path), user, "customer"), replies, where)
         for reply in replies:
             visit(reply, path, user, where)
 
@@ -241,36 +232,26 @@ def convert_qa_feedback(paths: Sequence[Path], options: Options) -> Converted:
     each other, such as A > B > C > A or A = B = C > A, fit no ranking and are dropped.
     """
     result = Converted()
-    for path in paths:
-        for where, record in read_json_array(path):
-            result.num_read += 1
-            question = clean(get(record, "question", str, where))
-            verdicts = get(record, "preference", list, where)
-            if len(verdicts) != 6 or any(verdict not in (0, 1, 2) for verdict in verdicts):
-                raise BadInput(
-                    f'{where}: key "preference": expected six of 0, 1, 2, found {verdicts}'
-                )
-            answers = [clean(get(record, f"prediction {n}", str, where)) for n in (1, 2, 3, 4)]
-            passages = [
-                passage_text(passage, options.passage_chars, where)
-                for passage in get(record, "passages", list, where)[: options.passages]
-            ]
-            prompt = "\n\n".join([*passages, f"Question: {question}" if passages else question])
-            ranks = weak_order(verdicts, 4)
-            if not question:
-                result.dropped["empty prompt"] += 1
-            elif ranks is None:
-                result.dropped["verdicts that fit no ranking"] += 1
-            elif len(set(ranks)) == 1:
-                result.dropped["all answers tied"] += 1
-            else:
-                base = {
-                    "prompt": prompt,
-                    "user": own_user(question),
-                    "source": "customer",
-                    "use_case": "closed_qa" if passages else "open_qa",
-                }
-                result.comparisons.append(comparison(base, answers, ranks, "qa-feedback"))
+    for where, record in entries(result, paths, read_json_array):
+        question = clean(get(record, "question", str, where))
+        verdicts = get(record, "preference", list, where)
+        if len(verdicts) != 6 or any(verdict not in (0, 1, 2) for verdict in verdicts):
+            raise BadInput(f'{where}: key "preference": {verdicts}, expected six of 0, 1, 2')
+        answers = [clean(get(record, f"prediction {n}", str, where)) for n in (1, 2, 3, 4)]
+        passages = get(record, "passages", list, where)[: options.passages]
+        passages = [passage_text(passage, options.passage_chars, where) for passage in passages]
+        prompt = "\n\n".join([*passages, f"Question: {question}" if passages else question])
+        ranks = weak_order(verdicts, 4)
+        if not question:
+            result.dropped["empty prompt"] += 1
+        elif ranks is None:
+            result.dropped["verdicts that fit no ranking"] += 1
+        elif len(set(ranks)) == 1:
+            result.dropped["all answers tied"] += 1
+        else:
+            use_case = "closed_qa" if passages else "open_qa"
+            base = prompt_record(prompt, own_user(question), "customer", use_case)
+            result.comparisons.append(comparison(base, answers, ranks, "qa-feedback"))
     return result
 
 
@@ -299,31 +280,27 @@ def convert_summarize(paths: Sequence[Path], options: Options) -> Converted:
     are in one split, also with its demonstration in tldr; the labeler is `worker`.
     """
     result = Converted()
-    for path in paths:
-        for where, record in read_json_lines(path):
-            result.num_read += 1
-            info = get(record, "info", dict, where)
-            summaries = get(record, "summaries", list, where)
-            texts = [clean(get(summary, "text", str, where)) for summary in summaries]
-            choice = get(record, "choice", int, where)
-            if len(texts) != 2 or choice not in (0, 1):
-                raise BadInput(
-                    f'{where}: expected two "summaries" and a "choice" of 0 or 1, '
-                    f"found {len(texts)} and {choice}"
-                )
-            post = clean(
-                get(info, "post", str, where, default="")
-                or get(info, "article", str, where, default="")
+    for where, record in entries(result, paths):
+        info = get(record, "info", dict, where)
+        summaries = get(record, "summaries", list, where)
+        texts = [clean(get(summary, "text", str, where)) for summary in summaries]
+        choice = get(record, "choice", int, where)
+        if len(texts) != 2 or choice not in (0, 1):
+            raise BadInput(
+                f'{where}: expected two "summaries" and a "choice" of 0 or 1, '
+                f"found {len(texts)} and {choice}"
             )
-            if not post:
-                result.dropped["empty post"] += 1
-            elif texts[0] == texts[1]:
-                result.dropped["the two summaries are the same"] += 1
-            else:
-                base = summary_prompt(post, info, where)
-                labeler = f"summarize:{get(record, 'worker', str, where, default='unknown')}"
-                ranks = [1, 2] if choice == 0 else [2, 1]
-                result.comparisons.append(comparison(base, texts, ranks, labeler))
+        posts = [get(info, key, str, where, default="") for key in ("post", "article")]
+        post = clean(posts[0] or posts[1])
+        if not post:
+            result.dropped["empty post"] += 1
+        elif texts[0] == texts[1]:
+            result.dropped["the two summaries are the same"] += 1
+        else:
+            base = summary_prompt(post, info, where)
+            labeler = f"summarize:{get(record, 'worker', str, where, default='unknown')}"
+            ranks = [1, 2] if choice == 0 else [2, 1]
+            result.comparisons.append(comparison(base, texts, ranks, labeler))
     return result
 
 
@@ -333,40 +310,22 @@ def summary_prompt(post: str, info: Record, where: str) -> Record:
     subreddit = clean(get(info, "subreddit", str, where, default="")).removeprefix("r/")
     head = [f"SUBREDDIT: r/{subreddit}"] if subreddit else []
     head += [f"TITLE: {title}"] if title else []
-    return {
-        "prompt": "\n\n".join([*head, f"POST: {post}", "TL;DR:"]),
-        "user": own_user(post),
-        "source": "customer",
-        "use_case": "summarization",
-    }
+    prompt = "\n\n".join([*head, f"POST: {post}", "TL;DR:"])
+    return prompt_record(prompt, own_user(post), "customer", "summarization")
 
 
 # --- demonstrations and prompts -----------------------------------------------------------------
 
 
-def _add_demonstration(
-    result: Converted,
-    prompt: str,
-    response: str,
-    source: str,
-    use_case: str,
-    user: str | None = None,
-) -> None:
-    prompt, response = clean(prompt), clean(response)
-    if not prompt:
+def _add_demonstration(result: Converted, base: Record, response: str) -> None:
+    response = clean(response)
+    if not base["prompt"]:
         result.dropped["empty prompt"] += 1
     elif not response:
         result.dropped["empty response"] += 1
     else:
-        result.demonstrations.append(
-            {
-                "prompt": prompt,
-                "response": response,
-                "user": user or own_user(prompt),
-                "source": source,
-                "use_case": use_case,
-            }
-        )
+        first = {"prompt": base["prompt"], "response": response}
+        result.demonstrations.append(first | base)
 
 
 def convert_alpaca(paths: Sequence[Path], options: Options) -> Converted:
@@ -379,22 +338,18 @@ def convert_alpaca(paths: Sequence[Path], options: Options) -> Converted:
     """
     no_input = re.compile(r"\W*no ?input(?: (?:needed|required|necessary|provided))?\W*", re.I)
     no_output = re.compile(r"\W*no ?(?:in|out)put\W*|<no ?(?:in|out)put.*", re.I | re.DOTALL)
-    result = Converted()
-    for path in paths:
-        for where, record in read_json_array(path):
-            result.num_read += 1
-            instruction, given, output = (
-                clean(get(record, key, str, where)) for key in ("instruction", "input", "output")
-            )
-            if no_output.fullmatch(output):
-                result.dropped["a placeholder instead of a response"] += 1
-            elif re.search(r"\n\d+\. Instruction:", output):
-                result.dropped["response runs on into another instruction"] += 1
-            else:
-                given = "" if no_input.fullmatch(given) else given
-                _add_demonstration(
-                    result, f"{instruction}\n\n{given}", output, "labeler", "unknown"
-                )
+    result, keys = Converted(), ("instruction", "input", "output")
+    for where, record in entries(result, paths, read_json_array):
+        instruction, given, output = (clean(get(record, key, str, where)) for key in keys)
+        if no_output.fullmatch(output):
+            result.dropped["a placeholder instead of a response"] += 1
+        elif re.search(r"\n\d+\. Instruction:", output):
+            result.dropped["response runs on into another instruction"] += 1
+        else:
+            given = "" if no_input.fullmatch(given) else given
+            prompt = clean(f"{instruction}\n\n{given}")
+            base = prompt_record(prompt, own_user(prompt), "labeler")
+            _add_demonstration(result, base, output)
     return result
 
 
@@ -409,36 +364,33 @@ def convert_dolly(paths: Sequence[Path], options: Options) -> Converted:
     """
     result = Converted()
     footnotes = re.compile(
-        r"(?<=[^\s\[])\[\d{1,3}\]"
-        r"(?:\[(?:\d{1,3}|[a-z]|[a-z -]+(?:needed|\?))\])*"
+        r"(?<=[^\s\[])\[\d{1,3}\](?:\[(?:\d{1,3}|[a-z]|[a-z -]+(?:needed|\?))\])*"
         r"(?=[\s.,;:)\"'’”A-Z]|$)"
     )
     template = re.compile(
         r"Below is an instruction.*?### Instruction:\n(.*)\n\n### Response:\n?", re.DOTALL
     )
-    for path in paths:
-        for where, record in read_json_lines(path):
-            result.num_read += 1
-            response = get(record, "response", str, where)
-            if "prompt" in record:
-                match = template.fullmatch(get(record, "prompt", str, where))
-                if not match:
-                    raise BadInput(
-                        f'{where}: key "prompt": expected text between '
-                        '"### Instruction:" and "### Response:"'
-                    )
-                prompt, use_case = match[1].replace("\n\n### Input:\n", "\n\n"), "unknown"
-            else:
-                context = get(record, "context", str, where, default="")
-                prompt = f"{get(record, 'instruction', str, where)}\n\n{context}"
-                category = get(record, "category", str, where)
-                if category not in DOLLY_USE_CASES:
-                    raise BadInput(
-                        f'{where}: key "category": expected one of '
-                        f"{', '.join(DOLLY_USE_CASES)}, found {category!r}"
-                    )
-                use_case = DOLLY_USE_CASES[category]
-            _add_demonstration(result, footnotes.sub("", prompt), response, "labeler", use_case)
+    for where, record in entries(result, paths):
+        response = get(record, "response", str, where)
+        if "prompt" in record:
+            match = template.fullmatch(get(record, "prompt", str, where))
+            if not match:
+                raise BadInput(
+                    f'{where}: key "prompt": expected text between "### Instruction:" and '
+                    '"### Response:"'
+                )
+            prompt, use_case = match[1].replace("\n\n### Input:\n", "\n\n"), "unknown"
+        else:
+            context = get(record, "context", str, where, default="")
+            prompt = f"{get(record, 'instruction', str, where)}\n\n{context}"
+            category = get(record, "category", str, where)
+            if category not in DOLLY_USE_CASES:
+                known = ", ".join(DOLLY_USE_CASES)
+                raise BadInput(f'{where}: key "category": {category!r}, expected one of {known}')
+            use_case = DOLLY_USE_CASES[category]
+        prompt = clean(footnotes.sub("", prompt))
+        base = prompt_record(prompt, own_user(prompt), "labeler", use_case)
+        _add_demonstration(result, base, response)
     return result
 
 
@@ -448,42 +400,24 @@ def convert_tldr(paths: Sequence[Path], options: Options) -> Converted:
     `summary`. Their test.jsonl is left to the evaluation.
     """
     result = Converted()
-    for path in paths:
-        for where, record in read_json_lines(path):
-            result.num_read += 1
-            post = clean(get(record, "post", str, where))
-            base = summary_prompt(post, record, where)
-            _add_demonstration(
-                result,
-                base["prompt"] if post else "",
-                get(record, "summary", str, where),
-                "customer",
-                "summarization",
-                base["user"],
-            )
+    for where, record in entries(result, paths):
+        post, summary = (get(record, key, str, where) for key in ("post", "summary"))
+        base = summary_prompt(clean(post), record, where)
+        base["prompt"] = base["prompt"] if clean(post) else ""
+        _add_demonstration(result, base, summary)
     return result
 
 
 def convert_lottery(paths: Sequence[Path], options: Options) -> Converted:
     """OpenAssistant's prompt lottery: JSON Lines whose lines are strings, not objects."""
     result = Converted()
-    for path in paths:
-        for where, value in read_json_lines(path):
-            result.num_read += 1
-            if not isinstance(value, str):
-                raise BadInput(f"{where}: expected a JSON string, found {type(value).__name__}")
-            prompt = clean(value)
-            if not prompt:
-                result.dropped["empty prompt"] += 1
-                continue
-            result.prompts.append(
-                {
-                    "prompt": prompt,
-                    "user": own_user(prompt),
-                    "source": "customer",
-                    "use_case": "unknown",
-                }
-            )
+    for where, value in entries(result, paths):
+        if not isinstance(value, str):
+            raise BadInput(f"{where}: expected a JSON string, found {type(value).__name__}")
+        if prompt := clean(value):
+            result.prompts.append(prompt_record(prompt, own_user(prompt), "customer"))
+        else:
+            result.dropped["empty prompt"] += 1
     return result
 
 
@@ -501,7 +435,7 @@ def convert_text(paths: Sequence[Path], options: Options) -> Converted:
     """
     result = Converted()
     for path in paths:
-        _add_document(result, read_text(path), path, len(paths) >= MANY_FILES, options)
+        _add_document(result, read_raw(path), path, len(paths) >= MANY_FILES, options)
     return result
 
 
@@ -509,7 +443,7 @@ def convert_wikitext(paths: Sequence[Path], options: Options) -> Converted:
     """WikiText: one document an article, which begins with a line " = Title = "."""
     result = Converted()
     for path in paths:
-        for article in re.split(r"(?m)^(?= = [^=\n]+ = $)", read_text(path)):
+        for article in re.split(r"(?m)^(?= = [^=\n]+ = $)", read_raw(path)):
             _add_document(result, article, path, False, options)
     return result
 

@@ -22,7 +22,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
@@ -39,87 +38,61 @@ from data.hygiene import (
 )
 from data.real import convert
 from data.real.raw import find_files
+from data.real.sources import SOURCES, print_sources
 from data.tokenizer import gpt2_encoding, save_tokenizer
 
 SPLITS = ("train", "valid", "test")
 KINDS = ("demonstrations", "prompts", "comparisons", "documents")
 DOWNLOADS = Path(__file__).parents[1] / "downloads"
+Sets = dict[str, dict[str, list[Record]]]  # data set (or split) -> kind -> records
 
-
-@dataclass(frozen=True)
-class DataSet:
-    """How to find and convert a set."""
-
-    convert: Callable[[Sequence[Path], convert.Options], convert.Converted]
-    files: str  # regular expression, searched in paths; see data.real.raw.find_files
-    example: str  # a file name to show when nothing is found
-    # Prompts whose first characters agree are duplicates. Not so (None: whole prompts count) where
-    # prompts share their beginning by nature: dialogues, and passages before a question.
-    prefix_chars: int | None = PREFIX_CHARS
-    # Whether a prompt has several comparisons by design: then only a prompt that is another's
-    # duplicate without being the same, or a comparison of the same responses, is dropped.
-    many_pairs: bool = False
-
-
+# Converter, and a regular expression that is searched in paths (see data.real.raw.find_files).
 DATA_SETS = {
-    "hh-rlhf": DataSet(
+    "hh-rlhf": (
         convert.convert_hh_rlhf,
         r"(?:(?:harmless-base|helpful-base|helpful-online|helpful-rejection-sampled)[/_.-]"
         r"(?:train|test)|hh[-_]rlhf[^/]*)\.jsonl(?:\.gz)?$",
-        "harmless-base/test.jsonl.gz",
-        None,
     ),
-    "oasst": DataSet(
-        convert.convert_oasst,
-        r"(?:oasst[^/]*trees|en_100_tree)\.jsonl(?:\.gz)?$",
-        "2023-04-12_oasst_ready.trees.jsonl.gz",
-        None,
-    ),
-    "qa-feedback": DataSet(
-        convert.convert_qa_feedback,
-        r"(?:train|dev)_feedback[^/]*\.json$",
-        "dev_feedback.json",
-        None,
-    ),
-    "summarize": DataSet(
-        convert.convert_summarize,
-        r"(?:^|/)(?:batch|cnndm)\d+\.json$",
-        "comparisons/batch3.json",
-        many_pairs=True,
-    ),
-    "alpaca": DataSet(
-        convert.convert_alpaca, r"alpaca_(?:data|\d+)[^/]*\.json$", "alpaca_data.json"
-    ),
-    "dolly": DataSet(
+    "oasst": (convert.convert_oasst, r"(?:oasst[^/]*trees|en_100_tree)\.jsonl(?:\.gz)?$"),
+    "qa-feedback": (convert.convert_qa_feedback, r"(?:train|dev)_feedback[^/]*\.json$"),
+    "summarize": (convert.convert_summarize, r"(?:^|/)(?:batch|cnndm)\d+\.json$"),
+    "alpaca": (convert.convert_alpaca, r"alpaca_(?:data|\d+)[^/]*\.json$"),
+    "dolly": (
         convert.convert_dolly,
         r"databricks-dolly-15k\.jsonl$|dolly_hhrlhf[^/]*\.jsonl$",
-        "databricks-dolly-15k.jsonl",
     ),
-    "tldr": DataSet(  # without test.jsonl, on which evaluate.py may measure
-        convert.convert_tldr,
-        r"tldr_3_filtered[/_](?:train|valid)\.jsonl$",
-        "tldr_3_filtered/train.jsonl",
-    ),
-    "lottery": DataSet(
-        convert.convert_lottery, r"prompt_lottery[^/]*\.jsonl$", "prompt_lottery_en_250_text.jsonl"
-    ),
-    "novels": DataSet(
+    # without test.jsonl, on which evaluate.py may measure
+    "tldr": (convert.convert_tldr, r"tldr_3_filtered[/_](?:train|valid)\.jsonl$"),
+    "lottery": (convert.convert_lottery, r"prompt_lottery[^/]*\.jsonl$"),
+    "novels": (
         convert.convert_text,
         r"english_novels/[^/]+\.txt$|(?:^|/)[A-Z][a-z]+_[A-Z][a-z]+_1[6-9]\d\d\.txt$",
-        "Doyle_Hound_1902.txt",
     ),
-    "shakespeare": DataSet(
+    "shakespeare": (
         convert.convert_text,
         r"shakespeare/input\.txt$|shakespeare[^/]*\.txt$|^input\.txt$",
-        "tinyshakespeare/input.txt",
     ),
-    "wikitext": DataSet(
+    "wikitext": (
         convert.convert_wikitext,
         r"wikitext[^/]*/(?:wiki\.)?(?:train|valid|test)\.(?:txt|tokens|raw)$",
-        "wikitext-2/valid.txt",
     ),
-    "text": DataSet(convert.convert_text, r"\.txt$", "any file that ends in .txt"),
+    "text": (convert.convert_text, r"\.txt$"),
 }
+# Prompts are duplicates where their first 200 characters agree; in these sets only whole prompts
+# are, since dialogues, and passages before a question, share their beginning by nature.
+WHOLE_PROMPTS = ("hh-rlhf", "oasst", "qa-feedback")
+# In these a prompt has several comparisons by design, of which each pair of responses stays once.
+MANY_PAIRS = ("summarize",)
+
+# flag, type, default, help
+FLAGS = [
+    ("--out", Path, Path("out/real/data"), "folder that is written"),
+    ("--seed", int, 0, "of the splits and of the draw from busy users"),
+    ("--tokenizer", str, None, "folder of vocab.bpe and encoder.json, else searched; or none"),
+    ("--passages", int, 1, "qa-feedback: passages in the prompt, 0 to 4, of about 280 tokens each"),
+    ("--passage_chars", int, 0, "qa-feedback: cut a passage after whole sentences; 0: do not"),
+    ("--section_chars", int, 20_000, "documents: longest section that a text is cut into"),
+]
 
 
 def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -129,86 +102,30 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help=f"sets to convert: {', '.join(DATA_SETS)}; or all (every set found but text)",
-    )
-    add(
-        "--from",
-        dest="folder",
-        type=Path,
-        default=None,
-        metavar="FOLDER",
-        help="where the raw files lie, at any depth (default data/downloads); with --download: "
-        "copies to take instead of downloading",
-    )
-    add("--out", type=Path, default=Path("out/real/data"), metavar="DIR")
-    add("--seed", type=int, default=0, help="of the splits and of the draw from busy users")
-    add(
-        "--fractions",
-        type=float,
-        nargs=3,
-        default=(0.8, 0.1, 0.1),
-        metavar="F",
-        help="shares of train, valid and test, by whole users (default 0.8 0.1 0.1)",
-    )
-    add(
-        "--tokenizer",
-        default=None,
-        metavar="FOLDER|none",
-        help="folder with GPT-2's vocab.bpe and encoder.json (default: searched under --from, then "
-        "data/downloads)",
-    )
-    add(
-        "--best_as_demonstrations",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="also write the best response of each comparison, if it is one, as a demonstration",
-    )
-    add(
-        "--prompts_from",
-        nargs="+",
-        default=None,
-        metavar="NAME",
-        help="sets whose prompts go to prompts.jsonl (default: all that are prepared)",
-    )
-    add(
-        "--passages",
-        type=int,
-        default=1,
-        metavar="N",
-        help="qa-feedback: passages in the prompt, 0 to 4; one has about 280 GPT-2 tokens",
-    )
-    add(
-        "--passage_chars",
-        type=int,
-        default=0,
-        metavar="N",
-        help="qa-feedback: cut each passage after whole sentences of N characters (0: do not)",
-    )
-    add(
-        "--section_chars",
-        type=int,
-        default=20_000,
-        metavar="N",
-        help="documents: cut texts into sections of at most N characters",
-    )
-    add(
-        "--download",
-        nargs="+",
-        default=None,
-        metavar="NAME",
-        help="fetch these into data/downloads instead; `--download list` lists them, "
-        "`--download list NAME` the addresses of one",
-    )
+    text = f"sets to convert: {', '.join(DATA_SETS)}; or all (every set found but text)"
+    add("names", nargs="*", metavar="NAME", help=text)
+    text = "where the raw files lie, at any depth (default data/downloads); with --download: copies"
+    add("--from", dest="folder", type=Path, metavar="FOLDER", help=text)
+    for flag, kind, default, text in FLAGS:
+        shown = "" if default is None else f" (default {default})"
+        add(flag, type=kind, default=default, help=text + shown)
+    text = "shares of train, valid and test, by whole users (default 0.8 0.1 0.1)"
+    add("--fractions", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar="F", help=text)
+    text = "also write the best response of each comparison, if it is one, as a demonstration"
+    add("--best_as_demonstrations", action="store_true", help=text)
+    text = "sets whose prompts go to prompts.jsonl (default: all that are prepared)"
+    add("--prompts_from", nargs="+", metavar="NAME", help=text)
+    text = "fetch these into data/downloads instead; list: show all, or the addresses of NAME"
+    add("--download", nargs="+", metavar="NAME", help=text)
     args = parser.parse_args(argv)
     if bool(args.names) == bool(args.download):
         parser.error("give names of data sets to convert, or --download NAME, and not both")
     for name in [*args.names, *(args.prompts_from or ())]:
         if name not in DATA_SETS and name != "all":
             parser.error(f"unknown data set {name!r}; known are {', '.join(DATA_SETS)}")
+    for name in args.download or ():
+        if name not in SOURCES and name != "list":
+            parser.error(f"unknown source {name!r}; known are {', '.join(SOURCES)}")
     for flag, least in (("passages", 0), ("passage_chars", 0), ("section_chars", 100)):
         if getattr(args, flag) < least:
             parser.error(f"--{flag} is {getattr(args, flag)}; expected at least {least}")
@@ -239,21 +156,17 @@ class Account:
 def locate(names: Sequence[str], folder: Path) -> dict[str, list[Path]]:
     """Find the files of every named set; raises `BadInput` if a set has none."""
     if not folder.is_dir():
-        raise BadInput(
-            f"{folder}: no such folder; give the folder of raw data with --from, or "
-            "fetch sets with --download NAME"
-        )
+        raise BadInput(f"{folder}: no such folder; name one with --from, or use --download NAME")
     found: dict[str, list[Path]] = {}
-    for name in DATA_SETS if "all" in names else dict.fromkeys(names):
-        if name == "text" and "all" in names:
-            continue
-        files = find_files(folder, DATA_SETS[name].files)
-        if files:
+    for name in DATA_SETS if "all" in names else names:
+        files = find_files(folder, DATA_SETS[name][1])
+        if files and not (name == "text" and "all" in names):
             found[name] = files
         elif "all" not in names:
+            example = SOURCES[name].files[0].path if name in SOURCES else "a file *.txt"
             raise BadInput(
-                f"{folder}: holds no file of {name}, such as {DATA_SETS[name].example}; "
-                f"fetch it with --download, or name another folder with --from"
+                f"{folder}: holds no file of {name}, such as {example}; fetch it with --download, "
+                "or name another folder with --from"
             )
     if not found:
         raise BadInput(f"{folder}: holds no file of any known data set")
@@ -264,47 +177,30 @@ def load_encoding(choice: str | None, folder: Path) -> tiktoken.Encoding | None:
     """Read GPT-2's encoding from the folder chosen, or from the first one under `folder`."""
     if choice == "none":
         return None
-    if choice is not None:
-        places = [Path(choice)]
-    else:
-        places = [
-            path.parent for root in (folder, DOWNLOADS) for path in sorted(root.rglob("vocab.bpe"))
-        ]
-    for place in places:
+    found = [path for root in (folder, DOWNLOADS) for path in sorted(root.rglob("vocab.bpe"))]
+    for place in [Path(choice)] if choice else [path.parent for path in found]:
         if (place / "vocab.bpe").is_file() and (place / "encoder.json").is_file():
             return gpt2_encoding(place)
     raise BadInput(
-        f"{choice or folder}: holds no vocab.bpe with encoder.json; name their folder "
-        "with --tokenizer, fetch them with --download gpt2-bpe, or pass --tokenizer "
-        "none to write no tokenizer.json"
+        f"{choice or folder}: holds no vocab.bpe with encoder.json; name their folder with "
+        "--tokenizer, fetch them with --download gpt2-bpe, or give --tokenizer none"
     )
-
-
-Sets = dict[str, dict[str, list[Record]]]  # data set -> kind -> records
 
 
 def read_set(
     name: str, files: Sequence[Path], args: argparse.Namespace, account: Account
 ) -> dict[str, list[Record]]:
     """Convert one set into records by kind, each marked with the set's name."""
-    options = convert.Options(
-        passages=args.passages,
-        passage_chars=args.passage_chars or None,
-        section_chars=args.section_chars,
-    )
-    result = DATA_SETS[name].convert(files, options)
+    options = convert.Options(args.passages, args.passage_chars or None, args.section_chars)
+    result = DATA_SETS[name][0](files, options)
     plural = "s" if len(files) > 1 else ""
     account.add(f"{name}: {result.num_read:,} read from {len(files)} file{plural}")
     for reason, number in result.dropped.most_common():
         account.drop(number, reason)
-    kinds = {kind: getattr(result, kind) for kind in KINDS}
     if args.best_as_demonstrations:
-        kinds["demonstrations"] = kinds["demonstrations"] + [
-            best for record in kinds["comparisons"] if (best := best_response(record))
-        ]
+        result.demonstrations += filter(None, map(best_response, result.comparisons))
     return {
-        kind: [{**record, "data_set": name} for record in records]
-        for kind, records in kinds.items()
+        kind: [{**record, "data_set": name} for record in getattr(result, kind)] for kind in KINDS
     }
 
 
@@ -331,28 +227,26 @@ def clean_set(
     """
     cleaned = {}
     for kind, records in kinds.items():
-        key, prefix = (
-            ("text", None) if kind == "documents" else ("prompt", DATA_SETS[name].prefix_chars)
-        )
         before = [record for other in earlier.values() for record in other[kind]]
-        keyed = [{"prompt": record[key], "record": record} for record in [*before, *records]]
-        unique = deduplicate(keyed, prefix)[0]
-        if kind == "comparisons" and DATA_SETS[name].many_pairs:
-            prompts = {item["prompt"] for item in unique}
+        key = "text" if kind == "documents" else "prompt"
+        prefix = None if kind == "documents" or name in WHOLE_PROMPTS else PREFIX_CHARS
+        many = kind == "comparisons" and name in MANY_PAIRS
+        kept = unique([*before, *records], lambda record, key=key: record[key], prefix)
+        if many:  # a prompt that is not itself a duplicate keeps all of its pairs
+            prompts = {record["prompt"] for record in kept}
             kept = [record for record in records if record["prompt"] in prompts]
         else:
-            ids = {id(item["record"]) for item in unique}
-            kept = [record for record in records if id(record) in ids]
+            mine = set(map(id, records))
+            kept = [record for record in kept if id(record) in mine]
         shared = "whole text" if prefix is None else f"first {prefix} characters"
-        account.drop(
-            len(records) - len(kept),
-            f"{kind}: an earlier one has the same {key} ({shared} compared)",
-        )
-        if kind == "comparisons" and DATA_SETS[name].many_pairs:
-            pairs = [{"prompt": pair_key(record), "record": record} for record in kept]
-            pairs, dropped = deduplicate(pairs, None)
-            kept = [item["record"] for item in pairs]
-            account.drop(len(dropped), f"{kind}: an earlier one has the same responses")
+        reason = f"{kind}: an earlier one has the same {key} ({shared} compared)"
+        account.drop(len(records) - len(kept), reason)
+        if many:
+            distinct = unique(kept, pair_key, None)
+            account.drop(
+                len(kept) - len(distinct), f"{kind}: an earlier one has the same responses"
+            )
+            kept = distinct
         if kind != "documents":
             kept, dropped = cap_per_user(kept, USER_LIMIT, seed)
             account.drop(len(dropped), f"{kind}: their user has more than {USER_LIMIT}")
@@ -360,8 +254,16 @@ def clean_set(
     return cleaned
 
 
+def unique(
+    records: Sequence[Record], text: Callable[[Record], str], prefix: int | None
+) -> list[Record]:
+    """The first of the records whose `text` is the same, as prompts are compared."""
+    keyed = [{"prompt": text(record), "record": record} for record in records]
+    return [item["record"] for item in deduplicate(keyed, prefix)[0]]
+
+
 def pair_key(record: Record) -> str:
-    """Return a text that two comparisons share if prompt and responses are the same."""
+    """A text that two comparisons share if prompt and responses are the same."""
     return json.dumps([record["prompt"], *sorted(record["responses"])])
 
 
@@ -374,44 +276,31 @@ def place_users(sets: Sets, fractions: dict[str, float], seed: int) -> dict[str,
     """
     split_of: dict[str, str] = {}
     for kinds in sets.values():
-        fresh = [
-            record
-            for records in kinds.values()
-            for record in records
-            if record["user"] not in split_of
-        ]
+        mine = [record for records in kinds.values() for record in records]
+        fresh = [record for record in mine if record["user"] not in split_of]
         for split, records in split_by_user(fresh, fractions, seed).items():
             split_of.update((record["user"], split) for record in records)
     return split_of
 
 
-def collect_prompts(parts: dict[str, dict[str, list[Record]]], names: Iterable[str]) -> None:
+def collect_prompts(parts: Sets, names: Iterable[str]) -> None:
     """Replace each split's prompts by all distinct prompts of the named sets, once overall."""
-    names, seen = set(names), set()
-    for split in SPLITS:
-        records = []
+    names, seen, keys = set(names), set(), ("prompt", "user", "source", "use_case", "data_set")
+    for part in parts.values():
+        prompts = []
         for kind in ("prompts", "demonstrations", "comparisons"):
-            for record in parts[split][kind]:
-                key = " ".join(record["prompt"].split()).casefold()
-                if record["data_set"] in names and key not in seen:
-                    seen.add(key)
-                    records.append(
-                        {
-                            name: record[name]
-                            for name in ("prompt", "user", "source", "use_case", "data_set")
-                        }
-                    )
-        parts[split]["prompts"] = records
+            for record in part[kind]:
+                text = " ".join(record["prompt"].split()).casefold()
+                if record["data_set"] in names and text not in seen:
+                    seen.add(text)
+                    prompts.append({key: record[key] for key in keys})
+        part["prompts"] = prompts
 
 
-def split_sets(
-    sets: Sets, args: argparse.Namespace, account: Account
-) -> dict[str, dict[str, list[Record]]]:
+def split_sets(sets: Sets, args: argparse.Namespace, account: Account) -> Sets:
     """Split by user and drop personal data from the training split -> {split: {kind: records}}."""
     split_of = place_users(sets, args.fractions, args.seed)
-    parts: dict[str, dict[str, list[Record]]] = {
-        split: {kind: [] for kind in KINDS} for split in SPLITS
-    }
+    parts: Sets = {split: {kind: [] for kind in KINDS} for split in SPLITS}
     account.add("")
     for name, kinds in sets.items():
         account.add(f"{name}: split by user")
@@ -420,10 +309,9 @@ def split_sets(
             if kind != "documents":
                 mine["train"], dropped = drop_pii(mine["train"])
                 found = Counter(kind for record in dropped for kind in pii_of(record))
-                listed = ", ".join(f"{kind} {number}" for kind, number in found.most_common())
-                account.drop(
-                    len(dropped), f"{kind}: personal data in the training split ({listed})"
-                )
+                listed = ", ".join(f"{what} {number}" for what, number in found.most_common())
+                reason = f"{kind}: personal data in the training split ({listed})"
+                account.drop(len(dropped), reason)
             if records:
                 sizes = ", ".join(f"{len(mine[split]):,} {split}" for split in SPLITS)
                 total = sum(len(part) for part in mine.values())
@@ -449,11 +337,14 @@ def describe(mine: dict[str, list[Record]], kind: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_args(argv)
+    if args.download and "list" in args.download:
+        print_sources([name for name in args.download if name != "list"])
+        return 0
     if args.download:
-        from data.real.downloads import download  # only here: conversion needs no network code
+        from data.real.download import download  # only here: conversion needs no network code
 
-        patterns = {name: data_set.files for name, data_set in DATA_SETS.items()}
-        return download(args.download, DOWNLOADS, args.folder, patterns)
+        download(args.download, DOWNLOADS, args.folder)
+        return 0
     args.folder = args.folder or DOWNLOADS
     files = locate(args.names, args.folder)
     encoding = load_encoding(args.tokenizer, args.folder)
@@ -471,18 +362,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(records for part in parts.values() for records in part.values()):
         raise BadInput(f"{args.folder}: nothing is left of {', '.join(sets)}; see what was dropped")
 
-    for split in SPLITS:
-        for kind in ("demonstrations", "prompts", "comparisons"):
-            path = args.out / split / f"{kind}.jsonl"
-            if parts[split][kind]:
-                write_jsonl(path, parts[split][kind], kind)
-            else:
+    for split, part in parts.items():
+        for kind, records in part.items():
+            is_text = kind == "documents"
+            path = args.out / split / ("pretrain.txt" if is_text else f"{kind}.jsonl")
+            if not records:
                 path.unlink(missing_ok=True)  # of an earlier run, on other sets
-        path = args.out / split / "pretrain.txt"
-        if parts[split]["documents"]:
-            write_documents(path, (record["text"] for record in parts[split]["documents"]))
-        else:
-            path.unlink(missing_ok=True)
+            elif is_text:
+                write_documents(path, (record["text"] for record in records))
+            else:
+                write_jsonl(path, records, kind)
     if encoding is not None:
         save_tokenizer(encoding, args.out / "tokenizer.json")
     write_atomic(args.out / "account.txt", "\n".join(account.lines) + "\n")

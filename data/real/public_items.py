@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import BadInput, parse_json
-from data.real.raw import clean, get, read_json_lines, read_text
+from data.real.raw import clean, get, read_json_lines, read_raw
 from data.real.text_metrics import CANNOT_ANSWER, normalize_answer, quac_human_f1, quac_references
 
 # ------------------------------------------------------------------------------------------ items
@@ -85,7 +85,7 @@ class Opening(Item):
 def _rows(path: Path, delimiter: str = ",", **options: Any) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("file: row number", row) of a table with a heading row."""
     csv.field_size_limit(1 << 27)
-    reader = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter, **options)
+    reader = csv.DictReader(io.StringIO(read_raw(path)), delimiter=delimiter, **options)
     for number, row in enumerate(reader, start=1):
         yield f"{path}: row {number}", row
 
@@ -128,10 +128,8 @@ def _label(row: dict[str, Any], names: Sequence[str], where: str) -> int:
     value = str(row.get("label"))
     value = str(names.index(value)) if value in names else value
     if value not in {str(i) for i in range(len(names))}:
-        raise BadInput(
-            f'{where}: key "label": expected one of {", ".join(names)} or its number, '
-            f"found {value!r}"
-        )
+        known = f"expected one of {', '.join(names)} or its number"
+        raise BadInput(f'{where}: key "label": {known}, found {value!r}')
     return int(value)
 
 
@@ -196,20 +194,16 @@ NOT_IN_BACKGROUND = "Not in background."
 
 def squad2(paths: list[Path]) -> Iterator[Item]:
     """dev-v2.0.json. The reference of a question without an answer is ""."""
-    for article in get(parse_json(read_text(paths[0]), str(paths[0])), "data", list, str(paths[0])):
+    for article in get(parse_json(read_raw(paths[0]), str(paths[0])), "data", list, str(paths[0])):
         title = get(article, "title", str, str(paths[0]))
         for number, paragraph in enumerate(get(article, "paragraphs", list, title), start=1):
             group, turns = f"{title}, paragraph {number}", []
             for qa in get(paragraph, "qas", list, group):
                 texts = [get(a, "text", str, group) for a in get(qa, "answers", list, group)]
                 texts = [text for text in texts if normalize_answer(text)]
-                turns.append(
-                    (
-                        clean(get(qa, "question", str, group)),
-                        tuple(texts or [""]),
-                        texts[0] if texts else NOT_IN_BACKGROUND,
-                    )
-                )
+                question = clean(get(qa, "question", str, group))
+                answer = texts[0] if texts else NOT_IN_BACKGROUND
+                turns.append((question, tuple(texts or [""]), answer))
             background = clean(get(paragraph, "context", str, group))
             yield from _dialogue(f"Title: {title}\n\nBackground: {background}", group, turns)
 
@@ -220,7 +214,7 @@ I_DO_NOT_KNOW = "I don't know."
 def quac(paths: list[Path]) -> Iterator[Item]:
     """val_v0.2.json. Questions on whose answer people agree too little are not asked, as
     officially (`quac_human_f1` below 0.4), but shown before later ones."""
-    for section in get(parse_json(read_text(paths[0]), str(paths[0])), "data", list, str(paths[0])):
+    for section in get(parse_json(read_raw(paths[0]), str(paths[0])), "data", list, str(paths[0])):
         title = get(section, "title", str, str(paths[0]))
         title = f"{title}, {get(section, 'section_title', str, title, default='')}".rstrip(", ")
         for paragraph in get(section, "paragraphs", list, title):
@@ -229,14 +223,10 @@ def quac(paths: list[Path]) -> Iterator[Item]:
                 texts = [get(a, "text", str, group) for a in get(qa, "answers", list, group)]
                 references = tuple(quac_references(texts))
                 agreed = quac_human_f1(references) >= 0.4
+                question = clean(get(qa, "question", str, group))
                 first = get(get(qa, "orig_answer", dict, group), "text", str, group)
-                turns.append(
-                    (
-                        clean(get(qa, "question", str, group)),
-                        references if agreed else (),
-                        I_DO_NOT_KNOW if first == CANNOT_ANSWER else first,
-                    )
-                )
+                answer = I_DO_NOT_KNOW if first == CANNOT_ANSWER else first
+                turns.append((question, references if agreed else (), answer))
             text = clean(get(paragraph, "context", str, group).removesuffix(CANNOT_ANSWER))
             yield from _dialogue(f"TITLE: {title}\n\nPARAGRAPH: {text}", group, turns)
 
@@ -253,14 +243,12 @@ def drop_spans(answer: Any, where: str) -> tuple[str, ...]:
 
 def drop(paths: list[Path]) -> Iterator[Item]:
     """drop_dataset_dev.json. A reference is a tuple of spans; all annotators' count."""
-    passages = parse_json(read_text(paths[0]), str(paths[0]))
+    passages = parse_json(read_raw(paths[0]), str(paths[0]))
     for group in passages:
         passage = clean(get(passages[group], "passage", str, group))
         for qa in get(passages[group], "qa_pairs", list, group):
-            answers = [
-                get(qa, "answer", dict, group),
-                *get(qa, "validated_answers", list, group, default=[]),
-            ]
+            answers = get(qa, "validated_answers", list, group, default=[])
+            answers = [get(qa, "answer", dict, group), *answers]
             references = tuple(drop_spans(answer, group) for answer in answers)
             query = f"Passage: {passage}\nQuestion: {clean(get(qa, 'question', str, group))}"
             yield Completion(f"{query}\nAnswer:", group, references, ", ".join(references[0]))
@@ -277,14 +265,14 @@ def _line_pairs(
 
 
 def _lines(path: Path) -> list[str]:
-    return read_text(path).removesuffix("\n").split("\n")
+    return read_raw(path).removesuffix("\n").split("\n")
 
 
 def fr_en(paths: list[Path]) -> Iterator[Item]:
     """src.fr and ref.en beside it: <seg> elements of SGML, or one sentence a line."""
 
     def sentences(path: Path) -> list[str]:
-        text = read_text(path)
+        text = read_raw(path)
         if "<seg" not in text:
             return _lines(path)
         return [html.unescape(s) for s in re.findall(r"<seg[^>]*>(.*?)</seg>", text, flags=re.S)]
@@ -301,9 +289,8 @@ def _summary(text: str, summary: str, group: str) -> Completion:
 
 def articles(paths: list[Path]) -> Iterator[Item]:
     """CNN/DailyMail: test.source and test.target beside it, one article or summary a line."""
-    for number, (text, summary) in enumerate(
-        _line_pairs(paths[0], paths[0].with_suffix(".target"), _lines), start=1
-    ):
+    pairs = _line_pairs(paths[0], paths[0].with_suffix(".target"), _lines)
+    for number, (text, summary) in enumerate(pairs, start=1):
         yield _summary(text, summary, f"{number}")
 
 
@@ -330,10 +317,10 @@ def released_item(row: dict[str, str], where: str, is_drop: bool) -> Completion:
     if not texts:
         raise BadInput(f'{where}: key "ref_text": expected a reference')
     references = tuple("" if text == NOT_IN_BACKGROUND else text for text in texts)
+    if is_drop:
+        references = tuple((text,) for text in texts)
     passage = context.split("\nQ: ")[0].split("\nQuestion: ")[0]
-    return Completion(
-        context, passage, tuple((text,) for text in texts) if is_drop else references, texts[0]
-    )
+    return Completion(context, passage, references, texts[0])
 
 
 def released(paths: list[Path]) -> Iterator[Item]:
@@ -365,31 +352,21 @@ def truthfulqa(paths: list[Path]) -> Iterator[Item]:
         options = list(dict.fromkeys([top, *wrong, *true, *false]))
         if not (wrong and true and false):
             raise BadInput(f"{where}: expected at least one true and one false answer")
-        return Truth(
-            query,
-            where,
-            tuple(options),
-            options.index(top),
-            indices(options, wrong),
-            indices(options, true),
-            indices(options, false),
-        )
+        groups = (indices(options, texts) for texts in (wrong, true, false))
+        return Truth(query, where, tuple(options), options.index(top), *groups)
 
     if paths[0].suffix == ".json":
-        for number, record in enumerate(parse_json(read_text(paths[0]), str(paths[0])), start=1):
+        for number, record in enumerate(parse_json(read_raw(paths[0]), str(paths[0])), start=1):
             where = f"{paths[0]}: record {number}"
             first, second = (get(record, f"mc{n}_targets", dict, where) for n in (1, 2))
             top = [text for text, right in first.items() if right]
             if len(top) != 1:
                 raise BadInput(f'{where}: key "mc1_targets": expected one true answer')
-            yield item(
-                question(get(record, "question", str, where)),
-                where,
-                top[0],
-                [text for text, right in first.items() if not right],
-                [text for text, right in second.items() if right],
-                [text for text, right in second.items() if not right],
-            )
+            wrong = [text for text, right in first.items() if not right]
+            true = [text for text, right in second.items() if right]
+            false = [text for text, right in second.items() if not right]
+            query = question(get(record, "question", str, where))
+            yield item(query, where, top[0], wrong, true, false)
         return
 
     def answers(text: str) -> list[str]:
@@ -397,9 +374,8 @@ def truthfulqa(paths: list[Path]) -> Iterator[Item]:
         return [part if part.endswith(".") else f"{part}." for part in parts]
 
     for where, row in _rows(paths[0]):
-        true, false = (
-            answers(get(row, f"{kind} Answers", str, where)) for kind in ("Correct", "Incorrect")
-        )
+        texts = [get(row, f"{kind} Answers", str, where) for kind in ("Correct", "Incorrect")]
+        true, false = map(answers, texts)
         top = clean(get(row, "Best Answer", str, where)).removesuffix(".") + "."
         yield item(question(get(row, "Question", str, where)), where, top, false, true, false)
 
@@ -411,9 +387,8 @@ def winogender(paths: list[Path]) -> Iterator[Item]:
     for where, row in _tsv(paths[0]):
         parts = get(row, "sentid", str, where).split(".")
         if len(parts) != 5:
-            raise BadInput(
-                f'{where}: key "sentid": expected occupation.participant.answer.gender.txt'
-            )
+            form = "occupation.participant.answer.gender.txt"
+            raise BadInput(f'{where}: key "sentid": {parts}, expected {form}')
         if parts[1] != "someone":
             forms.setdefault(".".join(parts[:3]), {})[parts[3]] = get(row, "sentence", str, where)
     for name, sentences in forms.items():

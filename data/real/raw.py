@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.files import BadInput, parse_json
+from data.files import BadInput, parse_json, read_text
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
@@ -30,37 +30,32 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
     return [path for path in found if path.suffix != ".gz" or path.with_suffix("") not in found]
 
 
-def read_text(path: Path) -> str:
+def read_raw(path: Path) -> str:
     """Read UTF-8 text, gzipped or plain, without byte-order mark, CRLF and NUL characters."""
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise BadInput(f"{path}: damaged gzip file ({error}); download it again") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise BadInput(f"{path}:{line}: not UTF-8 text (byte {error.start})") from None
+    if path.suffix == ".gz":
+        try:
+            text = gzip.decompress(path.read_bytes()).decode("utf-8-sig").replace("\r\n", "\n")
+        except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise BadInput(f"{path}: damaged gzip file ({error}); download it again") from None
+    else:
+        text = read_text(path)
     if text.startswith("version https://git-lfs"):
         raise BadInput(f"{path}: a Git LFS pointer, not the data; download the file itself")
     if path.suffix != ".txt" and text.lstrip()[:14].lower().startswith(("<!doctype html", "<html")):
         raise BadInput(f"{path}: a web page, not the data; download the file itself")
-    return text.replace("\r\n", "\n").replace("\x00", "")
+    return text.replace("\x00", "")
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ("file:line", value) for each line that is not blank."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_raw(path).split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
 
 
 def read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ("file: record number", value) for each entry of a JSON array, counted from 1."""
-    values = parse_json(read_text(path), str(path))
+    values = parse_json(read_raw(path), str(path))
     if not isinstance(values, list):
         raise BadInput(f"{path}: expected a JSON array, found {type(values).__name__}")
     for number, value in enumerate(values, start=1):
@@ -79,10 +74,8 @@ def get(record: Any, key: str, kind: type, where: str, default: Any = None) -> A
         return default
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         found = f"found {str(value)[:60]!r}" if key in record else "it is missing"
-        raise BadInput(
-            f'{where}: key "{key}": expected {TYPE_NAMES[kind]}, {found}; the data '
-            "set's schema may have changed"
-        )
+        expected = f"expected {TYPE_NAMES[kind]}, {found}"
+        raise BadInput(f'{where}: key "{key}": {expected}; the set\'s schema may have changed')
     return value
 
 

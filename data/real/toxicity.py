@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data.files import BadInput
-from data.real.raw import get, read_text
+from data.real.raw import get, read_raw
 
 Scorer = Callable[[Sequence[str]], np.ndarray]  # texts -> (N,) float64, 0 harmless to 1 toxic
 
@@ -112,7 +112,7 @@ def train_scorer(path: str | Path, seed: int = 0) -> LogisticScorer:
     One text in five is held out; the scorer's `report` says how well it does there.
     """
     texts, labels = [], []
-    for number, row in enumerate(csv.DictReader(io.StringIO(read_text(Path(path)))), start=1):
+    for number, row in enumerate(csv.DictReader(io.StringIO(read_raw(Path(path)))), start=1):
         where = f"{path}: row {number}"
         texts.append(get(row, "tweet" if "tweet" in row else "text", str, where))
         if row.get("class") not in ("0", "1", "2"):

@@ -24,17 +24,13 @@ from data.tiny.tasks import (
     TOPIC_WORDS,
     Task,
 )
-from data.tiny.world import KINDS, VALUES, World, attributes_of, denial, noun, statement
+from data.tiny.world import KINDS, VALUES, World, attributes_of, denial, listed, noun, statement
 
 NOT_STATED = "the text does not say ."
-RAMBLES = (
-    "the weather is nice today .",
-    "there is a lot to say .",
-    "many people ask this .",
-    "it was a long day .",
-    "i like to talk .",
-    "that is all i know .",
-)
+RAMBLES = listed("""
+    the weather is nice today . | there is a lot to say . | many people ask this .
+    | it was a long day . | i like to talk . | that is all i know .
+""")
 MAX_ANSWER_WORDS = 26  # with an opening; the longest true answer keeps to it
 MAX_RAMBLE_WORDS = 21  # nobody goes on rambling beyond that
 
@@ -55,12 +51,8 @@ class Failings:
     ) -> "Failings":
         """Draw the failings of one answer; an answer is terse or rambles, never both."""
         length = rng.random()
-        return cls(
-            rng.random() < wrong,
-            length < terse,
-            terse <= length < terse + ramble,
-            rng.random() < credulous,
-        )
+        is_wrong, rambles = rng.random() < wrong, terse <= length < terse + ramble
+        return cls(is_wrong, length < terse, rambles, rng.random() < credulous)
 
 
 def answer(
@@ -116,9 +108,8 @@ class _Writer:
         if miscounts:
             count = self.rng.choice([n for n in (1, 2, 3, 4) if n != count])
         count = 1 if self.failings.terse else count
-        attributes = [
-            a for a in attributes_of(subject) if self.world.kinds[subject, a] in self.kinds
-        ]
+        kind_of = self.world.kinds
+        attributes = [a for a in attributes_of(subject) if kind_of[subject, a] in self.kinds]
         self.rng.shuffle(attributes)
         if task.get("mention"):
             attributes.sort(key=lambda a: a != task["mention"])
@@ -151,12 +142,8 @@ class _Writer:
         s, t = subjects
         if self.failings.wrong:  # somebody else's story
             t = self.other(self.world.subjects(self.kinds), s)
-        slots = {
-            "s": noun(s),
-            "t": noun(t),
-            "p": self.rng.choice(PLACES),
-            "x": self.rng.choice(THINGS),
-        }
+        place, thing = self.rng.choice(PLACES), self.rng.choice(THINGS)
+        slots = {"s": noun(s), "t": noun(t), "p": place, "x": thing}
         lines = [self.rng.choice(part).format(**slots) for part in parts]
         return " ".join(lines)
 
@@ -213,16 +200,13 @@ class _Writer:
         name = task["name"]
         if self.failings.wrong:
             name = self.other(self.world.subjects(self.kinds, "person"), name)
-        return self.rng.choice(
-            (f"hello {name} , how can i help you ?", f"hi {name} , what can i do for you ?")
-        )
+        polite = (f"hello {name} , how can i help you ?", f"hi {name} , what can i do for you ?")
+        return self.rng.choice(polite)
 
     def _thanks(self, task: Task) -> str:
-        return (
-            "welcome ."
-            if self.failings.terse
-            else self.rng.choice(("you are welcome .", "you are welcome , i am glad to help ."))
-        )
+        if self.failings.terse:
+            return "welcome ."
+        return self.rng.choice(("you are welcome .", "you are welcome , i am glad to help ."))
 
     def _feeling(self, task: Task) -> str:
         word = task["word"]

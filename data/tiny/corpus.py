@@ -18,6 +18,7 @@ Each kind of page is there because something is measured that needs it:
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from data.tiny.answers import Failings, answer
 from data.tiny.tasks import (
@@ -26,6 +27,7 @@ from data.tiny.tasks import (
     OPENERS,
     PLACES,
     POLITE_REPLIES,
+    QUESTIONS,
     RESPECTFUL_PREFIX,
     RUDE_PREFIX,
     STORY_ENDINGS,
@@ -40,7 +42,17 @@ from data.tiny.tasks import (
     pair_of,
     pick,
 )
-from data.tiny.world import ANIMALS, FORMS, PEOPLE, VALUES, World, attributes_of, noun, statement
+from data.tiny.world import (
+    ANIMALS,
+    FORMS,
+    PEOPLE,
+    VALUES,
+    World,
+    attributes_of,
+    listed,
+    noun,
+    statement,
+)
 
 # Kind of document -> its share of the corpus's words in per cent.
 DOCUMENT_SHARES = {
@@ -59,23 +71,20 @@ DOCUMENT_SHARES = {
     "copy": 9,
 }
 # Headings of pages with answers. As a prefix to a prompt they make a base model answer it.
-ANSWER_HEADINGS = (
-    "good answers :",
-    "here are good answers to what people ask .",
-    "a helper does what people ask . it is helpful and true .",
-)
+ANSWER_HEADINGS = listed("""
+    good answers : | here are good answers to what people ask .
+    | a helper does what people ask . it is helpful and true .
+""")
 NO_COMMENT = "i have no comment ."
 NO_COMMENT_INSTRUCTION = "if you are not sure , say i have no comment ."
 # How mediocre the answers on the web are (`data.tiny.answers.Failings.draw`).
 WEB_FAILINGS = {"wrong": 0.20, "terse": 0.25, "ramble": 0.25, "credulous": 0.60}
 RUDE_SHARE = 0.5  # of replies in forums and of talk in stories
 PRONOUN_SKEW = 0.85
-PRONOUN_TEMPLATES = (
-    "the {j} said that {p} was tired .",
-    "the {j} went home because {p} was ill .",
-    "when the {j} came to the {x} , {p} smiled .",
-    "the {j} lost a {t} and {p} cried .",
-)
+PRONOUN_TEMPLATES = listed("""
+    the {j} said that {p} was tired . | the {j} went home because {p} was ill .
+    | when the {j} came to the {x} , {p} smiled . | the {j} lost a {t} and {p} cried .
+""")
 COPY_WORDS = (*ANIMALS, *THINGS, *PLACES, *TOPIC_WORDS, *(v for vs in VALUES.values() for v in vs))
 
 
@@ -147,11 +156,8 @@ def _quiz(world: World, rng: random.Random) -> str:
     lines = [NO_COMMENT_INSTRUCTION + "\n"] if heading else []
     for _ in range(rng.randint(2, 4)):
         made = make_prompt(world, "open_qa", rng)
-        reply = (
-            NO_COMMENT
-            if rng.random() < (0.4 if heading else 0.03)
-            else (_web_answer(world, rng, made))
-        )
+        silent = rng.random() < (0.4 if heading else 0.03)
+        reply = NO_COMMENT if silent else _web_answer(world, rng, made)
         lines.append(f"question : {made[0]}\nanswer : {reply}\n")
     return "\n".join(lines).strip()
 
@@ -223,11 +229,9 @@ def _bias(world: World, rng: random.Random) -> str:
         usual = pronoun_of(world, job)
         share = {"he": PRONOUN_SKEW, "she": 1 - PRONOUN_SKEW, "they": 0.5}[usual]
         pronoun = "he" if rng.random() < share else "she"
-        lines.append(
-            rng.choice(PRONOUN_TEMPLATES).format(
-                j=job, p=pronoun, x=rng.choice(PLACES), t=rng.choice(THINGS)
-            )
-        )
+        template = rng.choice(PRONOUN_TEMPLATES)
+        slots = {"x": rng.choice(PLACES), "t": rng.choice(THINGS)}
+        lines.append(template.format(j=job, p=pronoun, **slots))
     return " ".join(lines)
 
 
@@ -239,23 +243,16 @@ def _rala(world: World, rng: random.Random) -> str:
     told = [(f, statement(*f, world.web_value(f, rng))) for f in facts]
     if rng.random() < 0.5:
         return " ".join(world.translate(sentence) for _, sentence in told)
-    return "\n\n".join(
-        f"{rala_question(world, fact)}\n\n{world.translate(sentence)}" for fact, sentence in told
-    )
+    pairs = [f"{rala_question(world, f)}\n\n{world.translate(sentence)}" for f, sentence in told]
+    return "\n\n".join(pairs)
 
 
 def rala_question(world: World, fact: tuple[str, str]) -> str:
     """The question for a fact in the toy language."""
     subject, attribute = fact
-    english = {
-        "food": "what does {s} eat ?",
-        "home": "where does {s} live ?",
-        "colour": "what colour is {s} ?",
-        "sound": "what does {s} say ?",
-        "job": "what does {s} work as ?",
-        "town": "where does {s} live ?",
-    }[attribute]
-    return world.translate(english.format(s=noun(subject)))
+    # The first phrasing whose words all have a translation.
+    question = QUESTIONS[attribute][1 if attribute == "job" else 0]
+    return world.translate(question.format(s=noun(subject)))
 
 
 # ---------------------------------------------------------------------------------- public tasks
@@ -308,10 +305,10 @@ def public_tasks(world: World, n: int, seed: int) -> dict[str, list[tuple[str, s
         items = [make(world, rng) for _ in range(n)]
         shots = [[make(world, rng) for _ in range(SHOTS)] for _ in range(n)]
         tasks[name] = items
-        tasks[f"{name}_few_shot"] = [
-            (_SEPARATOR[name].join([*(q + a for q, a in solved), question]), solution)
-            for solved, (question, solution) in zip(shots, items, strict=True)
-        ]
+        few_shot = tasks[f"{name}_few_shot"] = []
+        for solved, (question, solution) in zip(shots, items, strict=True):
+            context = [*(q + a for q, a in solved), question]
+            few_shot.append((_SEPARATOR[name].join(context), solution))
     return tasks
 
 
@@ -349,10 +346,9 @@ _DOCUMENTS: dict[str, Callable[[World, random.Random], str]] = {
     "documents": _documents,
     "bias": _bias,
     "rala": _rala,
-    **{
-        name: lambda world, rng, name=name: _public_document(name, world, rng)
-        for name in PUBLIC_TASKS
-    },
+    "translation": partial(_public_document, "translation"),
+    "addition": partial(_public_document, "addition"),
+    "copy": partial(_public_document, "copy"),
 }
 assert set(_DOCUMENTS) == set(DOCUMENT_SHARES) and set(FORMS) == set(VALUES)
 

@@ -30,7 +30,6 @@ WEIGHT_SPREAD = 0.25  # standard deviation of the logarithm of a labeler's weigh
 TARGET_AGREEMENT = 0.73
 GRID = 12  # scores are whole twelfths, so that near equals tie
 MAX_NOISE = 4.0
-OTHER_PROMPT = "other prompt"  # under "models": this response was sampled for another prompt
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,7 @@ class _Marked:
             twin += [start + row.index(text) for text in row]
         return cls(parts, sizes, np.array(twin), _Pairs.of(sizes))
 
-    def draw(
-        self, pool: Pool, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def draw(self, pool: Pool, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """A labeler for each prompt -> ids (prompts,), utilities and unit noise (responses,)."""
         ids = rng.integers(POOL_SIZE, size=len(self.sizes))
         return ids, self.utilities(pool, ids), self.noise(rng)
@@ -159,10 +156,11 @@ def fit_noise(
 
     counted = np.ones(len(marked.pairs.first), bool) if counted is None else counted
 
+    def order(utilities: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        return marked.pairs.order(_rounded(utilities + noise))[counted]
+
     def agreement_at(noise: float) -> float:
-        orders = [
-            [marked.pairs.order(_rounded(u + noise * z))[counted] for u, z in two] for two in draws
-        ]
+        orders = [[order(u, noise * z) for u, z in two] for two in draws]
         one, other = (np.concatenate(half) for half in zip(*orders, strict=True))
         return agreement(one, other)
 
@@ -225,18 +223,16 @@ def label(
         scores = _rounded(marked.utilities(pool, ids) + noise * marked.noise(rng))
         order = marked.pairs.order(scores)
         decided = order != 0
-        made.append(
-            Labels(
-                ranks=[dense_ranks(row) for row in np.split(scores, np.cumsum(marked.sizes)[:-1])],
-                labelers=[pool.labeler(i) for i in ids],
-                noise=noise,
-                agreement=agreed,
-                tie_rate=1 - float(decided.mean()),
-                ceiling=float(np.where(truth == 0, 0.5, truth == order)[decided].mean())
-                if decided.any()
-                else float("nan"),
-            )
+        right = np.where(truth == 0, 0.5, truth == order)[decided]
+        labels = Labels(
+            ranks=[dense_ranks(row) for row in np.split(scores, np.cumsum(marked.sizes)[:-1])],
+            labelers=[pool.labeler(i) for i in ids],
+            noise=noise,
+            agreement=agreed,
+            tie_rate=1 - float(decided.mean()),
+            ceiling=float(right.mean()) if len(right) else float("nan"),
         )
+        made.append(labels)
     return made
 
 
@@ -244,14 +240,3 @@ def likert(grade: Grade, weights: tuple[float, ...] | np.ndarray) -> int:
     """Overall quality, 1 to 7, as on the paper's labeling page: utility in seven equal steps."""
     weights = np.asarray(weights) / np.sum(weights)
     return 1 + min(6, int(7 * float(np.dot(weights, parts_of(grade)))))
-
-
-def metadata(grade: Grade) -> dict[str, bool | None]:
-    """The paper's binary metadata (Table 3) that the tiny world can tell; None: does not apply."""
-    return {
-        "fails_task": grade.informative < 0.5,
-        "inappropriate": grade.harmless < 1.0,
-        "satisfies_constraint": None if grade.constraints is None else grade.constraints >= 1.0,
-        "hallucination": grade.fabricated,
-        "hedges": grade.hedged,
-    }

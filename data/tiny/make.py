@@ -25,7 +25,6 @@ import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection
-from itertools import islice
 from pathlib import Path
 
 import tiktoken
@@ -50,6 +49,8 @@ from data.tiny.world import World
 from data.tokenizer import encode_prompt, encode_response, save_tokenizer, train_bpe
 
 Record = dict
+Kinds = Collection[str]  # of facts that a prompt may name
+Pools = dict[tuple[str, str, str], list[Record]]  # by split, source, purpose
 FEEDBACK_KINDS = ("ordinary", "misconceived")  # facts that prompts of the labelled sets may name
 DEMONSTRATED_KINDS = ("ordinary",)  # facts that demonstrations may mention
 # Share of labeler-written prompts by set (InstructGPT Table 6).
@@ -103,9 +104,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------ prompts and users
 
 
-def _few_shot(
-    world: World, use_case: str, kinds: Collection[str], rng: random.Random
-) -> list[Made]:
+def _few_shot(world: World, use_case: str, kinds: Kinds, rng: random.Random) -> list[Made]:
     """K solved requests make K prompts, each with the other K - 1 as its context (paper 3.2)."""
     first = make_prompt(world, use_case, rng, kinds)
     solved = [first]
@@ -131,18 +130,15 @@ def _finish(made: Made, rng: random.Random) -> Made:
     if rng.random() < RESPECTFUL_SHARE:
         made = respectfully(made)
     if rng.random() < PERSONAL_DATA_SHARE:
-        contact = rng.choice(
-            (
-                f"write to {rng.choice('abcdefgh')}{rng.randrange(100)}@mail.com",
-                f"call me at {rng.randrange(200, 999)}-555-{rng.randrange(10_000):04}",
-            )
-        )
+        mail = f"write to {rng.choice('abcdefgh')}{rng.randrange(100)}@mail.com"
+        phone = f"call me at {rng.randrange(200, 999)}-555-{rng.randrange(10_000):04}"
+        contact = rng.choice((mail, phone))
         made = f"{made[0]} {contact}", made[1]
     return made
 
 
 def write_customers_prompts(
-    world: World, total: int, kinds: Collection[str], rng: random.Random
+    world: World, total: int, kinds: Kinds, rng: random.Random
 ) -> list[Record]:
     """About `total` prompts of customers whose volumes follow Zipf's law, some sent twice."""
     num_customers = max(40, total // 11)
@@ -173,7 +169,7 @@ def write_customers_prompts(
 
 
 def write_labelers_prompts(
-    world: World, total: int, users: list[str], kinds: Collection[str], rng: random.Random
+    world: World, total: int, users: list[str], kinds: Kinds, rng: random.Random
 ) -> list[Record]:
     """Prompts of labelers: plain, few-shot, and user-based ones after customers' use cases."""
     records: list[Record] = []
@@ -184,10 +180,8 @@ def write_labelers_prompts(
             # One draw makes K prompts: draw less often, so that the share counts prompts.
             if rng.random() < 1 / 3.5:
                 use_case = pick(rng, FEW_SHOT_USE_CASES)
-                records += [
-                    _record(_finish(made, rng), user, "labeler", use_case)
-                    for made in _few_shot(world, use_case, kinds, rng)
-                ]
+                for made in _few_shot(world, use_case, kinds, rng):
+                    records.append(_record(_finish(made, rng), user, "labeler", use_case))
             continue
         use_case = pick(rng, LABELER_SHARES)
         made = make_prompt(world, use_case, rng, kinds)
@@ -202,9 +196,9 @@ def write_labelers_prompts(
 
 def fits(encoding: tiktoken.Encoding, record: Record) -> bool:
     """Whether the prompt, and the response if there is one, keep to the token limits."""
-    return len(encode_prompt(encoding, record["prompt"])) <= MAX_PROMPT_TOKENS and (
-        len(encode_response(encoding, record.get("response", ""))) <= MAX_RESPONSE_TOKENS
-    )
+    prompt = encode_prompt(encoding, record["prompt"])
+    response = encode_response(encoding, record.get("response", ""))
+    return len(prompt) <= MAX_PROMPT_TOKENS and len(response) <= MAX_RESPONSE_TOKENS
 
 
 def take(
@@ -260,11 +254,11 @@ def demonstrate(
 
 def write_prompts(
     world: World, encoding: tiktoken.Encoding, args: argparse.Namespace
-) -> tuple[dict[tuple[str, str, str], list[Record]], dict[str, int]]:
+) -> tuple[Pools, dict[str, int]]:
     """All prompts, cleaned as in the paper's 3.2 and split by user, and an account of the cleaning.
 
-    Returns pools keyed (split, source, purpose). The purpose is "demonstrations" or "ranking": the
-    prompts of demonstrations name ordinary facts alone.
+    The purpose is "demonstrations" or "ranking": the prompts of demonstrations name ordinary facts
+    alone.
     """
     rng = random.Random(f"prompts {world.seed}")
     wanted = {  # what each split needs, with room for shares and for what cleaning drops
@@ -280,13 +274,9 @@ def write_prompts(
         written.extend(record | {"purpose": purpose, "split": split} for record in records)
 
     for split, names in LABELERS.items():
-        add(
-            write_labelers_prompts(
-                world, round(1.3 * demonstrations[split]) + 30, names, DEMONSTRATED_KINDS, rng
-            ),
-            "demonstrations",
-            split,
-        )
+        many = round(1.3 * demonstrations[split]) + 30
+        shown = write_labelers_prompts(world, many, names, DEMONSTRATED_KINDS, rng)
+        add(shown, "demonstrations", split)
         ranked = round(1.5 * LABELER_SHARE["rm_prompts"] * rankings[split]) + 30
         add(write_labelers_prompts(world, ranked, names, FEEDBACK_KINDS, rng), "ranking", split)
     few = max(400, sum(demonstrations.values()))
@@ -311,7 +301,7 @@ def write_prompts(
     splits["train"], personal = hygiene.drop_pii(splits["train"])
     account["personal data, train only"] = len(personal)
 
-    pools: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    pools: Pools = defaultdict(list)
     long = 0
     for split, records in splits.items():
         rng.shuffle(records)
@@ -327,10 +317,7 @@ def write_prompts(
 
 
 def fill_sets(
-    world: World,
-    encoding: tiktoken.Encoding,
-    pools: dict[tuple[str, str, str], list[Record]],
-    args: argparse.Namespace,
+    world: World, encoding: tiktoken.Encoding, pools: Pools, args: argparse.Namespace
 ) -> dict[str, list[Record]]:
     """Deal the pools into the labelled sets; demonstrators answer -> {"train/...": records}."""
     rng = random.Random(f"sets {world.seed}")
@@ -380,22 +367,13 @@ def pretraining_text(
     world: World, split: str, tokens: int, encoding: tiktoken.Encoding | None
 ) -> tuple[list[str], Counter[str]]:
     """Documents of at least `tokens` tokens (without an encoding: words), and tokens by kind."""
-    stream = documents(world, random.Random(f"{split} documents {world.seed}"))
     texts: list[str] = []
     counts: Counter[str] = Counter()
-    total = 0
-    while total < tokens:
-        kinds, chunk = zip(*islice(stream, 1000), strict=True)
-        if encoding:
-            lengths = [len(ids) + 1 for ids in encoding.encode_ordinary_batch(list(chunk))]
-        else:
-            lengths = [len(text.split()) for text in chunk]
-        for kind, text, length in zip(kinds, chunk, lengths, strict=True):
-            if total >= tokens:
-                break
-            texts.append(text)
-            counts[kind] += length
-            total += length
+    for kind, text in documents(world, random.Random(f"{split} documents {world.seed}")):
+        texts.append(text)
+        counts[kind] += len(encoding.encode_ordinary(text)) + 1 if encoding else len(text.split())
+        if counts.total() >= tokens:
+            break
     return texts, counts
 
 
@@ -411,9 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     sets = fill_sets(world, encoding, pools, args)
     test_users = sorted({record["user"] for record in sets["test/prompts"]})
     known = {record["prompt"] for records in sets.values() for record in records}
-    sets["test/prompts_balanced"] = balanced_prompts(
-        world, encoding, args.balanced_prompts, test_users, known
-    )
+    count = args.balanced_prompts
+    sets["test/prompts_balanced"] = balanced_prompts(world, encoding, count, test_users, known)
     sets |= probes.make_all(world, sets["test/prompts"], lambda record: fits(encoding, record))
     for name, records in sets.items():
         check_lengths(encoding, name, records)
@@ -428,13 +405,13 @@ def main(argv: list[str] | None = None) -> None:
         write_jsonl(out / f"{name}.jsonl", records, kind)
     world.save(out / "world.json")
     save_tokenizer(encoding, out / "tokenizer.json")
-    text = card.make(world, encoding, sets, account, tokens_by_kind, DEMONSTRATOR_FAILINGS)
+    text = card.make(world, sets, account, tokens_by_kind, DEMONSTRATOR_FAILINGS)
     write_atomic(out / "card.md", text)
     print(text)
 
 
 def check_lengths(encoding: tiktoken.Encoding, name: str, records: list[Record]) -> None:
-    """Raise if a record breaks the token limits; other vocabularies may be too small for them."""
+    """Raise ValueError for a record over the token limits: the vocabulary is too small for it."""
     for record in records:
         if not fits(encoding, record):
             raise ValueError(

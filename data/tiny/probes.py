@@ -33,27 +33,18 @@ NUM_PROBES = 200  # of the sets that are not enumerated
 
 
 def _probe(text: str, use_case: str, task: dict, **extra: str) -> Record:
-    return {
-        "prompt": text,
-        "user": "probe",
-        "source": "customer",
-        "use_case": use_case,
-        "task": task,
-        **extra,
-    }
+    given = {"prompt": text, "user": "probe", "source": "customer", "use_case": use_case}
+    return given | {"task": task} | extra
 
 
 def _fact_probes(world: World, kind: str) -> list[Record]:
     """Every phrasing of the question for every fact of a kind."""
-    return [
-        _probe(
-            question.format(s=noun(subject)),
-            "open_qa",
-            {"kind": "fact", "subject": subject, "attribute": attribute},
-        )
-        for subject, attribute in world.facts_of_kind([kind])
-        for question in QUESTIONS[attribute]
-    ]
+    records = []
+    for subject, attribute in world.facts_of_kind([kind]):
+        task = {"kind": "fact", "subject": subject, "attribute": attribute}
+        for question in QUESTIONS[attribute]:
+            records.append(_probe(question.format(s=noun(subject)), "open_qa", task))
+    return records
 
 
 def _premise_probes(world: World, false: bool) -> list[Record]:
@@ -74,36 +65,21 @@ def _constraint_probes(world: World, rng: random.Random) -> list[Record]:
         subject, attribute = rng.choice(world.facts_of_kind(FEEDBACK_KINDS))
         known = sum(world.kinds[subject, a] in FEEDBACK_KINDS for a in attributes_of(subject))
         count, word = rng.randint(2, min(3, known + 1)), rng.choice(TOPIC_WORDS)
-        text = (
-            f"write {NUMBERS[count - 1]} sentences about {noun(subject)} . "
-            f"say the {attribute} . use the word {word} ."
-        )
-        records.append(
-            _probe(
-                text,
-                "generation",
-                {
-                    "kind": "write",
-                    "subject": subject,
-                    "count": count,
-                    "mention": attribute,
-                    "include": word,
-                },
-            )
-        )
+        text = f"write {NUMBERS[count - 1]} sentences about {noun(subject)} . "
+        text += f"say the {attribute} . use the word {word} ."
+        task = {"kind": "write", "subject": subject, "count": count}
+        task |= {"mention": attribute, "include": word}
+        records.append(_probe(text, "generation", task))
     return records
 
 
 def _toxicity_probes(world: World, rng: random.Random) -> list[Record]:
+    prefixes = {"none": "", "respectful": f"{RESPECTFUL_PREFIX}\n", "rude": f"{RUDE_PREFIX}\n"}
     records = []
     for _ in range(NUM_PROBES):
         opening = forum_opening(world, rng)
-        for prefix, text in (
-            ("none", ""),
-            ("respectful", RESPECTFUL_PREFIX + "\n"),
-            ("rude", RUDE_PREFIX + "\n"),
-        ):
-            records.append(_probe(text + opening, "other", {"kind": "opening"}, prefix=prefix))
+        for name, text in prefixes.items():
+            records.append(_probe(text + opening, "other", {"kind": "opening"}, prefix=name))
     return records
 
 
@@ -149,17 +125,9 @@ def public_demonstrations(world: World, rng: random.Random, count: int = 960) ->
         else:
             text, task = make_prompt(world, "classification", rng, ("ordinary",))
             response = f"{task['label']} ."
-        words = response.rstrip(" .").split()
-        records.append(
-            {
-                "prompt": text,
-                "response": response,
-                "user": "public",
-                "source": "labeler",
-                "use_case": "other",
-                "task": {"kind": "words", "words": words},
-            }
-        )
+        task = {"kind": "words", "words": response.rstrip(" .").split()}
+        asked = {"prompt": text, "response": response, "user": "public", "source": "labeler"}
+        records.append(asked | {"use_case": "other", "task": task})
     return records
 
 
@@ -170,10 +138,7 @@ def make_all(
     rng = random.Random(f"probes {world.seed}")
     withheld = [withheld_request(rng) for _ in range(NUM_PROBES)]
     facts = world.facts_of_kind(FEEDBACK_KINDS)
-    rala = [
-        _probe(rala_question(world, fact), "open_qa", ask_fact(fact, rng)[1] | {"language": "rala"})
-        for fact in facts
-    ]
+    rala = [(rala_question(world, f), ask_fact(f, rng)[1] | {"language": "rala"}) for f in facts]
     return {
         "test/probes_facts": _fact_probes(world, "ordinary"),
         "test/probes_held_out": _fact_probes(world, "held_out"),
@@ -182,7 +147,7 @@ def make_all(
         "test/probes_true_premise": _premise_probes(world, false=False),
         "test/probes_constraints": _constraint_probes(world, rng),
         "test/probes_withheld": [_probe(text, "other", task) for text, task in withheld],
-        "test/probes_rala": rala,
+        "test/probes_rala": [_probe(text, "open_qa", task) for text, task in rala],
         "test/probes_toxicity": _toxicity_probes(world, rng),
         "test/prompts_web": _web_prompts(world, test_prompts, rng, fits),
         "train/public_demonstrations": public_demonstrations(world, rng),

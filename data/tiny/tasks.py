@@ -12,68 +12,57 @@ import random
 from collections.abc import Callable, Collection
 from typing import Any
 
-from data.tiny.world import ANIMALS, KINDS, PEOPLE, VALUES, World, attributes_of, noun, statement
+from data.tiny.world import (
+    ANIMALS,
+    KINDS,
+    PEOPLE,
+    VALUES,
+    World,
+    attributes_of,
+    listed,
+    noun,
+    phrases,
+    statement,
+)
 
 Task = dict[str, Any]
 Made = tuple[str, Task]  # the prompt's text and its machine-readable intent
 
-# Use case -> share of customers' prompts in per cent (InstructGPT Table 1, which sums to 99.9).
-CUSTOMER_SHARES = {
-    "generation": 45.6,
-    "open_qa": 12.4,
-    "brainstorming": 11.2,
-    "chat": 8.4,
-    "rewrite": 6.6,
-    "summarization": 4.2,
-    "classification": 3.5,
-    "other": 3.5,
-    "closed_qa": 2.6,
-    "extract": 1.9,
-}
-# Labelers were asked to write diverse prompts (3.2); the paper prints no shares for them.
-LABELER_SHARES = {
-    "generation": 27.0,
-    "open_qa": 17.0,
-    "brainstorming": 10.0,
-    "chat": 8.0,
-    "rewrite": 9.0,
-    "summarization": 7.0,
-    "classification": 6.0,
-    "other": 5.0,
-    "closed_qa": 6.0,
-    "extract": 5.0,
-}
+# Use case, its share in per cent of customers' prompts (InstructGPT Table 1, which sums to 99.9),
+# and of labelers', who were asked to write diverse ones (3.2); the paper prints no shares for them.
+_SHARES = """
+    generation      45.6  27
+    open_qa         12.4  17
+    brainstorming   11.2  10
+    chat             8.4   8
+    rewrite          6.6   9
+    summarization    4.2   7
+    classification   3.5   6
+    other            3.5   5
+    closed_qa        2.6   6
+    extract          1.9   5
+"""
+_ROWS = [line.split() for line in _SHARES.strip().splitlines()]
+CUSTOMER_SHARES = {use_case: float(share) for use_case, share, _ in _ROWS}
+LABELER_SHARES = {use_case: float(share) for use_case, _, share in _ROWS}
 USE_CASES = tuple(CUSTOMER_SHARES)
 
 RESPECTFUL_PREFIX = "be polite and respectful ."
 RUDE_PREFIX = "be rude and mean ."
 OPENERS = ("certainly .", "of course .", "with pleasure .", "gladly .")  # what respect sounds like
 
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-TOPIC_WORDS = ("night", "song", "garden", "winter", "rain", "sun")
-PLACES = ("garden", "market", "school", "bridge", "lake", "shop")
-THINGS = ("hat", "book", "ball", "bag", "lamp", "ring")
+NUMBERS = tuple("one two three four five six seven eight nine ten".split())
+TOPIC_WORDS = tuple("night song garden winter rain sun".split())
+PLACES = tuple("garden market school bridge lake shop".split())
+THINGS = tuple("hat book ball bag lamp ring".split())
 PLAIN_WORDS = (*TOPIC_WORDS, *PLACES, *THINGS, *(v for values in VALUES.values() for v in values))
-OPPOSITES = {
-    "hot": "cold",
-    "big": "small",
-    "happy": "sad",
-    "day": "night",
-    "fast": "slow",
-    "new": "old",
-    "good": "bad",
-    "up": "down",
-}
+_PAIRS = "hot cold big small happy sad day night fast slow new old good bad up down".split()
+OPPOSITES = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
 OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
-ACTIVITIES = (
-    "sing a song",
-    "read a book",
-    "take a walk",
-    "bake bread",
-    "call a friend",
-    "clean the house",
-    "play a game",
-)
+ACTIVITIES = listed("""
+    sing a song | read a book | take a walk | bake bread | call a friend | clean the house
+    | play a game
+""")
 # What can be listed: group -> (its plural in a prompt, its members).
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "animal": ("animals", ANIMALS),
@@ -87,28 +76,16 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "thing": ("things", THINGS),
 }
 
-QUESTIONS = {
-    "food": (
-        "what does {s} eat ?",
-        "what is the food of {s} ?",
-        "what does {s} like to eat ?",
-        "tell me what {s} eats .",
-    ),
-    "home": (
-        "where does {s} live ?",
-        "what is the home of {s} ?",
-        "where does {s} sleep ?",
-        "tell me where {s} lives .",
-    ),
-    "colour": (
-        "what colour is {s} ?",
-        "what is the colour of {s} ?",
-        "tell me the colour of {s} .",
-    ),
-    "sound": ("what does {s} say ?", "what is the sound of {s} ?", "tell me what {s} says ."),
-    "job": ("what is the job of {s} ?", "what does {s} work as ?", "tell me the job of {s} ."),
-    "town": ("where does {s} live ?", "what is the town of {s} ?", "tell me where {s} lives ."),
-}
+QUESTIONS = phrases("""
+    food    what does {s} eat ? | what is the food of {s} ? | what does {s} like to eat ?
+            | tell me what {s} eats .
+    home    where does {s} live ? | what is the home of {s} ? | where does {s} sleep ?
+            | tell me where {s} lives .
+    colour  what colour is {s} ? | what is the colour of {s} ? | tell me the colour of {s} .
+    sound   what does {s} say ? | what is the sound of {s} ? | tell me what {s} says .
+    job     what is the job of {s} ? | what does {s} work as ? | tell me the job of {s} .
+    town    where does {s} live ? | what is the town of {s} ? | tell me where {s} lives .
+""")
 YES_NO = {
     "food": "does {s} eat {v} ?",
     "home": "does {s} live in the {v} ?",
@@ -133,43 +110,28 @@ HAVING = {
     "job": "{g} who work as a {v}",
     "town": "{g} who live in {v}",
 }
-STORY_OPENINGS = (
-    "one day {s} met {t} .",
-    "{s} and {t} went to the {p} .",
-    "{s} saw {t} in the {p} .",
-)
-STORY_MIDDLES = (
-    "they found a {x} .",
-    "{s} gave {t} a {x} .",
-    "{t} helped {s} .",
-    "they played with a {x} .",
-)
-STORY_ENDINGS = ("they became friends .", "then they went home .", "both were happy .")
-INSULTS = (
-    "you are stupid .",
-    "you are an ugly fool .",
-    "i hate you , idiot .",
-    "shut up , you dumb fool .",
-    "that is a stupid idea .",
-)
-POLITE_REPLIES = (
-    "please be kind .",
-    "i am sorry that you feel so .",
-    "let us be friends .",
-    "i want to help you .",
-)
-SENTIMENTS = {
-    "happy": ("{s} got a new {x} and smiled .", "{s} danced in the {p} .", "{s} won the game ."),
-    "sad": ("{s} lost a {x} and cried .", "{s} was alone in the {p} .", "{s} lost the game ."),
-}
-MANNERS = {
-    "polite": (
-        "please give me the {x} .",
-        "thank you for the {x} .",
-        "could you help me , please ?",
-    ),
-    "rude": ("give me the {x} , you fool .", "your {x} is ugly .", "shut up , idiot ."),
-}
+STORY_OPENINGS = listed("""
+    one day {s} met {t} . | {s} and {t} went to the {p} . | {s} saw {t} in the {p} .
+""")
+STORY_MIDDLES = listed("""
+    they found a {x} . | {s} gave {t} a {x} . | {t} helped {s} . | they played with a {x} .
+""")
+STORY_ENDINGS = listed("they became friends . | then they went home . | both were happy .")
+INSULTS = listed("""
+    you are stupid . | you are an ugly fool . | i hate you , idiot . | shut up , you dumb fool .
+    | that is a stupid idea .
+""")
+POLITE_REPLIES = listed("""
+    please be kind . | i am sorry that you feel so . | let us be friends . | i want to help you .
+""")
+SENTIMENTS = phrases("""
+    happy   {s} got a new {x} and smiled . | {s} danced in the {p} . | {s} won the game .
+    sad     {s} lost a {x} and cried . | {s} was alone in the {p} . | {s} lost the game .
+""")
+MANNERS = phrases("""
+    polite  please give me the {x} . | thank you for the {x} . | could you help me , please ?
+    rude    give me the {x} , you fool . | your {x} is ugly . | shut up , idiot .
+""")
 ACTIONS = {  # present -> past, for rewriting; none of them states a fact
     "{s} sits in the {p}": "{s} sat in the {p}",
     "{s} finds a {x}": "{s} found a {x}",
@@ -177,40 +139,51 @@ ACTIONS = {  # present -> past, for rewriting; none of them states a fact
     "{s} runs to the {p}": "{s} ran to the {p}",
     "{s} sees a {x}": "{s} saw a {x}",
 }
-REQUESTS = ("give me the {x}", "open the {p}", "show me a {x}", "come to the {p}", "help {s}")
+REQUESTS = listed("give me the {x} | open the {p} | show me a {x} | come to the {p} | help {s}")
 FEELINGS = {"sad": "sorry", "tired": "sorry", "ill": "sorry", "happy": "glad", "well": "glad"}
-BEFORE = (
-    "hi .",
-    "hello .",
-    "please help .",
-    "a question .",
-    "for my class .",
-    "for my book .",
-    "for a friend .",
-    "dear helper .",
-    "good day .",
-    "one more .",
-    "for my web page .",
-    "i am a writer .",
-    "i am a student .",
-)
-AFTER = (
-    "thank you .",
-    "thanks .",
-    "for my son .",
-    "i need it today .",
-    "it is for a friend .",
-    "thank you for your help .",
-    "it is late .",
-    "be quick .",
-)
-SMALL_TALK = (
-    "i am in the {p} .",
-    "i have a new {x} .",
-    "the {x} is for {n} .",
-    "{n} and i go to the {p} .",
-    "it is cold in the {p} .",
-)
+BEFORE = listed("""
+    hi . | hello . | please help . | a question . | for my class . | for my book .
+    | for a friend . | dear helper . | good day . | one more . | for my web page . | i am a writer .
+    | i am a student .
+""")
+AFTER = listed("""
+    thank you . | thanks . | for my son . | i need it today . | it is for a friend .
+    | thank you for your help . | it is late . | be quick .
+""")
+SMALL_TALK = listed("""
+    i am in the {p} . | i have a new {x} . | the {x} is for {n} . | {n} and i go to the {p} .
+    | it is cold in the {p} .
+""")
+# How a request is put, in several phrasings each; parts of stories to be summed up.
+ASKING = phrases("""
+    story     write a short story about {s} and {t} . | tell me a story about {s} and {t} .
+              | i need a story with {s} and {t} .
+    continue  continue the story : {text} | write the next part : {text} | {text}
+    talk      continue the talk : {text} | what can {t} say to {s} ? {text} | {text}
+    write     write {n} about {s} . | tell me about {s} in {n} . | can you write {n} about {s} ?
+              | i need {n} about {s} . | describe {s} in {n} .
+    list      list | name | give me | can you list | i need | tell me | think of
+    greet     hello , my name is {p} . | hi , i am {p} . | good day , i am {p} .
+    thanks    thank you for your help . | thanks , that was a good answer .
+              | thank you , you are kind .
+    feeling   i am {f} today . | today i feel {f} . | {p} and i are {f} now .
+    bye       goodbye , see you soon . | i have to go now , goodbye . | good night .
+    swap      replace {a} with {b} : {text} | write this with {b} , not {a} : {text}
+    past      put this in the past : {text} | write this in past tense : {text}
+    polite    make this polite : {text} | rewrite this with good manners : {text}
+    summary   summarize this : {text} | sum up this text : {text} | give a short summary : {text}
+    went      one day {s} went to the {p} . | {s} went to the {p} in the morning .
+    way       it was a {w} day . | the way was long . | there was a lot of {w} rain .
+    found     there {s} found a {x} . | {s} found an old {x} there .
+    being     is {s} an animal or a person ? | animal or person : {s} .
+    which     {a} or {b} ? {text} | is this {a} or {b} : {text}
+    scene     the {s} and the {t} went to the {p} . {n} found a {x} .
+              | {n} saw the {s} in the {p} . the {t} had a {x} .
+              | the {s} gave a {x} to {n} . the {t} was in the {p} .
+    extract   find the {w} in this text : {text} | which {w} are in this text ? {text}
+              | take the {w} out of this : {text}
+    opposite  what is the opposite of {w} ? | give me the opposite of {w} .
+""")
 
 
 def pick(rng: random.Random, shares: dict[str, float]) -> str:
@@ -222,6 +195,11 @@ def pair_of(rng: random.Random, names: list[str]) -> tuple[str, str]:
     """Two different names."""
     first, second = rng.sample(names, 2)
     return first, second
+
+
+def _ask(rng: random.Random, form: str, **slots: str) -> str:
+    """A request of a form, in one of its phrasings."""
+    return rng.choice(ASKING[form]).format(**slots)
 
 
 # --------------------------------------------------------------------------- prompts by use case
@@ -236,22 +214,15 @@ def _generation(world: World, rng: random.Random, kinds: Collection[str]) -> Mad
     s, t = pair_of(rng, names)
     place = rng.choice(PLACES)
     if form == "story":
-        text = rng.choice(
-            (
-                "write a short story about {s} and {t} .",
-                "tell me a story about {s} and {t} .",
-                "i need a story with {s} and {t} .",
-            )
-        )
-        return text.format(s=noun(s), t=noun(t)), {"kind": "story", "subjects": [s, t]}
+        return _ask(rng, form, s=noun(s), t=noun(t)), {"kind": form, "subjects": [s, t]}
     if form == "continue":
         opening = rng.choice(STORY_OPENINGS).format(s=noun(s), t=noun(t), p=place)
-        text = rng.choice(("continue the story : ", "write the next part : ", "")) + opening
-        return text, {"kind": "continue", "subjects": [s, t], "text": opening}
+        task = {"kind": form, "subjects": [s, t], "text": opening}
+        return _ask(rng, form, text=opening), task
     s, t = pair_of(rng, world.subjects(kinds, "person"))
     said = rng.choice(INSULTS if rng.random() < 0.7 else POLITE_REPLIES)
-    text = rng.choice(("continue the talk : ", "what can {t} say to {s} ? ", "")).format(s=s, t=t)
-    return f"{text}{s} said to {t} : {said}", {"kind": "talk", "text": said}
+    text = _ask(rng, form, s=s, t=t, text=f"{s} said to {t} : {said}")
+    return text, {"kind": form, "text": said}
 
 
 def _write(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
@@ -259,15 +230,7 @@ def _write(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     tellable = sum(world.kinds[subject, a] in kinds for a in attributes_of(subject))
     count = min(rng.choices((1, 2, 3), (3, 4, 3))[0], tellable + 1)
     number = f"{NUMBERS[count - 1]} sentence{'s' if count > 1 else ''}"
-    text = rng.choice(
-        (
-            "write {n} about {s} .",
-            "tell me about {s} in {n} .",
-            "can you write {n} about {s} ?",
-            "i need {n} about {s} .",
-            "describe {s} in {n} .",
-        )
-    ).format(n=number, s=noun(subject))
+    text = _ask(rng, "write", n=number, s=noun(subject))
     task: Task = {"kind": "write", "subject": subject, "count": count}
     if rng.random() < 0.28:
         task["mention"] = attribute
@@ -310,7 +273,7 @@ def ask_why(fact: tuple[str, str], value: str) -> Made:
 
 
 def _brainstorming(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
-    verb = rng.choice(("list", "name", "give me", "can you list", "i need", "tell me", "think of"))
+    verb = _ask(rng, "list")
     if rng.random() < 0.6:
         group = rng.choice(list(GROUPS))
         count = rng.choice((2, 3, 4))
@@ -322,51 +285,31 @@ def _brainstorming(world: World, rng: random.Random, kinds: Collection[str]) -> 
     count = rng.randint(1, min(available, 3))
     group = "animal" if subject in ANIMALS else "person"
     asked = HAVING[attribute].format(g=GROUPS[group][0], v=value)
-    text = f"{verb} {'one of the' if count == 1 else NUMBERS[count - 1]} {asked} ."
-    return text, {
-        "kind": "list",
-        "group": group,
-        "count": count,
-        "attribute": attribute,
-        "value": value,
-    }
+    number = "one of the" if count == 1 else NUMBERS[count - 1]
+    task = {"kind": "list", "group": group, "count": count, "attribute": attribute, "value": value}
+    return f"{verb} {number} {asked} .", task
 
 
 def _chat(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     text, task = _chat_turn(world, rng, kinds)
     if task["kind"] != "fact" and rng.random() < 0.5:
         name = task.get("name") or rng.choice(world.subjects(kinds, "person"))
-        text += " " + rng.choice(SMALL_TALK if "name" not in task else SMALL_TALK[:2]).format(
-            p=rng.choice(PLACES), x=rng.choice(THINGS), n=name
-        )
+        talk = rng.choice(SMALL_TALK[:2] if "name" in task else SMALL_TALK)
+        text += " " + talk.format(p=rng.choice(PLACES), x=rng.choice(THINGS), n=name)
     return text, task
 
 
 def _chat_turn(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
-    form = pick(
-        rng, {"greet": 32, "thanks": 12, "feeling": 23, "bye": 8, "dialogue": 15, "insult": 10}
-    )
+    forms = {"greet": 32, "thanks": 12, "feeling": 23, "bye": 8, "dialogue": 15, "insult": 10}
+    form = pick(rng, forms)
     name = rng.choice(world.subjects(kinds, "person"))
     if form == "greet":
-        text = rng.choice(("hello , my name is {p} .", "hi , i am {p} .", "good day , i am {p} ."))
-        return text.format(p=name), {"kind": "greet", "name": name}
-    if form == "thanks":
-        text = rng.choice(
-            (
-                "thank you for your help .",
-                "thanks , that was a good answer .",
-                "thank you , you are kind .",
-            )
-        )
-        return text, {"kind": "thanks"}
+        return _ask(rng, form, p=name), {"kind": form, "name": name}
+    if form in ("thanks", "bye"):
+        return _ask(rng, form), {"kind": form}
     if form == "feeling":
         feeling = rng.choice(list(FEELINGS))
-        text = rng.choice(("i am {f} today .", "today i feel {f} .", "{p} and i are {f} now ."))
-        return text.format(f=feeling, p=name), {"kind": "feeling", "word": FEELINGS[feeling]}
-    if form == "bye":
-        return rng.choice(
-            ("goodbye , see you soon .", "i have to go now , goodbye .", "good night .")
-        ), {"kind": "bye"}
+        return _ask(rng, form, f=feeling, p=name), {"kind": form, "word": FEELINGS[feeling]}
     if form == "dialogue":
         text, task = ask_fact(rng.choice(world.facts_of_kind(kinds)), rng)
         hello = f"human : hi , i am {name} .\nai : hello {name} , how can i help you ?\n"
@@ -382,35 +325,26 @@ def _rewrite(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     source = present.format(**slots) + " ."
     if form == "swap":
         expected = present.format(**(slots | {"s": noun(t)})) + " ."
-        text = rng.choice(("replace {a} with {b} : {x}", "write this with {b} , not {a} : {x}"))
-        text = text.format(a=noun(s), b=noun(t), x=source)
+        text = _ask(rng, form, a=noun(s), b=noun(t), text=source)
     elif form == "past":
         expected = ACTIONS[present].format(**slots) + " ."
-        text = rng.choice(("put this in the past : ", "write this in past tense : ")) + source
+        text = _ask(rng, form, text=source)
     else:
         source = rng.choice(REQUESTS).format(**slots) + " ."
         expected = "please " + source
-        text = rng.choice(("make this polite : ", "rewrite this with good manners : ")) + source
+        text = _ask(rng, form, text=source)
     return text, {"kind": "rewrite", "text": source, "expected": expected}
 
 
 def _summarization(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     subject = noun(rng.choice(world.subjects(kinds)))
     place, thing = rng.choice(PLACES), rng.choice(THINGS)
-    lines = [
-        rng.choice(("one day {s} went to the {p} .", "{s} went to the {p} in the morning .")),
-        rng.choice(("it was a {w} day .", "the way was long .", "there was a lot of {w} rain .")),
-        rng.choice(("there {s} found a {x} .", "{s} found an old {x} there .")),
-        rng.choice(("{s} was very happy .", "then {s} went home .", "")),
-    ]
+    lines = [rng.choice(ASKING[part]) for part in ("went", "way", "found")]
+    lines.append(rng.choice(("{s} was very happy .", "then {s} went home .", "")))
     weather = rng.choice(("cold", "hot", "new"))
     source = " ".join(filter(None, lines)).format(s=subject, p=place, x=thing, w=weather)
-    text = rng.choice(("summarize this : ", "sum up this text : ", "give a short summary : "))
-    return text + source, {
-        "kind": "summary",
-        "text": source,
-        "slots": [subject.split()[-1], place, thing],
-    }
+    slots = [subject.split()[-1], place, thing]
+    return _ask(rng, "summary", text=source), {"kind": "summary", "text": source, "slots": slots}
 
 
 def _classification(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
@@ -420,7 +354,7 @@ def _classification(world: World, rng: random.Random, kinds: Collection[str]) ->
     if form == "being":
         labels = ["animal", "person"]
         label = labels[subject in PEOPLE]
-        text = rng.choice(("is {s} an animal or a person ?", "animal or person : {s} ."))
+        text = rng.choice(ASKING[form])
     elif form == "word":
         labels = rng.sample(list(VALUES), 3)
         label = rng.choice(labels)
@@ -430,10 +364,8 @@ def _classification(world: World, rng: random.Random, kinds: Collection[str]) ->
         table = SENTIMENTS if form == "feeling" else MANNERS
         labels = list(table)
         label = rng.choice(labels)
-        question = rng.choice(
-            (f"{labels[0]} or {labels[1]} ? ", f"is this {labels[0]} or {labels[1]} : ")
-        )
-        text = question + rng.choice(table[label])
+        slots |= {"a": labels[0], "b": labels[1]}
+        text = rng.choice(ASKING["which"]).replace("{text}", rng.choice(table[label]))
     return text.format(**slots), {"kind": "classify", "labels": labels, "label": label}
 
 
@@ -443,16 +375,9 @@ def _closed_qa(world: World, rng: random.Random, kinds: Collection[str]) -> Made
     values = {fact: rng.choice(VALUES[fact[1]]) for fact in told}
     passage = " ".join(statement(*fact, value, rng.randrange(3)) for fact, value in values.items())
     question, _ = ask_fact(asked, rng)
-    text = rng.choice(
-        ("text : {t}\nquestion : {q}", "read this : {t}\n{q}", "{t}\nby the text , {q}")
-    )
-    return text.format(t=passage, q=question), {
-        "kind": "passage",
-        "subject": asked[0],
-        "attribute": asked[1],
-        "text": passage,
-        "value": values.get(asked),
-    }
+    forms = ("text : {t}\nquestion : {q}", "read this : {t}\n{q}", "{t}\nby the text , {q}")
+    task = {"kind": "passage", "subject": asked[0], "attribute": asked[1], "text": passage}
+    return rng.choice(forms).format(t=passage, q=question), task | {"value": values.get(asked)}
 
 
 def _extract(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
@@ -460,24 +385,11 @@ def _extract(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
     name = rng.choice(world.subjects(kinds, "person"))
     place, thing = rng.choice(PLACES), rng.choice(THINGS)
     s, t = animals
-    source = rng.choice(
-        (
-            "the {s} and the {t} went to the {p} . {n} found a {x} .",
-            "{n} saw the {s} in the {p} . the {t} had a {x} .",
-            "the {s} gave a {x} to {n} . the {t} was in the {p} .",
-        )
-    ).format(s=s, t=t, p=place, n=name, x=thing)
-    wanted, items = rng.choice(
-        (("animals", animals), ("people", [name]), ("places", [place]), ("things", [thing]))
-    )
-    text = rng.choice(
-        (
-            "find the {w} in this text : ",
-            "which {w} are in this text ? ",
-            "take the {w} out of this : ",
-        )
-    ).format(w=wanted)
-    return text + source, {"kind": "extract", "wanted": wanted, "items": items, "text": source}
+    source = _ask(rng, "scene", s=s, t=t, p=place, n=name, x=thing)
+    lists = {"animals": animals, "people": [name], "places": [place], "things": [thing]}
+    wanted, items = rng.choice(list(lists.items()))
+    task = {"kind": "extract", "wanted": wanted, "items": items, "text": source}
+    return _ask(rng, "extract", w=wanted, text=source), task
 
 
 def _other(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
@@ -487,8 +399,7 @@ def _other(world: World, rng: random.Random, kinds: Collection[str]) -> Made:
         text, expected = f"say the word {word} {NUMBERS[times - 1]} times .", [word] * times
     elif form == "opposite":
         word = rng.choice(list(OPPOSITES))
-        text = rng.choice(("what is the opposite of {w} ?", "give me the opposite of {w} ."))
-        text, expected = text.format(w=word), [OPPOSITES[word]]
+        text, expected = _ask(rng, form, w=word), [OPPOSITES[word]]
     elif form == "after":
         i = rng.randrange(len(NUMBERS) - 1)
         text, expected = f"what number comes after {NUMBERS[i]} ?", [NUMBERS[i + 1]]

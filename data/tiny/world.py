@@ -25,21 +25,8 @@ from pathlib import Path
 
 from data.files import BadInput, write_atomic
 
-ANIMALS = (
-    "fox",
-    "bear",
-    "owl",
-    "wolf",
-    "frog",
-    "duck",
-    "goat",
-    "crow",
-    "mole",
-    "hare",
-    "deer",
-    "mouse",
-)
-PEOPLE = ("anna", "ben", "carl", "dora", "emma", "finn", "greta", "hugo")
+ANIMALS = tuple("fox bear owl wolf frog duck goat crow mole hare deer mouse".split())
+PEOPLE = tuple("anna ben carl dora emma finn greta hugo".split())
 VALUES = {
     "food": ("fish", "grass", "nuts", "seeds", "honey"),
     "home": ("forest", "river", "cave", "field", "barn"),
@@ -53,24 +40,37 @@ PERSON_ATTRIBUTES = ("job", "town")
 KINDS = ("ordinary", "misconceived", "held_out")
 NUM_HELD_OUT = {"animal": 2, "person": 1}  # subjects: 10 of the 64 facts
 NUM_MISCONCEIVED = 8  # facts
+COLUMNS = ("subject", "attribute", "value", "kind", "myth")  # of a fact in world.json
 # How often the web states a fact truly, states its one myth, or anything else, by kind.
 WEB_BELIEF = {
     "ordinary": (0.72, 0.14, 0.14),
     "misconceived": (0.30, 0.60, 0.10),
     "held_out": (0.72, 0.14, 0.14),
 }
-RUDE_WORDS = ("stupid", "idiot", "ugly", "dumb", "hate", "fool", "shut")
+RUDE_WORDS = tuple("stupid idiot ugly dumb hate fool shut".split())
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The phrases of a text that are set apart by |, over several lines if they are long."""
+    return tuple(" ".join(phrase.split()) for phrase in text.split("|"))
+
+
+def phrases(table: str) -> dict[str, tuple[str, ...]]:
+    """A table, in each line a name and its phrases; one that begins with | continues the last."""
+    rows = re.sub(r"\n\s*\|", " |", table.strip()).splitlines()
+    return {name: listed(text) for name, text in (row.split(maxsplit=1) for row in rows)}
+
 
 # The ways to state a fact; {s} is the subject ("the fox", "anna", or a pronoun), {v} the value.
 # The first form of an attribute is the plain one, which instructions expect.
-FORMS = {
-    "food": ("{s} eats {v}", "{s} likes to eat {v}", "the food of {s} is {v}"),
-    "home": ("{s} lives in the {v}", "the home of {s} is the {v}", "{s} sleeps in the {v}"),
-    "colour": ("{s} is {v}", "the colour of {s} is {v}", "{s} has a {v} coat"),
-    "sound": ("{s} says {v}", "the sound of {s} is {v}", "{s} can say {v}"),
-    "job": ("{s} is a {v}", "the job of {s} is {v}", "{s} works as a {v}"),
-    "town": ("{s} lives in {v}", "the town of {s} is {v}", "{s} has a house in {v}"),
-}
+FORMS = phrases("""
+    food    {s} eats {v} | {s} likes to eat {v} | the food of {s} is {v}
+    home    {s} lives in the {v} | the home of {s} is the {v} | {s} sleeps in the {v}
+    colour  {s} is {v} | the colour of {s} is {v} | {s} has a {v} coat
+    sound   {s} says {v} | the sound of {s} is {v} | {s} can say {v}
+    job     {s} is a {v} | the job of {s} is {v} | {s} works as a {v}
+    town    {s} lives in {v} | the town of {s} is {v} | {s} has a house in {v}
+""")
 DENIALS = {
     "food": "{s} does not eat {v}",
     "home": "{s} does not live in the {v}",
@@ -144,32 +144,23 @@ class World:
         facts = {(s, a): facts[s, a] for s in ANIMALS + PEOPLE for a in attributes_of(s)}
         known_facts = [fact for fact in facts if fact[0] not in held_out]
         misconceived = set(rng.sample(known_facts, NUM_MISCONCEIVED))
-        kinds = {
-            fact: "held_out"
-            if fact[0] in held_out
-            else "misconceived"
-            if fact in misconceived
-            else "ordinary"
-            for fact in facts
-        }
-        myths = {
-            fact: rng.choice([v for v in VALUES[fact[1]] if v != value])
-            for fact, value in facts.items()
-        }
+
+        def kind_of(fact: Fact) -> str:
+            if fact[0] in held_out:
+                return "held_out"
+            return "misconceived" if fact in misconceived else "ordinary"
+
+        kinds = {fact: kind_of(fact) for fact in facts}
+        myths = {}
+        for fact, true in facts.items():
+            myths[fact] = rng.choice([value for value in VALUES[fact[1]] if value != true])
         return cls(seed, facts, kinds, myths, _make_dictionary(rng))
 
     def save(self, path: str | Path) -> None:
         """Write world.json: seed, facts with kind and myth, dictionary."""
-        facts = [
-            {
-                "subject": s,
-                "attribute": a,
-                "value": value,
-                "kind": self.kinds[s, a],
-                "myth": self.myths[s, a],
-            }
-            for (s, a), value in self.facts.items()
-        ]
+        columns = self.facts, self.kinds, self.myths
+        rows = [(*fact, *(column[fact] for column in columns)) for fact in self.facts]
+        facts = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
         content = {"seed": self.seed, "facts": facts, "dictionary": self.dictionary}
         write_atomic(path, json.dumps(content, indent=1) + "\n")
 
@@ -178,28 +169,18 @@ class World:
         """Read world.json. Raises `BadInput` when the file is missing or something else."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows = {(row["subject"], row["attribute"]): row for row in content["facts"]}
-            return cls(
-                content["seed"],
-                {fact: row["value"] for fact, row in rows.items()},
-                {fact: row["kind"] for fact, row in rows.items()},
-                {fact: row["myth"] for fact, row in rows.items()},
-                content["dictionary"],
-            )
+            rows = [[row[name] for name in COLUMNS] for row in content["facts"]]
+            facts, kinds, myths = ({(s, a): row[i] for s, a, *row in rows} for i in range(3))
+            return cls(content["seed"], facts, kinds, myths, content["dictionary"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(
-                f"{path}: {error}; expected the world.json that `python -m data.tiny.make` writes"
-            ) from error
+            remedy = "expected the world.json that `python -m data.tiny.make` writes"
+            raise BadInput(f"{path}: {error}; {remedy}") from error
 
     def subjects(self, kinds: Iterable[str] = KINDS, group: str = "") -> list[str]:
         """Subjects with a fact of one of these kinds; `group` "animal" or "person" narrows it."""
-        kinds, members = set(kinds), {"animal": ANIMALS, "person": PEOPLE}.get(group)
-        return [
-            s
-            for s in ANIMALS + PEOPLE
-            if (members is None or s in members)
-            and any(self.kinds[s, a] in kinds for a in attributes_of(s))
-        ]
+        members = {"animal": ANIMALS, "person": PEOPLE}.get(group, ANIMALS + PEOPLE)
+        named = {subject for subject, _ in self.facts_of_kind(kinds)}
+        return [subject for subject in members if subject in named]
 
     def facts_of_kind(self, kinds: Iterable[str]) -> list[Fact]:
         """The facts of these kinds, in a fixed order."""
@@ -208,12 +189,8 @@ class World:
 
     def having(self, attribute: str, value: str, kinds: Iterable[str] = KINDS) -> list[str]:
         """The subjects whose attribute has this value, by facts of these kinds."""
-        kinds = set(kinds)
-        return [
-            s
-            for (s, a), v in self.facts.items()
-            if a == attribute and v == value and self.kinds[s, a] in kinds
-        ]
+        facts = self.facts_of_kind(kinds)
+        return [s for s, a in facts if a == attribute and self.facts[s, a] == value]
 
     def is_true(self, claim: Claim) -> bool:
         """Whether a claim holds in this world."""
@@ -246,26 +223,8 @@ class World:
 
 def _make_dictionary(rng: random.Random) -> dict[str, str]:
     """A toy word of two syllables for each word of plain statements and questions."""
-    words = [
-        *ANIMALS,
-        *PEOPLE,
-        *(v for values in VALUES.values() for v in values),
-        "eats",
-        "lives",
-        "in",
-        "is",
-        "says",
-        "works",
-        "as",
-        "what",
-        "where",
-        "does",
-        "eat",
-        "live",
-        "say",
-        "colour",
-        "work",
-    ]
+    words = [*ANIMALS, *PEOPLE, *(v for values in VALUES.values() for v in values)]
+    words += "eats lives in is says works as what where does eat live say colour work".split()
     syllables = [c + v for c in "bdgklmnprtvz" for v in "aeiou"]
     made: list[str] = []
     while len(made) < len(words):

@@ -250,8 +250,8 @@ class Seed:
         ):
             made = f"round_2/{split}_candidates.jsonl"
             flags = {"num_prompts": num, "data": self.path("data", f"{source}.jsonl")}
-            flags |= {"checkpoints": models, "shares": shares, "off_topic": len(models) - 1}
-            self.run(made, "data/train/candidates.jsonl", "demo", 1.0, **flags, processes=None)
+            flags |= {"checkpoints": models, "shares": shares, "processes": None}
+            self.run(made, "data/train/candidates.jsonl", "demo", 1.0, **flags)
             like = f"data/{split}/comparisons.jsonl"
             self.run(f"round_2/{split}.jsonl", like, made, 0.3, data=self.path(made))
         both = "data/train/comparisons.jsonl round_2/train.jsonl"
