@@ -254,7 +254,7 @@ $(G)/data/downloaded: | .venv/ready
 	@mkdir -p $(@D)
 	@touch $@
 
-$(G)/data/account.txt: data/real/prepare.py $(G)/data/downloaded
+$(G)/data/account.txt: data/real/prepare.py data/real/convert.py $(G)/data/downloaded
 	$(py) -m data.real.prepare alpaca oasst hh-rlhf novels --out $(G)/data --seed $(SEED)
 
 $(G)/data/valid/prompts_200.jsonl $(G)/data/test/prompts_200.jsonl: %_200.jsonl: $(G)/data/account.txt
