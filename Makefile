@@ -215,6 +215,7 @@ $(R)/public/report.md: evaluate.py evaluation/public.py data/real/public_sets.py
 #
 #   make gpt2 SIZE=gpt2-medium           everything, into out/gpt2-medium
 #   make gpt2 DATA=FOLDER                takes copies that lie in FOLDER instead of downloading
+#   make gpt2 RESUME=--resume            goes on with the training run that was stopped
 #   make out/gpt2/candidates.jsonl       responses of its own models, which a person can rank:
 #                                        python -m data.label --interactive --data ... --out RANKED
 #   make gpt2 COMPARISONS=RANKED         the reward model learns from these
@@ -239,7 +240,7 @@ of_size      = $(word $(1),$($(SIZE)))
 G           := $(OUT)/$(SIZE)
 COMPARISONS ?= $(G)/data/train/comparisons.jsonl
 gpt2_lim    := --seed $(SEED) --device cuda --dtype bfloat16 --max_prompt_tokens 512 --max_new_tokens 256
-gpt2_run    := $(gpt2_lim) $(if $(filter %-large %-xl,$(SIZE)),--grad_checkpointing)
+gpt2_run    := $(gpt2_lim) $(if $(filter %-large %-xl,$(SIZE)),--grad_checkpointing) $(RESUME)
 gpt2_copies := $(if $(DATA),--from $(DATA))
 
 .PHONY: gpt2

@@ -453,11 +453,9 @@ def test_the_graph_runs_in_order_resumes_and_runs_anew_what_changed(tmp_path: Pa
 
 
 def test_a_failed_stage_stops_what_follows_and_nothing_else(tmp_path: Path) -> None:
-    bad, after = (
-        stage("bad", tmp_path, "raise SystemExit(1)"),
-        stage("after", tmp_path, "", ["bad"]),
-    )
-    failed, said = run_all(tmp_path, bad, after, stage("beside", tmp_path))
+    bad = stage("bad", tmp_path, "raise SystemExit(1)")
+    others = stage("after", tmp_path, after=["bad"]), stage("beside", tmp_path)
+    failed, said = run_all(tmp_path, bad, *others)
     assert sorted(failed) == ["after", "bad"] and counts(tmp_path, "beside") == [1]
     assert any("bad FAILED with code 1" in line for line in said)
     with pytest.raises(ValueError, match="2 stages failed"):

@@ -4,6 +4,7 @@ do and hold; the settings of `make gpt2`; the timing command at a tiny size."""
 import csv
 import math
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -241,10 +242,10 @@ MODULES = {f"train_{stage}.py": script for stage, script in STAGES.items()}
 MODULES |= {"sample.py": sample, "evaluate.py": evaluate, "data.real.prepare": prepare}
 
 
-def gpt2_commands(size: str, target: str = "gpt2") -> list[tuple[str, list[str]]]:
+def gpt2_commands(target: str = "gpt2", **variables: str) -> list[tuple[str, list[str]]]:
     """(script, its arguments on a CPU) of the commands of `make gpt2`, in order."""
     found = []
-    for line in dry_run(target, SIZE=size, OUT="o"):
+    for line in dry_run(target, OUT="o", **variables):
         words = ["cpu" if word == "cuda" else word for word in shlex.split(line)]
         names = [word for word in words if word in MODULES]
         found += [(name, words[words.index(name) + 1 :]) for name in names]
@@ -254,7 +255,7 @@ def gpt2_commands(size: str, target: str = "gpt2") -> list[tuple[str, list[str]]
 @pytest.mark.parametrize("size", GPT2_NAMES)
 def test_the_scripts_accept_every_command_of_make_gpt2(size: str) -> None:
     """And whatever a command reads of the run's folder is what a command before it wrote."""
-    every = gpt2_commands(size)
+    every = gpt2_commands(SIZE=size)
     written = [f"o/{size}/data/{split}/prompts_200.jsonl" for split in ("valid", "test")]
     for name, argv in every:
         commands = hasattr(evaluate, "COMMANDS")  # an evaluate.py with subcommands
@@ -271,8 +272,22 @@ def test_the_scripts_accept_every_command_of_make_gpt2(size: str) -> None:
         *("train_rm.py", "evaluate.py", "train_ppo.py"),
         *["evaluate.py"] * 4,
     ]
-    name, argv = gpt2_commands(size, f"o/{size}/candidates.jsonl")[-1]
+    name, argv = gpt2_commands(f"o/{size}/candidates.jsonl", SIZE=size)[-1]
     assert name == "sample.py" and sample.get_args(argv).num_prompts == 500
+
+
+def test_variables_of_make_gpt2() -> None:
+    plain = gpt2_commands()
+    assert plain == gpt2_commands(SIZE="gpt2") and "--from" not in plain[0][1]
+    assert gpt2_commands(DATA="d")[0][1][-2:] == ["--from", "d"]
+    resumed = [name for name, argv in gpt2_commands(RESUME="--resume") if "--resume" in argv]
+    assert resumed == ["train_sft.py", "train_sft.py", "train_rm.py", "train_ppo.py"]
+    other = dict(gpt2_commands(COMPARISONS="mine.jsonl"))["train_rm.py"]
+    assert train_rm.get_args(other).data == "mine.jsonl"
+    for size in ("gpt3", "gpt2 gpt2-xl", "", "py"):
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            gpt2_commands(SIZE=size)
+        assert f'SIZE="{size}": expected one of gpt2 gpt2-medium' in error.value.stderr
 
 
 @pytest.mark.parametrize("size", GPT2_NAMES)
