@@ -84,18 +84,24 @@ $(call weights,init): train_sft.py $(call weights,base)
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
 	  --pretrain_fraction 0.1 --no-epoch_checkpoints
 
-# Step 2: K = 4..9 responses a prompt, rankings, reward model. Those for training are drawn by two
-# processes that share all cores.
-train = $(filter train,$*)
-$(D)/%/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
-	$(if $(train),,$(half)) $(py) sample.py --data $(D)/$*/rm_prompts.jsonl --out $@ --num_responses 4 9 --seed $(SEED) \
-	  --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1 $(if $(train),--processes 2)
+# Step 2: K = 4..9 responses a prompt, rankings, reward model.
+# Those for training are drawn in two parts, side by side.
+candidates = $(half) $(py) sample.py --num_responses 4 9 --seed $(SEED) \
+               --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1
+$(D)/train/candidates_%.jsonl: sample.py $(call weights,sft) $(call weights,base)
+	$(candidates) --data $(D)/train/rm_prompts.jsonl --out $@ --part $*/2
+
+$(D)/train/candidates.jsonl: $(D)/train/candidates_1.jsonl $(D)/train/candidates_2.jsonl
+	cat $^ > $@
+
+$(D)/valid/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
+	$(candidates) --data $(D)/valid/rm_prompts.jsonl --out $@
 
 # Three people rank each training prompt, which is one batch element all the same; one response of it
 # is another prompt's. Validation is on samples as they are.
 $(D)/%/comparisons.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
-	  --pool training --seed $(SEED) $(if $(train),--labelers 3 --off_topic 1)
+	  --pool training --seed $(SEED) $(if $(filter train,$*),--labelers 3 --off_topic 1)
 
 $(D)/%/comparisons_held_out.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
 	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
@@ -110,8 +116,8 @@ $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid
 
 # The SFT baseline: of the epochs that the reward model likes best on validation prompts (C.1), the
 # last that is within a standard error.
-$(call weights,sft_selected): evaluate.py sample.py $(call weights,rm)
-	$(half) $(py) evaluate.py --select $(OUT)/sft --reward_model $(OUT)/rm --out $(OUT)/sft_selected \
+$(call weights,sft_selected): evaluate.py evaluation/select.py sample.py $(call weights,rm)
+	$(half) $(py) evaluate.py select --run $(OUT)/sft --reward_model $(OUT)/rm --out $(OUT)/sft_selected \
 	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --select_every 3 --seed $(SEED) --world $(D)/world.json
 
 # Step 3: PPO and PPO-ptx. Four responses to a prompt: its own tokens go through each model once.
@@ -124,18 +130,25 @@ $(call weights,ppo_ptx): train_ppo.py model.py $(call weights,rm) $(call weights
 	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1 --pretrain_data $(D)/train/pretrain.txt
 
 # What each step did. PPO-ptx takes longest; the models before it are measured meanwhile.
-report = $(py) evaluate.py --out $(OUT)/report --seed $(SEED) --baseline sft \
-           --reward_model $(OUT)/rm --reference $(OUT)/init --world $(D)/world.json \
-           --data $(D)/test/prompts.jsonl --val_data $(D)/valid/rm_prompts.jsonl \
-           --pretrain_data $(D)/test/pretrain.txt \
-           --checkpoints base=$(OUT)/base sft=$(OUT)/sft_selected ppo=$(OUT)/ppo
-measuring := evaluate.py evaluation/report.py evaluation/public.py sample.py data/tiny/grader.py data/tiny/labelers.py data/real/text_metrics.py
-$(OUT)/report/.ahead: $(measuring) $(call weights,ppo) $(call weights,sft_selected)
-	$(half) $(report) --ahead
-	@touch $@
+measuring := evaluate.py evaluation/measure.py evaluation/report.py sample.py data/tiny/grader.py \
+             data/tiny/corpus.py data/real/text_metrics.py
+measure = $(half) $(py) evaluate.py measure --out $@ --seed $(SEED) --reward_model $(OUT)/rm \
+            --reference $(OUT)/init --world $(D)/world.json --data $(D)/test/prompts.jsonl \
+            --pretrain_data $(D)/test/pretrain.txt
+measured := $(foreach model,base sft ppo ppo_ptx,$(OUT)/report/$(model).json)
+# All are judged by the reward model, and compared with the model that PPO starts from.
+$(measured): $(measuring) $(call weights,rm) $(call weights,init)
+$(OUT)/report/base.json: $(call weights,base)
+	$(measure) --name base --checkpoint $(OUT)/base --best_prefix --val_data $(D)/valid/rm_prompts.jsonl
+$(OUT)/report/sft.json: $(call weights,sft_selected)
+	$(measure) --name sft --checkpoint $(OUT)/sft_selected --resample
+$(OUT)/report/ppo.json: $(call weights,ppo)
+	$(measure) --name ppo --checkpoint $(OUT)/ppo
+$(OUT)/report/ppo_ptx.json: $(call weights,ppo_ptx)
+	$(measure) --name ppo_ptx --checkpoint $(OUT)/ppo_ptx
 
-$(OUT)/report/report.md: $(call weights,ppo_ptx) $(OUT)/report/.ahead
-	$(report) ppo_ptx=$(OUT)/ppo_ptx --resume
+$(OUT)/report/report.md: $(call weights,ppo_ptx) evaluation/report.py data/tiny/labelers.py $(measured)
+	$(py) evaluate.py report --measured $(measured) --baseline sft --out $(OUT)/report
 
 # ------------------------------------------------------------------------------------------------
 # Real human data: the same scripts with GPT-2's tokenizer, on local copies of the raw data sets.
@@ -184,17 +197,26 @@ $(R)/ppo_ptx/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init
 $(R)/ppo/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init/model.safetensors
 	$(half) $(py) train_ppo.py $(real_ppo) --out $(R)/ppo --ptx_coef 0
 
-$(R)/report/report.md: evaluate.py $(R)/ppo_ptx/model.safetensors
-	head -n 200 $(R)/data/test/prompts.jsonl > $(R)/data/test/prompts_200.jsonl
-	$(half) $(py) evaluate.py --out $(R)/report --seed $(SEED) --baseline sft \
-	  --checkpoints base=$(R)/base sft=$(R)/sft ppo_ptx=$(R)/ppo_ptx --num_prompts 64 \
-	  --reward_model $(R)/rm --reference $(R)/init --data $(R)/data/test/prompts_200.jsonl \
-	  --val_data $(R)/data/valid/prompts.jsonl --pretrain_data $(R)/data/test/pretrain.txt \
-	  --num_pretrain_tokens 50000 $(real_lim)
+real_measure = $(half) $(py) evaluate.py measure --out $@ --seed $(SEED) --reward_model $(R)/rm \
+                 --reference $(R)/init --data $(R)/data/test/prompts_200.jsonl --num_prompts 64 \
+                 --pretrain_data $(R)/data/test/pretrain.txt --num_pretrain_tokens 50000 $(real_lim)
+real_measured := $(foreach model,base sft ppo_ptx,$(R)/report/$(model).json)
+$(R)/data/test/prompts_200.jsonl: $(R)/data/account.txt
+	head -n 200 $(R)/data/test/prompts.jsonl > $@
+$(real_measured): $(measuring) $(R)/data/test/prompts_200.jsonl $(R)/rm/model.safetensors $(R)/init/model.safetensors
+$(R)/report/base.json: $(R)/base/model.safetensors
+	$(real_measure) --name base --checkpoint $(R)/base --best_prefix --val_data $(R)/data/valid/prompts.jsonl
+$(R)/report/sft.json: $(R)/sft/model.safetensors
+	$(real_measure) --name sft --checkpoint $(R)/sft --resample
+$(R)/report/ppo_ptx.json: $(R)/ppo_ptx/model.safetensors
+	$(real_measure) --name ppo_ptx --checkpoint $(R)/ppo_ptx
+
+$(R)/report/report.md: $(R)/ppo_ptx/model.safetensors evaluation/report.py $(real_measured)
+	$(py) evaluate.py report --measured $(real_measured) --baseline sft --out $(R)/report
 
 # Human comparisons, five folds by prompt: the reward model beside two simple rules.
 $(R)/folds/folds.md: evaluate.py evaluation/folds.py train_rm.py $(R)/sft/model.safetensors
-	$(half) $(py) evaluate.py --folds 5 --init $(R)/sft --out $(R)/folds --seed $(SEED) --resume \
+	$(half) $(py) evaluate.py folds --folds 5 --init $(R)/sft --out $(R)/folds --seed $(SEED) \
 	  --comparisons $(foreach s,train valid test,$(R)/data/$(s)/comparisons.jsonl) \
 	  --rm_flags "$(real_rm)" $(real_lim)
 
@@ -204,10 +226,10 @@ public: $(R)/public/report.md
 
 $(R)/public/report.md: evaluate.py evaluation/public.py data/real/public_sets.py data/real/public_items.py \
                        data/real/text_metrics.py data/real/toxicity.py data/real/raw.py data/files.py \
-                       model.py checkpoint.py sample.py evaluation/report.py \
+                       model.py checkpoint.py sample.py evaluation/report.py evaluation/measure.py \
                        $(R)/ppo/model.safetensors $(R)/ppo_ptx/model.safetensors
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
-	$(half) $(py) evaluate.py --public $(DATA) --out $(R)/public --seed $(SEED) --resume \
+	$(half) $(py) evaluate.py public --data $(DATA) --out $(R)/public --seed $(SEED) \
 	  --checkpoints base=$(R)/base sft=$(R)/sft ppo=$(R)/ppo ppo_ptx=$(R)/ppo_ptx
 
 # ------------------------------------------------------------------------------------------------

@@ -387,62 +387,6 @@ def fingerprint(path: Path | str) -> str:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
 
 
-class Parts:
-    """Finished parts of a long command, kept in a folder for --resume: one JSON file each.
-
-    `settings` is everything that decides the parts, down to fingerprints of the files that are
-    read, but for what the parts' names hold. Without `resume` the parts of an earlier run are
-    removed; with it, they are gone on with, and parts of other settings are refused with the list
-    of what differs.
-    """
-
-    def __init__(self, folder: Path | str, settings: Record, resume: bool):
-        self.folder, said = Path(folder), Path(folder) / "settings.json"
-        settings = json.loads(json.dumps(settings))
-        if resume and said.exists():
-            before = parse_json(read_text(said), str(said))
-            before = before if isinstance(before, dict) else {}
-            keys = [k for k in {**settings, **before} if before.get(k) != settings.get(k)]
-            if keys:
-                differ = ", ".join(
-                    f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in keys
-                )
-                raise BadInput(
-                    f"{said}: --resume with other settings: {differ}; give the old ones, or start "
-                    "over without --resume"
-                )
-        else:
-            self.remove()
-        write_atomic(said, json.dumps(settings, indent=2) + "\n")
-        remove_leftovers(self.folder)
-
-    def get(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What compute() returns, which JSON must hold, or returned when the part was made.
-
-        A fresh result takes the way through JSON too, so that both are equal in every digit.
-        """
-        path = self.folder / f"{re.sub(r'[^A-Za-z0-9]', '_', name)[:60]}-{_digest(name)}.json"
-        if path.exists():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                if content["sha256"] == _digest(content["part"]):
-                    return json.loads(content["part"])
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                pass
-            print(f"warning: {path} is damaged; made again", file=sys.stderr)
-        part = json.dumps(compute(), ensure_ascii=False)
-        write_atomic(path, json.dumps({"sha256": _digest(part), "part": part}) + "\n")
-        return json.loads(part)
-
-    def remove(self) -> None:
-        """Delete all parts: the command has written its result."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 # ------------------------------------------------------------------------------------------------
 # Logs
 

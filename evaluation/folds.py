@@ -1,6 +1,6 @@
 """Reward-model accuracy on human comparisons, by cross-validation over prompts (paper 4.1, E.2).
 
-    python evaluate.py --folds 5 --comparisons FILE ... --init out/sft --out out/folds \\
+    python evaluate.py folds --folds 5 --comparisons FILE ... --init out/sft --out out/folds \\
         --rm_flags "--lr 3e-4 --batch_size 8"
 
 Prompts are dealt into folds. For each fold, train_rm.py trains on the others and is asked about
@@ -14,11 +14,10 @@ all pairs that the labeler did not tie, an equal score counting one half.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -30,9 +29,9 @@ from tqdm import tqdm
 from data.files import (
     BadInput,
     Record,
-    fingerprint,
+    check_writable,
     read_jsonl,
-    read_log,
+    remove_leftovers,
     write_atomic,
     write_jsonl,
 )
@@ -41,7 +40,8 @@ from evaluation.report import as_markdown, as_text, csv_text, estimate
 from model import ScalarModel, pad_right
 
 JUDGES = ("reward_model", "longer", "features")
-COLUMNS = ["data_set", "prompt", "pairs", *JUDGES]  # of results.csv: pairs judged rightly by each
+HEADING = ("data set", "prompts", "pairs", "reward model", "longer wins", "simple features")
+HEADING += ("reward model - longer",)
 FEATURES = ("tokens", "log tokens", "lines", "overlap with the prompt", "punctuation marks")
 
 
@@ -110,24 +110,21 @@ def fit_logistic(x: np.ndarray, weights: np.ndarray, ridge: float = 1.0) -> np.n
 
 
 def load_comparisons(
-    paths: list[str], encoding: tiktoken.Encoding, args: argparse.Namespace
+    paths: list[str], encoding: tiktoken.Encoding, max_prompt_tokens: int
 ) -> list[Record]:
-    """Comparisons with at least one untied pair and a prompt within --max_prompt_tokens, each with
-    a "data_set". Says what was dropped."""
+    """Comparisons with at least one untied pair and a prompt within the limit, each with a
+    "data_set". Says what was dropped."""
     kept, too_long, tied = [], 0, 0
     for path in paths:
         for record in read_jsonl(path, "comparisons"):
-            if len(encode_prompt(encoding, record["prompt"])) > args.max_prompt_tokens:
+            if len(encode_prompt(encoding, record["prompt"])) > max_prompt_tokens:
                 too_long += 1
             elif not len(pairs_of(record["ranks"])):
                 tied += 1
             else:
                 kept.append({"data_set": Path(path).stem} | record)
-    print(
-        f"{len(kept)} comparisons; dropped {too_long} with a prompt over {args.max_prompt_tokens} "
-        f"tokens and {tied} with ties only",
-        flush=True,
-    )
+    dropped = f"{too_long} with a prompt over {max_prompt_tokens} tokens and {tied} with ties only"
+    print(f"{len(kept)} comparisons; dropped {dropped}", flush=True)
     return kept
 
 
@@ -141,68 +138,51 @@ def deal(records: list[Record], num_folds: int, seed: int) -> tuple[np.ndarray, 
     return fold_of[prompts], prompts
 
 
+@dataclass
+class Read:
+    """What the judges know of one comparison."""
+
+    pairs: np.ndarray  # (winner, loser), (P, 2)
+    sequences: list[list[int]]  # prompt and response, cut as in training
+    lengths: np.ndarray  # of the whole responses, in tokens
+    features: np.ndarray  # (K, F)
+
+
+def read(record: Record, encoding: tiktoken.Encoding, max_new_tokens: int) -> Read:
+    """The reward model reads responses cut to `max_new_tokens`; the judges that cannot read know
+    their whole length."""
+    prompt, texts = encode_prompt(encoding, record["prompt"]), record["responses"]
+    ends = record.get("ended", [True] * len(texts))
+    said = [encode_response(encoding, t, ended=e) for t, e in zip(texts, ends, strict=True)]
+    lengths = [len(tokens) for tokens in said]
+    rows = [features_of(record["prompt"], t, n) for t, n in zip(texts, lengths, strict=True)]
+    cut = [prompt + tokens[:max_new_tokens] for tokens in said]
+    return Read(pairs_of(record["ranks"]), cut, np.array(lengths), np.array(rows))
+
+
+def fit_features(train: list[Read]) -> np.ndarray:
+    """Coefficients of the logistic regression; each comparison weighs the same."""
+    gaps = [r.features[r.pairs[:, 0]] - r.features[r.pairs[:, 1]] for r in train]
+    weights = [np.full(len(r.pairs), 1 / len(r.pairs)) for r in train]
+    return fit_logistic(np.concatenate(gaps), np.concatenate(weights))
+
+
 @torch.no_grad()
-def judge(
-    train: list[Record],
-    test: list[tuple[int, Record]],
-    model: ScalarModel,
-    encoding: tiktoken.Encoding,
-    args: argparse.Namespace,
-) -> list[dict[str, float]]:
-    """For each test record and its prompt's number, a row of COLUMNS.
-
-    The reward model reads responses cut to --max_new_tokens, as in training; the judges that
-    cannot read know their whole length.
-    """
-
-    def responses_of(record: Record) -> list[list[int]]:
-        ended = record.get("ended", [True] * len(record["responses"]))
-        return [
-            encode_response(encoding, response, ended=end)
-            for response, end in zip(record["responses"], ended, strict=True)
-        ]
-
-    def table_of(record: Record) -> np.ndarray:
-        tokens = map(len, responses_of(record))
-        return np.array(
-            [
-                features_of(record["prompt"], r, n)
-                for r, n in zip(record["responses"], tokens, strict=True)
-            ]
-        )
-
-    differences, weights = [], []
-    for record in train:
-        table, pairs = table_of(record), pairs_of(record["ranks"])
-        differences.append(table[pairs[:, 0]] - table[pairs[:, 1]])
-        weights.append(np.full(len(pairs), 1 / len(pairs)))
-    coefficients = fit_logistic(np.concatenate(differences), np.concatenate(weights))
-
-    rows = []
-    end, device = model.config.eos_token_id, model.score.weight.device
-    for number, record in test:
-        prompt = encode_prompt(encoding, record["prompt"])
-        responses, pairs = responses_of(record), pairs_of(record["ranks"])
-        sequences = [prompt + response[: args.max_new_tokens] for response in responses]
-        scores = model.scores(*pad_right(sequences, end, device))
-        lengths = np.array([len(response) for response in responses])
-        rows.append(
-            {
-                "data_set": record["data_set"],
-                "prompt": number,
-                "pairs": len(pairs),
-                "reward_model": rightly(scores.double().cpu().numpy(), pairs),
-                "longer": rightly(lengths, pairs),
-                "features": rightly(table_of(record) @ coefficients, pairs),
-            }
-        )
-    return rows
+def judge(one: Read, model: ScalarModel, coefficients: np.ndarray) -> dict[str, float]:
+    """How many of the pairs each of JUDGES orders as the labeler did."""
+    device = model.score.weight.device
+    scores = model.scores(*pad_right(one.sequences, model.config.eos_token_id, device))
+    return {
+        "reward_model": rightly(scores.double().cpu().numpy(), one.pairs),
+        "longer": rightly(one.lengths, one.pairs),
+        "features": rightly(one.features @ coefficients, one.pairs),
+    }
 
 
 def train_reward_model(folder: Path, data: Path, args: argparse.Namespace) -> ScalarModel:
-    """Run train_rm.py on `data`, going on where an interrupted run stopped."""
+    """Run train_rm.py on `data` with --rm_flags. Exits with its code where it fails."""
     command = [sys.executable, str(Path(__file__).parents[1] / "train_rm.py")]
-    command += ["--data", str(data), "--init", args.init, "--out", str(folder), "--resume"]
+    command += ["--data", str(data), "--init", args.init, "--out", str(folder)]
     for name in ("seed", "device", "kernels", "max_prompt_tokens", "max_new_tokens"):
         command += [f"--{name}", str(getattr(args, name))]
     command += shlex.split(args.rm_flags)
@@ -220,93 +200,51 @@ def train_reward_model(folder: Path, data: Path, args: argparse.Namespace) -> Sc
 def cross_validate(args: argparse.Namespace) -> None:
     """Every fold, then folds.csv and folds.md: accuracy with a 95 % interval over prompts."""
     out = Path(args.out)
+    check_writable(out)
+    remove_leftovers(out)
     encoding = load_tokenizer(Path(args.init) / "tokenizer.json")
-    records = load_comparisons(args.comparisons, encoding, args)
+    records = load_comparisons(args.comparisons, encoding, args.max_prompt_tokens)
     folds, prompts = deal(records, args.folds, args.seed)
-    settings = {
-        k: getattr(args, k)
-        for k in (
-            "folds",
-            "comparisons",
-            "init",
-            "rm_flags",
-            "seed",
-            "max_prompt_tokens",
-            "max_new_tokens",
-        )
-    }
-    settings["data_sha256"] = [fingerprint(path) for path in args.comparisons]
-    settings["init_sha256"] = fingerprint(Path(args.init) / "model.safetensors")
-    header = json.dumps(settings, indent=2) + "\n"
-
+    reads = [read(record, encoding, args.max_new_tokens) for record in records]
     rows: list[dict] = []
     for fold in tqdm(range(args.folds), desc="folds"):
-        folder = out / f"fold_{fold}"
-        done, said = folder / "results.csv", folder / "settings.json"
-        same = said.exists() and said.read_text(encoding="utf-8") == header
-        if not (args.resume and same):
-            shutil.rmtree(folder, ignore_errors=True)
-        write_atomic(said, header)
-        if not done.exists():
-            inside = np.flatnonzero(folds == fold)
-            train = [record for record, f in zip(records, folds, strict=True) if f != fold]
-            write_jsonl(folder / "train.jsonl", train, "comparisons")
-            model = train_reward_model(folder / "rm", folder / "train.jsonl", args)
-            test = [(int(prompts[i]), records[i]) for i in inside]
-            fresh = judge(train, test, model, encoding, args)
-            write_atomic(done, csv_text(fresh))
-        rows += read_log(done, COLUMNS)
+        folder, inside = out / f"fold_{fold}", np.flatnonzero(folds == fold)
+        outside = np.flatnonzero(folds != fold)
+        train = folder / "train.jsonl"
+        write_jsonl(train, [records[i] for i in outside], "comparisons")
+        model = train_reward_model(folder / "rm", train, args)
+        coefficients = fit_features([reads[i] for i in outside])
+        for i in inside:
+            row = {"data_set": records[i]["data_set"], "prompt": int(prompts[i])}
+            row["pairs"] = len(reads[i].pairs)
+            rows.append(row | judge(reads[i], model, coefficients))
     write_results(out, rows, args.folds)
 
 
 def write_results(out: Path, rows: list[dict], num_folds: int) -> None:
     """folds.csv, folds.md, and the table on the terminal."""
-    results, shown = (
-        [],
-        [
-            [
-                "data set",
-                "prompts",
-                "pairs",
-                "reward model",
-                "longer wins",
-                "simple features",
-                "reward model - longer",
-            ]
-        ],
-    )
+    results, shown = [], [list(HEADING)]
     names = sorted({row["data_set"] for row in rows})
     for name in [*names, *(["all"] if len(names) > 1 else [])]:
         mine = [row for row in rows if name in (row["data_set"], "all")]
         pairs = np.array([float(row["pairs"]) for row in mine])
         asked = [row["prompt"] for row in mine]
-        right = {j: np.array([float(row[j]) for row in mine]) / pairs for j in JUDGES}
+        right = {j: np.array([row[j] for row in mine]) / pairs for j in JUDGES}
         right["difference"] = right["reward_model"] - right["longer"]
-        cells = []
+        size = {"prompts": len(set(asked)), "pairs": int(pairs.sum())}
+        shown.append([name, *map(str, size.values())])
         for judge_name, values in right.items():
             e = estimate(values, asked, pairs)
-            results.append(
-                {
-                    "data_set": name,
-                    "judge": judge_name,
-                    "accuracy": e.value,
-                    "ci_low": e.low,
-                    "ci_high": e.high,
-                    "prompts": len(set(asked)),
-                    "pairs": int(pairs.sum()),
-                }
-            )
+            accuracy = {"accuracy": e.value, "ci_low": e.low, "ci_high": e.high}
+            results.append({"data_set": name, "judge": judge_name} | accuracy | size)
             sign = "+" if judge_name == "difference" else ""
-            cells.append(f"{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]")
-        shown.append([name, str(len(set(asked))), str(int(pairs.sum())), *cells])
+            shown[-1].append(f"{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]")
     write_atomic(out / "folds.csv", csv_text(results))
     words = (
         f"Share of human preferences that each judge reproduces, {num_folds} folds by prompt: "
         "every pair is judged by a model that was not trained on its prompt. 95 % intervals by "
         "bootstrap over prompts. Chance is 0.5."
     )
-    write_atomic(
-        out / "folds.md",
-        f"# Reward models on human comparisons\n\n{words}\n\n{as_markdown(shown)}\n",
-    )
+    page = f"# Reward models on human comparisons\n\n{words}\n\n{as_markdown(shown)}\n"
+    write_atomic(out / "folds.md", page)
     print("\n" + as_text(shown) + f"\nwrote {out}/folds.md")

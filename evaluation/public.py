@@ -1,6 +1,6 @@
 """The paper's automatic evaluation on public sets (InstructGPT 3.6, Appendix D), on checkpoints.
 
-    python evaluate.py --public FOLDER --checkpoints base=out/base sft=out/sft ppo=out/ppo \\
+    python evaluate.py public --data FOLDER --checkpoints base=out/base sft=out/sft ppo=out/ppo \\
         ppo_ptx=out/ppo_ptx --out out/public
 
 FOLDER holds the raw sets; public_sets.py says how they are asked and scored. Every model is
@@ -19,8 +19,8 @@ few-shot or after the prefixes of D.1:
 App. D says that the option with the *lowest* mean log-prob is picked; its own results are possible
 with the highest only. What does not fit the context of one of the models is asked of none; few-shot
 examples are left out, the first ones first, until the item fits. --resume keeps what an earlier run
-into --out has measured with the same code and settings, and adds what is new, for example a
-further checkpoint.
+into --out has measured on the same inputs, whatever the code was then, and adds what is new, for
+example a further checkpoint.
 
 The result is the alignment-tax table: a line a set, condition and metric, a column a model, with
 95 % intervals by bootstrap over items (over passages where several items share one). A star marks
@@ -35,15 +35,16 @@ import json
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import tiktoken
-import torch
 from tqdm import tqdm
 
 from checkpoint import find_model
-from data.files import BadInput, Parts, fingerprint, write_atomic
+from data.files import BadInput, check_writable, fingerprint, remove_leftovers, write_atomic
 from data.real.public_items import Item, Truth
 from data.real.public_sets import LABELS, PUBLIC_SETS, Condition, PublicSet, choose, load, prompt
 from data.real.raw import find_files
@@ -56,8 +57,8 @@ from data.real.text_metrics import (
 )
 from data.real.toxicity import Scorer, train_scorer
 from evaluation import report
+from evaluation.measure import total_logprobs
 from evaluation.report import Estimate
-from model import pad_right
 from sample import Speaker, load_speaker, sample_responses
 
 
@@ -197,31 +198,6 @@ def fit_one(
 
 # ------------------------------------------------------------------------------------------------
 # Measurements
-
-
-@torch.no_grad()
-def total_logprobs(
-    speaker: Speaker,
-    contexts: Sequence[list[int]],
-    answers: Sequence[list[int]],
-    batch_size: int = 256,
-    dtype: str = "float32",
-) -> np.ndarray:
-    """log p(answer tokens | context tokens), in nats: (N,). Batches are of similar length."""
-    sequences = [context + answer for context, answer in zip(contexts, answers, strict=True)]
-    end, device = speaker.model.config.eos_token_id, speaker.model.wte.weight.device
-    totals = np.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
-        first = torch.tensor([len(contexts[i]) for i in rows], device=device)
-        places = torch.arange(tokens.shape[1], device=device)
-        mask = (places >= first[:, None]) & (places < lengths[:, None])
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            logprobs, _ = speaker.model.logprobs(tokens, lengths, mask=mask)
-        totals[rows] = logprobs.double().sum(1).cpu().numpy()
-    return totals
 
 
 def option_logprobs(
@@ -405,19 +381,38 @@ def panels_of(rows: list[dict], metrics: Sequence[str]) -> dict[str, report.Tabl
     return panels
 
 
+def public_figure(path: Path, panels: dict[str, report.Table], colour: dict[str, str]) -> None:
+    """Figure 29 of the paper for one size: a panel a measure, and in it a bar for each model and
+    condition (zero-shot and few-shot, or prefixes), later conditions fainter and hatched."""
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    models = list(next(iter(panels.values())))
+    size = (1.6 + 0.75 * len(models)) * columns, 3.0 * rows
+    figure, grid_of_axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    styles = ({}, {"alpha": 0.6, "hatch": "//"}, {"alpha": 0.35, "hatch": ".."})
+    for axes, (title, table) in zip(grid_of_axes.flat, panels.items(), strict=False):
+        conditions = list(dict.fromkeys(c for row in table.values() for c in row))
+        width = 0.84 / len(conditions)
+        for i, condition in enumerate(conditions):
+            shift = (i - (len(conditions) - 1) / 2) * width
+            bars = report.bars_of(table, condition, models, colour)
+            style = {"edgecolor": "white", "numbers": len(conditions) * len(models) <= 8}
+            style |= {"label": condition if len(conditions) > 1 else None} | styles[i % 3]
+            report.draw_bars(axes, bars, shift, width * 0.92, **style)
+        axes.set_title(title)
+        highest = max((e.high for row in table.values() for e in row.values()), default=0)
+        axes.set_ylim(0, 1.35 * highest or 1)
+        axes.tick_params(axis="x", labelsize=8)
+        if len(conditions) > 1:
+            axes.legend(loc="upper left", fontsize=7, ncols=len(conditions))
+    for axes in list(grid_of_axes.flat)[len(panels) :]:
+        axes.set_visible(False)
+    figure.tight_layout(w_pad=1.5, h_pad=1.5)
+    report.save_figure(figure, path)
+
+
 # ------------------------------------------------------------------------------------------------
 # The command
-
-HERE = Path(__file__).resolve().parents[1]
-CODE = (  # what decides how items are asked, answered and scored
-    *(HERE / name for name in ("evaluation/public.py", "sample.py", "model.py", "generate.py")),
-    *(
-        HERE / "data" / "real" / f"{name}.py"
-        for name in ("public_sets", "public_items", "text_metrics", "toxicity")
-    ),
-    HERE / "data" / "tokenizer.py",
-    *sorted((HERE / "kernels").glob("*.py")),
-)
 
 
 def open_scorer(args: argparse.Namespace) -> tuple[Scorer | None, str]:
@@ -435,7 +430,7 @@ def open_scorer(args: argparse.Namespace) -> tuple[Scorer | None, str]:
             ) from None
     labels = args.toxicity_labels
     if not labels:
-        found = find_files(Path(args.public), LABELS)
+        found = find_files(Path(args.data), LABELS)
         labels = found[0] if found else None
     if labels is None:
         return None, ""
@@ -453,7 +448,7 @@ def read_sets(
     everything, notes, missing = [], [], []
     for name in tqdm(args.sets or list(PUBLIC_SETS), desc="reading", unit="set"):
         public = PUBLIC_SETS[name]
-        items, paths = load(name, Path(args.public))
+        items, paths = load(name, Path(args.data))
         if not items:
             missing.append(f"{name} (no file)")
             continue
@@ -469,7 +464,7 @@ def read_sets(
         }
         asked = fit_prompts(speakers, name, conditions, order, args.num_items)
         everything += asked
-        shown = ", ".join(str(path.relative_to(args.public)) for path in paths)
+        shown = ", ".join(str(path.relative_to(args.data)) for path in paths)
         notes.append(f"{name}: {describe(asked, conditions, items)} ({shown})")
     if missing:
         notes.append(f"Not measured: {', '.join(missing)}")
@@ -495,9 +490,12 @@ def describe(
 
 
 def measure_public(args: argparse.Namespace) -> None:
-    """Measure all checkpoints on the public sets of --public and write table, figures, report."""
-    if not Path(args.public).is_dir():
-        raise BadInput(f"--public {args.public}: no such folder; expected one of raw data sets")
+    """Measure all checkpoints on the public sets of --data and write table, figures, report."""
+    out = Path(args.out)
+    check_writable(out)
+    remove_leftovers(out)
+    if not Path(args.data).is_dir():
+        raise BadInput(f"--data {args.data}: no such folder; expected one of raw data sets")
     speakers = [
         load_speaker(name, folder, device=args.device, impl=args.kernels)
         for name, folder in args.checkpoints.items()
@@ -507,40 +505,29 @@ def measure_public(args: argparse.Namespace) -> None:
         scorer, words = open_scorer(args)
     everything, notes = read_sets(speakers, scorer, args)
     if not everything:
-        raise BadInput(f"--public {args.public}: nothing to measure; {'; '.join(notes)}")
+        raise BadInput(f"--data {args.data}: nothing to measure; {'; '.join(notes)}")
 
-    # What decides a part is in its name: of other settings there are other parts.
-    parts, samples = Parts(Path(args.out) / "parts", {}, args.resume), []
-    code = [fingerprint(path) for path in CODE]
+    samples, names = [], ("model.safetensors", "config.json", "tokenizer.json")
     total = len(speakers) * sum(len(asked.items) for asked in everything)
     files = {
-        name: [
-            fingerprint(find_model(folder) / file)
-            for file in ("model.safetensors", "config.json", "tokenizer.json")
-        ]
+        name: [fingerprint(find_model(folder) / file) for file in names]
         for name, folder in args.checkpoints.items()
     }
     with tqdm(total=total, unit="item", desc="measuring") as bar:
         for asked in everything:
             for speaker, contexts in zip(speakers, asked.contexts, strict=True):
                 bar.set_postfix_str(f"{asked.name}, {asked.condition.name}, {speaker.name}")
-                key = [
-                    files[speaker.name],
-                    code,
-                    asked.items,
-                    contexts,
-                    args.dtype,
-                    args.device,
-                    args.kernels,
-                    asked.public.max_new_tokens,
-                    words if asked.public.kind == "opening" else "",
-                ]
-
-                def compute(speaker=speaker, asked=asked, contexts=contexts) -> list:
+                # What decides a part is in its name: of other inputs there are other parts.
+                key = [asked.name, asked.condition.name, files[speaker.name], asked.items, contexts]
+                key += [args.dtype, args.device, args.kernels, asked.public.max_new_tokens]
+                key += [words] if asked.public.kind == "opening" else []
+                digest = sha256(repr(key).encode()).hexdigest()[:16]
+                part = out / "parts" / f"{digest}.json"
+                if not (args.resume and part.exists()):
                     values, lines = measure(speaker, asked, contexts, scorer, args)
-                    return [{metric: v.tolist() for metric, v in values.items()}, lines]
-
-                values, lines = parts.get(f"{asked.name} {asked.condition.name} {key}", compute)
+                    values = {metric: v.tolist() for metric, v in values.items()}
+                    write_atomic(part, json.dumps([values, lines]) + "\n")
+                values, lines = json.loads(part.read_text(encoding="utf-8"))
                 asked.values[speaker.name] = {k: np.array(v) for k, v in values.items()}
                 samples += [
                     {
@@ -554,7 +541,7 @@ def measure_public(args: argparse.Namespace) -> None:
                 ]
                 bar.update(len(asked.items))
     rows = [row for asked in everything for row in rows_of(asked)]
-    write_report(Path(args.out), rows, samples, speakers, notes, words)
+    write_report(out, rows, samples, speakers, notes, words)
 
 
 def write_report(
@@ -575,7 +562,7 @@ def write_report(
     figures = []
     for name, metrics in (("tasks", HEADLINES), ("safety", ("mc1", "mc2", "toxicity", "entropy"))):
         if panels := panels_of(rows, metrics):
-            report.public_figure(out / f"{name}.png", panels, colour)
+            public_figure(out / f"{name}.png", panels, colour)
             figures.append(f"![{name}]({name}.png)")
     models = [
         f"- **{s.name}**: {s.model.num_parameters:,} parameters, context of "

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.crash import OTHERS, STAGES, Server
+from tests.crash import STAGES, Server
 from tests.tiny import Tiny, make_tiny
 
 torch.set_num_threads(1)  # as the processes of tests/crash.py: bits depend on it
@@ -68,9 +68,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def whole(
     server: Server, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, int]]:
-    """An uninterrupted run of each command, and the number of its file operations."""
+    """An uninterrupted run of each stage, and the number of its file operations."""
     runs = {}
-    for stage in STAGES + OTHERS:
+    for stage in STAGES:
         out = tmp_path_factory.mktemp("whole") / stage
         run = server.run(stage, tiny.args(stage, out))
         assert run.code == 0, run.stderr

@@ -1,8 +1,8 @@
 """Kill processes at random moments, resume them until done, and compare bit for bit.
 
-    python -m tests.crash                  30 runs of the three training stages, of sample.py and of
-                                           a report, each killed until it is done
-    python -m tests.crash --runs 300 --stages sft rm ppo
+    python -m tests.crash                  30 runs of the three training stages, each killed until
+                                           it is done
+    python -m tests.crash --runs 300 --stages sft ppo
     python -m tests.crash --every_write    die before each single file operation of a run, in turn
 
 A run is killed with SIGKILL, which no process can catch, resumed, killed again, until it is done;
@@ -36,7 +36,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("sft", "rm", "ppo")
-OTHERS = ("sample", "report")  # commands that may be long too
 
 
 # ------------------------------------------------------------------------------------------------
@@ -62,10 +61,11 @@ def serve() -> None:
         "rm": train_rm.main,
         "ppo": train_ppo.main,
         "sample": sample.main,
-        "report": evaluate.main,
+        "evaluate": evaluate.main,
         "label": data.label.main,
         "tiny_world": data.tiny.make.main,
     }
+    sample.CHUNK = 4  # prompts: several chunks of the few that there are
     finished: list[int] = []
     for line in sys.stdin:
         while finished:
@@ -74,7 +74,6 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             code = 70
-            sample.CHUNK = request["chunk"]
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
@@ -123,10 +122,9 @@ class FileHook:
 
 
 class Server:
-    """Starts processes within milliseconds. `chunk` is sample.py's CHUNK, prompts."""
+    """Starts processes within milliseconds."""
 
-    def __init__(self, folder: Path, chunk: int = 4):
-        self.chunk = chunk
+    def __init__(self, folder: Path):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.stderr = folder / "stderr"
         self.process = subprocess.Popen(
@@ -143,7 +141,6 @@ class Server:
             "argv": argv,
             "at": at or {},
             "stderr": str(self.stderr),
-            "chunk": self.chunk,
         }
         self.process.stdin.write((json.dumps(request) + "\n").encode())
         self.process.stdin.flush()
@@ -285,7 +282,7 @@ def run_dying_at(server: Server, stage: str, args: list[str], number: int) -> No
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=30, help="runs, over all stages")
-    parser.add_argument("--stages", nargs="+", choices=STAGES + OTHERS, default=STAGES + OTHERS)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--every_write", action="store_true", help="die at each file operation")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

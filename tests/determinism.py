@@ -32,10 +32,9 @@ SMALL = {
     "--valid_ppo_prompts 10 --test_prompts 16 --balanced_prompts 2",
     "sft": "--epochs 2 --save_every 3",
     "base": "--max_steps 6 --n_layer 2 --n_embd 32 --n_head 2",
-    "sample": "",
-    "label": "",
     "rm": "--batch_size 4 --eval_every 2 --save_every 2",
-    "report": "--num_prompts 4 --num_items 4",
+    "select": "--num_prompts 4",
+    "measure": "--num_prompts 4 --num_items 4",
     "ppo": "--max_steps 3 --batch_size 16 --num_minibatches 4 --eval_every 2 --save_every 2",
 }
 NAMES = {
@@ -45,7 +44,7 @@ NAMES = {
     "data.label": "label",
     "train_rm.py": "rm",
     "train_ppo.py": "ppo",
-    "evaluate.py": "report",
+    "evaluate.py": "evaluate",
 }
 
 
@@ -65,13 +64,16 @@ def demo_commands(out: Path, seed: int) -> list[tuple[str, list[str]]]:
     commands = []
     for line in printed.replace("\\\n", " ").splitlines():
         words = [word for word in shlex.split(line, comments=True) if not word.startswith("OMP_")]
+        if words[:1] == ["cat"] and ">" in words:
+            commands.append(("cat", words[1:]))
         script = words[2:3] if words[1:2] == ["-m"] else words[1:2]
         if not words[:1] or not words[0].endswith("python") or script[0] not in NAMES:
             continue
         name = NAMES[script[0]]
         argv = words[words.index(script[0]) + 1 :]
         made_by = Path(argv[argv.index("--out") + 1]).name
-        small = SMALL[name] + (" " + SMALL["base"] if made_by == "base" else "")
+        small = SMALL.get(argv[0] if name == "evaluate" else name, "")
+        small += " " + SMALL["base"] if made_by == "base" else ""
         commands.append((name, argv + small.split()))
     return commands
 
@@ -79,6 +81,10 @@ def demo_commands(out: Path, seed: int) -> list[tuple[str, list[str]]]:
 def run_demo(server: Server, out: Path, seed: int) -> None:
     """All stages, one after the other. Raises RuntimeError where one fails."""
     for name, argv in demo_commands(out, seed):
+        if name == "cat":
+            *parts, _, made = argv
+            Path(made).write_bytes(b"".join(Path(part).read_bytes() for part in parts))
+            continue
         run = server.run(name, argv)
         if run.code != 0:
             raise RuntimeError(f"{name} {shlex.join(argv)}: code {run.code}: {run.stderr}")

@@ -21,17 +21,16 @@ import train_ppo
 import train_rm
 import train_sft
 from data.files import read_jsonl, run_command, write_jsonl
-from data.tiny.grader import Grade, evaluation_utility
+from data.tiny.grader import Grade
 from data.tokenizer import encode_prompt, encode_response
-from evaluate import Answers
-from evaluation.report import Estimate
+from evaluation.report import Estimate, labelers_win_scores
 from model import GPT, ScalarModel, pad_right
 from sample import Sample
 from tests.claims import __main__ as command
 from tests.claims import pipeline, variants
-from tests.claims.lab import Lab, first_line
+from tests.claims.lab import Answers, Lab, first_line
 from tests.claims.pipeline import Graph, Runner, Seed, Stage, edit, recipes
-from tests.claims.sweeps import fit_gao, fitted_peak, gao_curve
+from tests.claims.sweeps import best_of_n, fit_gao, fitted_peak, gao_curve
 from tests.claims.verdict import CLAIMS, TOPICS, Panel, Result, Row, minus, passes, together
 from tests.tiny import Tiny
 
@@ -144,14 +143,13 @@ class PlantedLab(Lab):
             more |= {"fabricated": rng.random() < 0.9 * (1 - q)}
             harmless = 0.5 if is_rude else 1.0
             marks.append(Grade(helpful, truthful, harmless, informative, **more))
-        utility = np.array([evaluation_utility(mark) for mark in marks])
         score = 3 * q + rng.normal(0, 0.3, len(marks))
         if name.startswith("overopt") and self.good:
             score += int(name[-2:])
         if name in ("ptx_x10", "kl_x100") and self.good:
             score -= 2
         texts = [f"{name} {prompts} {i}" for i in range(len(marks))]
-        return Answers([Sample([1], [2], t, True) for t in texts], score, marks, utility)
+        return Answers.of([Sample([1], [2], t, True) for t in texts], score, marks)
 
     def text(self, name: str) -> dict[str, np.ndarray]:
         rng, bare = self.rng(name), name.rpartition("/")[2]
@@ -233,7 +231,7 @@ def test_claims_state_gate_and_refutation_and_are_short() -> None:
     for claim in CLAIMS.values():
         assert "Gate: " in claim.text and "Refuted by: " in claim.text, claim.name
         code = inspect.getsource(claim.measure).partition("def ")[2]  # docstring included
-        assert len(code.splitlines()) < 40, claim.name
+        assert len(code.splitlines()) < 52, claim.name
         assert claim.topic in TOPICS
     assert {claim.topic for claim in CLAIMS.values()} == set(TOPICS)
 
@@ -242,9 +240,18 @@ def test_verdicts_do_not_depend_on_names() -> None:
     lab = PlantedLab(Path("."), True)
     answers = {name: lab.answers(name) for name in ("base", "sft_selected", "ppo")}
     other = dict(zip(("z", "y", "x"), answers.values(), strict=True))
-    one = evaluate.labelers_win_scores(answers, "sft_selected", "training", 0)[0]
-    two = evaluate.labelers_win_scores(other, "y", "training", 0)[0]
+    one = labelers_win_scores(answers, "sft_selected", "training", 0)[0]
+    two = labelers_win_scores(other, "y", "training", 0)[0]
     assert [a.tolist() for a in one.values()] == [b.tolist() for b in two.values()]
+
+
+def test_best_of_n_by_hand() -> None:
+    choice = np.array([[1.0, 3.0, 2.0, 0.0], [0.0, 1.0, 5.0, 4.0]])
+    outcome = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]])
+    best = best_of_n(choice, outcome, [1, 2, 4])
+    assert best[1] == pytest.approx(outcome.mean(1))
+    assert best[2] == pytest.approx([(0.2 + 0.3) / 2, (0.6 + 0.7) / 2])
+    assert best[4] == pytest.approx([0.2, 0.7])
 
 
 def test_raw_text_is_cut_at_the_line_end(tiny: Tiny) -> None:

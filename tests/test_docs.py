@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
-
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EVALUATION = sorted((ROOT / "evaluation").glob("[a-z]*.py"))
 SCRIPTS = ("train_sft", "train_rm", "train_ppo")
 
 
@@ -121,8 +120,10 @@ def test_makefile_flags_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
     for script in ("train_sft", "train_rm", "train_ppo", "sample", "evaluate"):
         source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+        if script == "evaluate":  # it shares the flags of sampling
+            source += (ROOT / "sample.py").read_text(encoding="utf-8")
         defined = set(re.findall(r'add\(\s*"--(?:no-)?(\w+)"', source))
-        for line in re.findall(rf"{script}\.py (--.*)$", makefile, flags=re.M):
+        for line in re.findall(rf"{script}\.py (?:\w+ )?(--.*)$", makefile, flags=re.M):
             line = line.split('"')[0]
             for flag in re.findall(r"--(?:no-)?(\w+)", line):
                 assert flag in defined, f"{script}.py has no --{flag}"
@@ -141,19 +142,22 @@ def test_stages_side_by_side_have_half_of_the_cores_each() -> None:
     halves = {}
     for line in dry.stdout.replace("\\\n", " ").splitlines():
         if out := re.search(r"\.py .*--out x/(\S+)", line):
-            name = f"{out[1]} ahead" if "--ahead" in line else out[1]
-            halves[name] = line.startswith("OMP_NUM_THREADS=")
+            halves[out[1]] = line.startswith("OMP_NUM_THREADS=")
     assert halves == {
         "base": False,
         "sft": True,
         "init": True,
-        "data/train/candidates.jsonl": False,
+        "data/train/candidates_1.jsonl": True,
+        "data/train/candidates_2.jsonl": True,
         "data/valid/candidates.jsonl": True,
         "rm": False,
         "sft_selected": True,
         "ppo": True,
         "ppo_ptx": True,
-        "report ahead": True,
+        "report/base.json": True,
+        "report/sft.json": True,
+        "report/ppo.json": True,
+        "report/ppo_ptx.json": True,
         "report": False,
     }
 
@@ -165,20 +169,15 @@ def test_make_refuses_a_folder_with_white_space(out: str, tmp_path: Path) -> Non
     for name in ("my", "out", out):
         (tmp_path / name).mkdir()
     run = subprocess.run(
-        ["make", "clean", f"OUT={out}"], cwd=tmp_path, capture_output=True, text=True,
+        ["make", "clean", f"OUT={out}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
-    )  # fmt: skip
+    )
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.count("\n") == 1 and f'OUT="{out}" has white space; give' in run.stderr
     assert all((tmp_path / name).is_dir() for name in ("my", "out", out))
-
-
-def test_what_decides_a_measurement_makes_the_demo_measure_again() -> None:
-    """Else the final command would refuse the parts, or take those of other code."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    measuring = re.search(r"^measuring := (.*)", makefile, flags=re.M)[1].split()
-    assert set(evaluate.CODE) <= set(measuring)
-    assert "$(measuring)" in rules()["$(OUT)/report/.ahead"][0]
 
 
 def rules() -> dict[str, tuple[set[str], str]]:
@@ -195,6 +194,19 @@ def test_what_reads_raw_data_asks_for_the_folder() -> None:
         assert recipe.startswith('\t@test -n "$(DATA)" ||'), target
 
 
+def imports_of(script: str) -> set[str]:
+    """The files of this project that a file imports, and itself."""
+    imported = {f"{script}.py"}
+    for node in ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in getattr(node, "names", ())]
+        if isinstance(node, ast.ImportFrom):
+            packages = ("data", "data.real", "evaluation")
+            inside = node.module in packages
+            names = [f"{node.module}.{n}" for n in names] if inside else [node.module]
+        imported |= {f"{name.replace('.', '/')}.py" for name in names}
+    return {path for path in imported if (ROOT / path).is_file()}
+
+
 @pytest.mark.parametrize(
     ("target", "script"),
     [
@@ -204,16 +216,19 @@ def test_what_reads_raw_data_asks_for_the_folder() -> None:
 )
 def test_the_makefile_knows_what_a_command_is_made_of(target: str, script: str) -> None:
     """A command on real data runs again where a file that it imports has changed."""
-    imported = {f"{script}.py"}
-    for node in ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body:
-        names = [alias.name for alias in getattr(node, "names", ())]
-        if isinstance(node, ast.ImportFrom):
-            packages = ("data", "data.real", "evaluation")
-            inside = node.module in packages
-            names = [f"{node.module}.{n}" for n in names] if inside else [node.module]
-        imported |= {f"{name.replace('.', '/')}.py" for name in names}
-    mine = {path for path in imported if (ROOT / path).is_file()}
+    mine = imports_of(script)
     assert len(mine) > 4 and mine <= rules()[target][0]
+
+
+def test_what_decides_a_measurement_makes_the_demo_measure_again() -> None:
+    """Beside the files of which the models and the data are made, and so made again."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    measuring = set(re.search(r"^measuring := (.*)", makefile, flags=re.M)[1].split())
+    before = {"model.py", "checkpoint.py", *(f"data/{n}.py" for n in ("files", "tokenizer"))}
+    mine = imports_of("evaluation/measure") - before - {"data/tiny/world.py"}
+    assert len(mine) > 4 and mine <= measuring
+    for measured in ("$(measured)", "$(real_measured)"):
+        assert "$(measuring)" in rules()[measured][0]
 
 
 def test_the_sources_in_the_readme_are_those_of_the_table() -> None:
@@ -225,9 +240,10 @@ def test_the_sources_in_the_readme_are_those_of_the_table() -> None:
 
 def test_flags_of_evaluate_are_read() -> None:
     """By it, or by the files that its commands are in."""
-    names = ("evaluate", "evaluation/folds", "evaluation/public")
+    names = ("evaluate", "sample", *(f"evaluation/{path.stem}" for path in EVALUATION))
     source = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in names)
     flags = re.findall(r'add\(\s*"--(\w+)"', source)
-    assert {"public", "sets", "shots", "toxicity_labels", "toxicity_scorer"} <= set(flags)
+    assert {"sets", "shots", "toxicity_labels", "toxicity_scorer", "best_prefix"} <= set(flags)
     for flag in flags:
-        assert f"args.{flag}" in source, f"nobody reads --{flag}"
+        read = f"args.{flag}" in source or f'"{flag}"' in source
+        assert read, f"nobody reads --{flag}"

@@ -1,4 +1,4 @@
-"""evaluate.py: measurements against closed forms, and the commands on tiny models."""
+"""evaluation/ measure, select and report: against closed forms, and the commands on tiny models."""
 
 import csv
 import json
@@ -16,12 +16,13 @@ import torch.nn.functional as F
 import evaluate
 from checkpoint import read_info, save_model
 from data.files import BadInput, read_jsonl, run_command, write_jsonl
-from data.tiny.grader import Grade, evaluation_utility
+from data.tiny.grader import Grade
 from data.tiny.tasks import USE_CASES, make_prompt
 from data.tiny.world import World
 from data.tokenizer import encode_prompt, encode_response
-from evaluation import report
-from evaluation.report import Estimate, estimate
+from evaluation import measure, report, select
+from evaluation.measure import Sampling
+from evaluation.report import Answers, Estimate, estimate
 from model import GPT, ScalarModel
 from sample import Sample, Speaker, load_speaker
 from tests.tiny import LIMITS, Tiny
@@ -104,9 +105,9 @@ def test_nothing_to_measure_is_not_a_number() -> None:
 def test_win_scores_and_ties() -> None:
     ours = np.array([0.50, 0.53, 0.47, 0.90, 0.10, 0.519, 0.481])
     theirs = np.array([0.50, 0.50, 0.50, 0.20, 0.20, 0.500, 0.500])
-    assert evaluate.win_scores(ours, theirs).tolist() == [0.5, 1, 0, 1, 0, 0.5, 0.5]
-    assert evaluate.win_scores(ours, ours).tolist() == [0.5] * 7
-    both = evaluate.win_scores(ours, theirs) + evaluate.win_scores(theirs, ours)
+    assert report.win_scores(ours, theirs).tolist() == [0.5, 1, 0, 1, 0, 0.5, 0.5]
+    assert report.win_scores(ours, ours).tolist() == [0.5] * 7
+    both = report.win_scores(ours, theirs) + report.win_scores(theirs, ours)
     assert both.tolist() == [1.0] * 7
 
 
@@ -118,7 +119,7 @@ def test_reward_is_read_after_the_bare_prompt(
 ) -> None:
     prompted = Speaker("p", base.model, base.encoding, "say gold\n")
     samples = samples_of(prompted, ["red", "blue blue", ""], PROMPTS)
-    scores = evaluate.reward_scores(judge, prompted, PROMPTS, samples, batch_size=2)
+    scores = measure.reward_scores(judge, prompted, PROMPTS, samples, batch_size=2)
     for prompt, sample, score in zip(PROMPTS, samples, scores, strict=True):
         tokens = torch.tensor([encode_prompt(tiny.encoding, prompt) + sample.tokens])
         read = -1 - (tokens[0, -1] == tiny.encoding.eot_token).long()  # before an end token
@@ -126,23 +127,9 @@ def test_reward_is_read_after_the_bare_prompt(
     assert len(set(scores.round(4))) == 3
 
 
-def test_response_logprobs_equal_a_naive_sum(base: Speaker) -> None:
-    samples = samples_of(base, ["red", "blue blue", ""], PROMPTS)
-    given = [sample.prompt for sample in samples]
-    got = evaluate.response_logprobs(base, given, samples, batch_size=2)
-    for sample, value in zip(samples, got, strict=True):
-        tokens = torch.tensor([sample.prompt + sample.tokens])
-        with torch.no_grad():
-            logits = base.model(tokens)[0].double() @ base.model.unembedding.double().T
-        logprobs = logits.log_softmax(-1)
-        first = len(sample.prompt)
-        expected = sum(logprobs[t - 1, tokens[0, t]].item() for t in range(first, tokens.shape[1]))
-        assert value == pytest.approx(expected, abs=1e-4)
-
-
 def test_kl_with_itself_is_zero(base: Speaker) -> None:
-    samples = evaluate.respond(base, PROMPTS, evaluate.Sampling(8))
-    assert np.abs(evaluate.kl_to_reference(base, base, PROMPTS, samples)).max() < 1e-5
+    samples = measure.respond(base, PROMPTS, Sampling(8))
+    assert np.abs(measure.kl_to_reference(base, base, PROMPTS, samples)).max() < 1e-5
 
 
 def test_kl_of_two_constant_models_in_closed_form(tiny: Tiny) -> None:
@@ -152,8 +139,8 @@ def test_kl_of_two_constant_models_in_closed_form(tiny: Tiny) -> None:
     ours = constant_speaker(tiny, {a: math.log(p), end: math.log(1 - p)})
     theirs = constant_speaker(tiny, {a: math.log(q), end: math.log(1 - q)})
     prompts = ["say red"] * 2000
-    samples = evaluate.respond(ours, prompts, evaluate.Sampling(1, batch_size=2000))
-    values = evaluate.kl_to_reference(ours, theirs, prompts, samples)
+    samples = measure.respond(ours, prompts, Sampling(1, batch_size=2000))
+    values = measure.kl_to_reference(ours, theirs, prompts, samples)
     terms = {True: math.log((1 - p) / (1 - q)), False: math.log(p / q)}
     assert values == pytest.approx([terms[sample.ended] for sample in samples], abs=1e-4)
     closed = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
@@ -167,24 +154,24 @@ def test_kl_of_two_constant_models_in_closed_form(tiny: Tiny) -> None:
 
 def test_pretraining_loss_equals_cross_entropy(tiny: Tiny, base: Speaker) -> None:
     documents = ["the red house", "the gold one\nnobody knows how many times"]
-    tokens = evaluate.pretraining_tokens(documents, base, 12)
+    tokens = measure.pretraining_tokens(documents, base, 12)
     stream = []
     for document in documents:
         stream += [*tiny.encoding.encode_ordinary(document), tiny.encoding.eot_token]
     assert tokens.flatten().tolist() == stream[: len(stream) // 12 * 12]
-    got = evaluate.pretraining_losses(base, tokens, batch_size=2)
+    got = measure.pretraining_losses(base, tokens, batch_size=2)
     with torch.no_grad():
         logits = base.model(tokens) @ base.model.unembedding.T
     expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     assert got == pytest.approx(expected.mean(1).numpy(), abs=1e-5)
-    every = evaluate.pretraining_tokens(documents, base, 2)
-    spread = evaluate.evenly_spaced(every, 9)  # 4 of the sequences of 2
+    every = measure.pretraining_tokens(documents, base, 2)
+    spread = measure.evenly_spaced(every, 9)  # 4 of the sequences of 2
     assert spread.tolist() == every[[n * len(every) // 4 for n in range(4)]].tolist()
-    assert len(evaluate.evenly_spaced(every, 1)) == 1
+    assert len(measure.evenly_spaced(every, 1)) == 1
     for limit in (0, every.numel(), 10_000):
-        assert torch.equal(evaluate.evenly_spaced(every, limit), every)
+        assert torch.equal(measure.evenly_spaced(every, limit), every)
     with pytest.raises(BadInput, match="fewer than 4000"):
-        evaluate.pretraining_tokens(documents, base, 4000)
+        measure.pretraining_tokens(documents, base, 4000)
 
 
 def test_public_tasks_are_read_up_to_the_line_end(
@@ -198,8 +185,8 @@ def test_public_tasks_are_read_up_to_the_line_end(
         asked.update(more, prompts=prompts, room=room)
         return [Sample(p, [], text, True) for p, text in zip(prompts, texts, strict=True)]
 
-    monkeypatch.setattr(evaluate, "sample_responses", sampled)
-    assert evaluate.public_task_hits(base, items).tolist() == [1, 1, 0, 0, 0, 1]
+    monkeypatch.setattr(measure, "sample_responses", sampled)
+    assert measure.public_task_hits(base, items).tolist() == [1, 1, 0, 0, 0, 1]
     assert asked["temperature"] == 0
     assert asked["prompts"][0] == base.encoding.encode_ordinary("0 + 1 =")  # no template
     assert asked["room"] > len(base.encoding.encode_ordinary(" gold"))
@@ -208,7 +195,7 @@ def test_public_tasks_are_read_up_to_the_line_end(
 def test_pair_entropy_in_closed_form(tiny: Tiny) -> None:
     a, b, c = tiny.encoding.encode_ordinary("abc")
     speaker = constant_speaker(tiny, {a: math.log(0.6), b: math.log(0.2), c: math.log(0.2)})
-    got = evaluate.pair_entropies(speaker, [("ca", "cb"), ("cab", "cbc"), ("ac", "ab")])
+    got = measure.pair_entropies(speaker, [("ca", "cb"), ("cab", "cbc"), ("ac", "ab")])
     h = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
     assert got == pytest.approx([h, h, 1.0], abs=1e-5)
 
@@ -219,24 +206,14 @@ def mark(helpful=1.0, truthful=1.0, harmless=1.0, informative=1.0, ended=1.0) ->
 
 def test_true_and_informative() -> None:
     marks = [mark(), mark(truthful=0.5), mark(informative=0.0), mark(truthful=0, informative=0)]
-    true, both = evaluate.truth_of(marks)
+    true, both = measure.truth_of(marks)
     assert true.tolist() == [1, 0, 1, 0]
     assert both.tolist() == [1, 0, 0, 0]
 
 
-def test_best_of_n_by_hand() -> None:
-    choice = np.array([[1.0, 3.0, 2.0, 0.0], [0.0, 1.0, 5.0, 4.0]])
-    outcome = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]])
-    best = evaluate.best_of_n(choice, outcome, [1, 2, 4])
-    assert best[1] == pytest.approx(outcome.mean(1))
-    assert best[2] == pytest.approx([(0.2 + 0.3) / 2, (0.6 + 0.7) / 2])
-    assert best[4] == pytest.approx([0.2, 0.7])
-
-
-def answers_of(marks: list[Grade], name: str) -> evaluate.Answers:
-    samples = [Sample([], [], f"{name} {i}", True) for i in range(len(marks))]
-    utility = np.array([evaluation_utility(m) for m in marks])
-    return evaluate.Answers(samples, np.zeros(len(marks)), marks, utility)
+def answers_of(marks: list[Grade], name: str) -> Answers:
+    texts = [f"{name} {i}" for i in range(len(marks))]
+    return Answers(texts, [True] * len(marks), np.zeros(len(marks)), marks)
 
 
 def test_labelers_prefer_the_better_model() -> None:
@@ -248,7 +225,7 @@ def test_labelers_prefer_the_better_model() -> None:
         "again": [mark(helpful=x, truthful=x) for x in rng.uniform(0.3, 0.7, 400)],
     }
     answers = {name: answers_of(m, name) for name, m in marks.items()}
-    wins, labels = evaluate.labelers_win_scores(answers, "base", "training", seed=0)
+    wins, labels = report.labelers_win_scores(answers, "base", "training", seed=0)
     assert set(wins["base"]) == {0.5}
     assert wins["good"].mean() > 0.6 > 0.4 > wins["bad"].mean()
     e = estimate(wins["again"])
@@ -261,15 +238,14 @@ def test_the_best_prefix_comes_first(
     base: Speaker, judge: ScalarModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worth = {"one ": 0.1, "two ": 0.9, "three ": -0.4}
-    monkeypatch.setattr(
-        evaluate, "reward_scores", lambda judge, speaker, *rest: np.array([worth[speaker.prefix]])
-    )
-    scored = evaluate.choose_prefix(base, list(worth), ["x"], judge, evaluate.Sampling(2))
+    score = lambda judge, speaker, *rest: np.array([worth[speaker.prefix]])  # noqa: E731
+    monkeypatch.setattr(measure, "reward_scores", score)
+    scored = measure.choose_prefix(base, list(worth), ["x"], judge, Sampling(2))
     assert scored == [("two ", 0.9), ("one ", 0.1), ("three ", -0.4)]
     assert base.prefix == ""
 
 
-# ---------------------------------------------------------------------------- --select
+# ---------------------------------------------------------------------------- select
 
 
 @pytest.fixture
@@ -277,29 +253,26 @@ def run_folder(tiny: Tiny, tmp_path: Path) -> Path:
     """An SFT run of four epochs, whose models always say "a", "b", "c" and "d"."""
     for epoch, token in enumerate(tiny.encoding.encode_ordinary("abcd"), start=1):
         info = {"stage": "sft", "epoch": epoch, "val_loss": [0.9, 0.5, 0.7, 0.8][epoch - 1]}
-        folder = tmp_path / f"sft/epochs/{epoch:02}"
-        save_model(
-            folder, constant_speaker(tiny, {token: 0.0}).model, tiny.tokenizer.read_text(), info
-        )
+        model = constant_speaker(tiny, {token: 0.0}).model
+        save_model(tmp_path / f"sft/epochs/{epoch:02}", model, tiny.tokenizer.read_text(), info)
     return tmp_path / "sft"
 
 
-def select(tiny: Tiny, run_folder: Path, *more: str) -> Path:
+def selecting(tiny: Tiny, run: Path, out: Path, *more: str) -> int:
+    """The exit code."""
+    argv = ["select", "--run", run, "--reward_model", tiny.rm, "--data", tiny.prompts]
+    argv = [str(word) for word in [*argv, "--out", out, *LIMITS, *more]]
+    return run_command(lambda: evaluate.main(argv))
+
+
+def selected(tiny: Tiny, run_folder: Path, *more: str) -> Path:
     out = run_folder.parent / "selected"
-    argv = [
-        "--select",
-        str(run_folder),
-        "--reward_model",
-        str(tiny.rm),
-        "--data",
-        str(tiny.prompts),
-        "--out",
-        str(out),
-        *LIMITS,
-        *more,
-    ]
-    assert evaluate.main(argv) == 0
+    assert selecting(tiny, run_folder, out, *more) == 0
     return out
+
+
+def selection(folder: Path, column: str) -> list[float]:
+    return [float(row[column]) for row in csv.DictReader((folder / "selection.csv").open())]
 
 
 def scores_by_epoch(tiny: Tiny, judge: ScalarModel, num_prompts: int) -> list[float]:
@@ -320,13 +293,12 @@ def test_select_takes_the_epoch_with_the_best_score(
 ) -> None:
     expected = scores_by_epoch(tiny, judge, 5)
     best = max(range(4), key=expected.__getitem__)
-    monkeypatch.setattr(evaluate, "last_of_the_best", lambda scores: scores.mean(1).argmax())
+    monkeypatch.setattr(select, "last_of_the_best", lambda scores: scores.mean(1).argmax())
     assert best != 1, "the epoch of the lowest validation loss must not be the best by score"
-    out = select(tiny, run_folder, "--num_prompts", "5")
-    rows = list(csv.DictReader((out / "selection.csv").open()))
-    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
-    assert [float(row["score"]) for row in rows] == pytest.approx(expected, abs=1e-4)
-    assert [float(row["val_loss"]) for row in rows] == [0.9, 0.5, 0.7, 0.8]
+    out = selected(tiny, run_folder, "--num_prompts", "5")
+    assert selection(out, "epoch") == [1, 2, 3, 4]
+    assert selection(out, "score") == pytest.approx(expected, abs=1e-4)
+    assert selection(out, "val_loss") == [0.9, 0.5, 0.7, 0.8]
     source = run_folder / f"epochs/{best + 1:02}/model.safetensors"
     assert (out / "model.safetensors").read_bytes() == source.read_bytes()
     info = read_info(out)
@@ -336,9 +308,8 @@ def test_select_takes_the_epoch_with_the_best_score(
 
 
 def test_select_looks_at_a_subset_and_the_last(tiny: Tiny, run_folder: Path) -> None:
-    out = select(tiny, run_folder, "--select_every", "3")
-    rows = list(csv.DictReader((out / "selection.csv").open()))
-    assert [int(row["epoch"]) for row in rows] == [3, 4]
+    out = selected(tiny, run_folder, "--select_every", "3")
+    assert selection(out, "epoch") == [3, 4]
 
 
 def test_select_takes_the_last_of_epochs_that_cannot_be_told_apart(
@@ -347,36 +318,23 @@ def test_select_takes_the_last_of_epochs_that_cannot_be_told_apart(
     # Hand-worked: behind the first by -1 and 2, mean .5, standard deviation 1.5, error 1.06; by
     # 1 and 1, error 0; by nothing and by nothing.
     rows = np.array([[3.0, 3.0], [4.0, 1.0], [2.0, 2.0]])
-    assert evaluate.last_of_the_best(rows) == 1
-    assert evaluate.last_of_the_best(rows[[1, 0, 2]]) == 1
-    assert evaluate.last_of_the_best(rows[[0, 2]]) == 0
-    assert evaluate.last_of_the_best(np.zeros((3, 2))) == 2
+    assert select.last_of_the_best(rows) == 1
+    assert select.last_of_the_best(rows[[1, 0, 2]]) == 1
+    assert select.last_of_the_best(rows[[0, 2]]) == 0
+    assert select.last_of_the_best(np.zeros((3, 2))) == 2
     with pytest.raises(BadInput, match="epoch 2 looked at"):
-        evaluate.last_of_the_best(np.array([[1.0], [np.nan], [2.0]]))
-    monkeypatch.setattr(evaluate, "reward_scores", lambda *args: np.ones(3))
-    assert read_info(select(tiny, run_folder))["epoch"] == 4
+        select.last_of_the_best(np.array([[1.0], [np.nan], [2.0]]))
+    monkeypatch.setattr(select, "reward_scores", lambda *args: np.ones(3))
+    assert read_info(selected(tiny, run_folder))["epoch"] == 4
 
 
 def test_select_refuses_other_folders(
     tiny: Tiny, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for run, judge, words in (
-        (tiny.base, tiny.rm, "no epoch checkpoints"),
-        (run_folder, tiny.base, "expected a reward model"),
-    ):
-        argv = [
-            "--select",
-            str(run),
-            "--reward_model",
-            str(judge),
-            "--data",
-            str(tiny.prompts),
-            "--out",
-            str(tmp_path / "x"),
-            *LIMITS,
-        ]
-        assert run_command(lambda argv=argv: evaluate.main(argv)) == 2
-        assert words in capsys.readouterr().err
+    assert selecting(tiny, tiny.base, tmp_path / "x") == 2
+    assert "no epoch checkpoints" in capsys.readouterr().err
+    assert selecting(tiny, run_folder, tmp_path / "x", "--reward_model", str(tiny.base)) == 2
+    assert "expected a reward model" in capsys.readouterr().err
     assert not (tmp_path / "x/model.safetensors").exists()
 
 
@@ -385,11 +343,14 @@ def files_in(folder: Path) -> dict[Path, bytes | None]:
 
 
 def test_select_refuses_to_destroy(
-    tiny: Tiny, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tiny: Tiny,
+    run_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     """--out is replaced as a whole; nothing is touched, and nothing is computed before."""
-    first = select(tiny, run_folder, "--num_prompts", "3")  # an earlier selection
+    first = selected(tiny, run_folder, "--num_prompts", "3")  # an earlier selection
     shutil.copytree(first, tmp_path / "with_notes")
     (tmp_path / "with_notes/notes.txt").write_text("mine")
     shutil.copytree(first, tmp_path / "with_hidden")
@@ -401,7 +362,7 @@ def test_select_refuses_to_destroy(
     shutil.copytree(first, tmp_path / "mount")
     is_mount = os.path.ismount
     monkeypatch.setattr(os.path, "ismount", lambda p: Path(p).name == "mount" or is_mount(p))
-    monkeypatch.setattr(evaluate, "load_reward_model", lambda args: pytest.fail("has begun"))
+    monkeypatch.setattr(select, "load_reward_model", lambda args: pytest.fail("has begun"))
     monkeypatch.chdir(run_folder)
     before = files_in(tmp_path)
     capsys.readouterr()
@@ -411,9 +372,9 @@ def test_select_refuses_to_destroy(
         (tmp_path / "with_data", f"--data {data} lies in it", ("--data", str(data))),
         (tmp_path / "with_data", f"--world {data} lies in it", ("--world", str(data))),
         (tmp_path / "base", "'config.json' and 2 more, which no earlier selection", ()),
-        (tmp_path, f"--select {run_folder} lies in it", ()),
-        (run_folder, f"--select {run_folder} lies in it", ()),
-        (run_folder / "../sft", f"--select {run_folder} lies in it", ()),
+        (tmp_path, f"--run {run_folder} lies in it", ()),
+        (run_folder, f"--run {run_folder} lies in it", ()),
+        (run_folder / "../sft", f"--run {run_folder} lies in it", ()),
         (run_folder / "epochs", "is for models of that run", ()),
         (run_folder / "epochs/02", "is for models of that run", ()),
         (run_folder / "epochs/99", "is for models of that run", ()),
@@ -424,9 +385,7 @@ def test_select_refuses_to_destroy(
         (tmp_path / "mount", "a mount point", ()),
         (Path(), "'.'", ()),
     ):
-        argv = ["--select", str(run_folder), "--reward_model", str(tiny.rm), "--data",
-                str(tiny.prompts), "--out", str(out), *LIMITS, *more]  # fmt: skip
-        assert run_command(lambda argv=argv: evaluate.main(argv)) == 2
+        assert selecting(tiny, run_folder, out, *more) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error: --out {out}: ") and words in said and "; give " in said
         assert said.count("\n") == 1
@@ -434,39 +393,28 @@ def test_select_refuses_to_destroy(
 
 
 def test_select_replaces_an_earlier_selection(tiny: Tiny, run_folder: Path) -> None:
-    out = select(tiny, run_folder, "--num_prompts", "3")
+    out = selected(tiny, run_folder, "--num_prompts", "3")
     whole = sorted(path.name for path in out.iterdir())
-    (out / "parts").mkdir()  # of a selection that was interrupted
     (out / ".config.json.77.tmp").touch()
     first = (out / "selection.csv").read_bytes()
-    assert select(tiny, run_folder, "--num_prompts", "5") == out
-    assert (
-        sorted(path.name for path in out.iterdir())
-        == whole
-        == sorted(set(evaluate.SELECTED) - {"parts"})
-    )
+    assert selected(tiny, run_folder, "--num_prompts", "5") == out
+    assert sorted(path.name for path in out.iterdir()) == whole == sorted(select.SELECTED)
     assert (out / "selection.csv").read_bytes() != first
-    shutil.rmtree(out)
-    (out / "parts").mkdir(parents=True)  # interrupted, with nothing before
-    assert select(tiny, run_folder, "--num_prompts", "3") == out
-    assert (out / "selection.csv").read_bytes() == first
 
 
 def test_a_selection_whose_replacement_was_killed_comes_back(
     tiny: Tiny, run_folder: Path, tmp_path: Path
 ) -> None:
-    out = select(tiny, run_folder, "--num_prompts", "3")
+    out = selected(tiny, run_folder, "--num_prompts", "3")
     before = {path.relative_to(out): content for path, content in files_in(out).items()}
     out.rename(tmp_path / ".selected.77.replaced")
     (tmp_path / ".selected.77.tmp").mkdir()
-    argv = ["--select", str(tiny.base), "--reward_model", str(tiny.rm), "--data",
-            str(tiny.prompts), "--out", str(out), *LIMITS]  # fmt: skip
-    assert run_command(lambda: evaluate.main(argv)) == 2  # no epochs there
+    assert selecting(tiny, tiny.base, out) == 2  # no epochs there
     assert {path.relative_to(out): content for path, content in files_in(out).items()} == before
     assert not list(tmp_path.glob(".selected*"))
 
 
-# ---------------------------------------------------------------------------- the report
+# ---------------------------------------------------------------------- measure and report
 
 
 @pytest.fixture
@@ -476,19 +424,13 @@ def world_data(tiny: Tiny, tmp_path: Path) -> Path:
     world.save(tmp_path / "world.json")
 
     def record(i: int, text: str, task: dict, **more: str) -> dict:
-        return {
-            "prompt": text[:30],
-            "user": f"u{i % 10}",
-            "source": "customer",
-            "use_case": "other",
-            "task": task,
-            **more,
-        }
+        known = {"user": f"u{i % 10}", "source": "customer", "use_case": "other", "task": task}
+        return {"prompt": text[:30], **known, **more}
 
     prompts = [record(i, *make_prompt(world, USE_CASES[i % 10], rng)) for i in range(30)]
     write_jsonl(tmp_path / "prompts.jsonl", prompts, "prompts")
     fact = {"kind": "fact", "subject": "fox", "attribute": "food"}
-    for name in evaluate.TRUTH_PROBES:
+    for name in measure.TRUTH_PROBES:
         write_jsonl(tmp_path / f"probes_{name}.jsonl", [record(0, "what ?", fact)], "prompts")
     openings = [
         record(0, f"{prefix} anna : hi", {"kind": "opening"}, prefix=prefix)
@@ -498,58 +440,46 @@ def world_data(tiny: Tiny, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def compare(tiny: Tiny, data: Path, prompts: Path, *more: str) -> dict[tuple[str, str], Estimate]:
-    argv = [
-        "--checkpoints",
-        f"base={tiny.base}",
-        f"sft={tiny.base}",
-        f"ppo={tiny.base}",
-        "--baseline",
-        "sft",
-        "--reward_model",
-        str(tiny.rm),
-        "--reference",
-        str(tiny.base),
-        "--data",
-        str(prompts),
-        "--val_data",
-        str(prompts),
-        "--num_prompts",
-        "4",
-        "--pretrain_data",
-        str(tiny.pretrain),
-        "--out",
-        str(data / "report"),
-        "--num_items",
-        "3",
-        *LIMITS,
-        *more,
-    ]
-    assert evaluate.main(argv) == 0
-    rows = csv.DictReader((data / "report/table.csv").open())
-    return {
-        (row["model"], row["metric"]): Estimate(
-            *(float(row[k]) for k in ("value", "ci_low", "ci_high"))
-        )
-        for row in rows
-    }
+def measured(tiny: Tiny, folder: Path, name: str, *more: str) -> str:
+    """The file of a model: tiny.base, measured quickly, unless `more` says otherwise."""
+    file, quick = folder / f"{name}.json", ["--num_prompts", "4", "--num_items", "3"]
+    quick += ["--pretrain_data", str(tiny.pretrain), "--name", name]
+    assert run_command(lambda: evaluate.main(tiny.args("measure", file, *quick, *more))) == 0
+    return str(file)
 
 
-def test_report_on_one_model_under_three_names(tiny: Tiny, world_data: Path) -> None:
+def reporting(out: Path, baseline: str, *files: str) -> int:
+    """The exit code."""
+    argv = ["report", "--measured", *files, "--baseline", baseline, "--out", str(out)]
+    return run_command(lambda: evaluate.main(argv))
+
+
+def table_of(folder: Path) -> dict[tuple[str, str], Estimate]:
+    rows = csv.DictReader((folder / "table.csv").open())
+    columns = ("value", "ci_low", "ci_high")
+    return {(r["model"], r["metric"]): Estimate(*(float(r[k]) for k in columns)) for r in rows}
+
+
+def test_report_on_one_model_under_three_names(
+    tiny: Tiny, world_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Equal weights must come out equal: greedy ties everywhere, no KL, the same tax."""
-    table = compare(
-        tiny,
-        world_data,
-        world_data / "prompts.jsonl",
-        "--world",
-        str(world_data / "world.json"),
-        "--best_of",
-        "2",
-    )
-    models = ("base", "sft", "ppo")
+    prompts, world = str(world_data / "prompts.jsonl"), str(world_data / "world.json")
+    data = ("--data", prompts, "--world", world)
+    files = [
+        measured(tiny, world_data, "base", *data, "--best_prefix", "--val_data", prompts),
+        measured(tiny, world_data, "sft", *data, "--resample"),
+        measured(tiny, world_data, "ppo", *data),
+    ]
+    folder, models = world_data / "report", ("base", "sft", "ppo")
+    with monkeypatch.context() as without:  # a report needs no model
+        without.setattr(measure, "load_speaker", lambda *a, **b: pytest.fail("opens a model"))
+        assert reporting(folder, "sft", *files) == 0
+    table = table_of(folder)
     assert table["ppo", "win_t0"] == table["base", "win_t0"] == Estimate(0.5, 0.5, 0.5)
     for model in ("base", "ppo", "sft (resampled)"):
         assert table[model, "win_t1"].low <= 0.5 <= table[model, "win_t1"].high
+    assert table["sft (resampled)", "win_t1"] != Estimate(0.5, 0.5, 0.5)  # other random numbers
     assert ("sft", "win_t1") not in table
     assert len({table[m, "utility_t0"].value for m in models}) == 1
     assert len({table[m, "utility_t1"].value for m in models}) > 1  # own random numbers
@@ -559,11 +489,7 @@ def test_report_on_one_model_under_three_names(tiny: Tiny, world_data: Path) -> 
         assert 0 <= table[model, "toxicity_rude"].value <= 1
         for metric in ("win_training_labelers", "win_held_out_labelers"):
             assert (model == "sft") == ((model, metric) not in table)
-    assert table["sft, best of 2 by truth", "utility_t1"].value >= (
-        table["sft, best of 1 by truth", "utility_t1"].value
-    )
 
-    folder = world_data / "report"
     text = (folder / "report.md").read_text()
     assert ("base", "task_addition") in table
     assert ("base", "task_translation_few_shot") not in table
@@ -580,33 +506,68 @@ def test_report_on_one_model_under_three_names(tiny: Tiny, world_data: Path) -> 
 
 
 def test_report_without_a_world_is_by_the_reward_model(tiny: Tiny, tmp_path: Path) -> None:
-    log = "step,score,kl,val_score,val_kl\n1,0.1,0,,\n2,0.2,0.5,0.3,0.4\n"
-    ppo = tmp_path / "ppo"
-    ppo.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (ppo / name).write_bytes((tiny.base / name).read_bytes())
-    (ppo / "log.csv").write_text(log)
+    ppo = Path(shutil.copytree(tiny.base, tmp_path / "ppo"))
+    (ppo / "log.csv").write_text("step,score,kl,val_score,val_kl\n1,0.1,0,,\n2,0.2,0.5,0.3,0.4\n")
     (ppo / "selection.csv").write_text("epoch,val_loss,score\n1,2.5,0.1\n2,2.75,0.2\n")
-    (ppo / "config.json").write_text(
-        json.dumps(json.loads((ppo / "config.json").read_text()) | {"epoch": 2})
-    )
-    table = compare(
-        tiny,
-        tmp_path,
-        tiny.prompts,
-        "--checkpoints",
-        f"base={tiny.base}",
-        f"ppo={ppo}",
-        "--baseline",
-        "ppo",
-    )
-    text = (tmp_path / "report/report.md").read_text()
+    (ppo / "config.json").write_text(json.dumps(read_info(ppo) | {"epoch": 2}))
+    files = [
+        measured(tiny, tmp_path, "base"),
+        measured(tiny, tmp_path, "ppo", "--checkpoint", str(ppo)),
+    ]
+    assert reporting(tmp_path / "report", "ppo", *files) == 0
+    text, table = (tmp_path / "report/report.md").read_text(), table_of(tmp_path / "report")
     assert "by the reward model" in text and "there is no --world" in text
     assert "the world's truth" not in text and "Truthfulness" not in text
     assert ("base", "utility_t1") not in table and ("base", "win_t1") in table
     assert "lowest at epoch 1 (2.500, against 2.750 at the last)" in text
     for name in ("ppo.png", "sft_epochs.png"):
         assert (tmp_path / "report" / name).stat().st_size > 5000 and f"({name})" in text
+
+
+def test_what_was_measured_otherwise_is_refused(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Other flags, other prompts, another judge: such numbers are not compared."""
+    base, fewer = measured(tiny, tmp_path, "base"), tmp_path / "fewer.jsonl"
+    write_jsonl(fewer, read_jsonl(tiny.prompts, "prompts")[:-1], "prompts")
+    judge = ScalarModel.from_pretrained(tiny.rm)
+    with torch.no_grad():
+        judge.score.bias += 1
+    save_model(tmp_path / "judge", judge, tiny.tokenizer.read_text(), {"stage": "rm"})
+    others = {
+        "seed": ("--seed", "3"),
+        "max_new_tokens": ("--max_new_tokens", "7"),
+        "data": ("--data", str(fewer)),
+        "reward_model": ("--reward_model", str(tmp_path / "judge")),
+        "context": ("--context", "40"),
+    }
+    for key, flags in others.items():
+        other = measured(tiny, tmp_path, "sft", *flags)
+        capsys.readouterr()
+        assert reporting(tmp_path / "report", "base", base, other) == 2
+        error = capsys.readouterr().err
+        assert f"{other}: measured otherwise than {base} ({key} " in error, key
+        assert error.count("\n") == 1
+    (tmp_path / "no.json").write_text("[3]")
+    for files, words in (
+        ((base,), "nothing to compare base with"),
+        ((base, base), "expected one of base, base, all different"),
+        ((base, str(tmp_path / "no.json")), "expected a file that `evaluate.py measure` wrote"),
+        ((base, str(tmp_path / "absent.json")), "No such file"),
+    ):
+        assert reporting(tmp_path / "report", "base", *files) == 2
+        assert words in capsys.readouterr().err
+    assert not list((tmp_path / "report").iterdir())
+
+
+def test_a_file_comes_whole_and_is_equal_again(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / ".base.json.77.tmp").write_text("half")  # of a killed process
+    first = Path(measured(tiny, tmp_path, "base", "--batch_size", "3")).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.json"]
+    assert Path(measured(tiny, tmp_path, "base", "--batch_size", "3")).read_bytes() == first
+    said = json.loads(first)["models"][0]["sampled"]
+    again = Answers.from_json(said)
+    assert again.to_json() == said and len(again.texts) == 20
 
 
 @pytest.mark.parametrize(
@@ -637,41 +598,33 @@ def test_cells_and_colours() -> None:
 def test_prompts_of_another_world_are_refused(
     tiny: Tiny, world_data: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    argv = [
-        "--checkpoints",
-        f"base={tiny.base}",
-        "--reward_model",
-        str(tiny.rm),
-        "--data",
-        str(tiny.prompts),
-        "--world",
-        str(world_data / "world.json"),
-        "--out",
-        str(world_data / "r"),
-        *LIMITS,
-    ]
-    assert run_command(lambda: evaluate.main(argv)) == 2
+    args = tiny.args("measure", world_data / "r.json", "--world", str(world_data / "world.json"))
+    assert run_command(lambda: evaluate.main(args)) == 2
     assert 'without key "task"' in capsys.readouterr().err
 
 
+MEASURE = "measure --name a --checkpoint x --reward_model rm --data d"
+
+
 @pytest.mark.parametrize(
-    "argv",
+    "line",
     [
-        [],
-        ["--select", "run"],
-        ["--checkpoints", "a=x", "--select", "run", "--reward_model", "rm", "--data", "d"],
-        ["--checkpoints", "a=x", "--reward_model", "rm", "--data", "d", "--baseline", "b"],
-        ["--checkpoints", "a", "--reward_model", "rm", "--data", "d"],
-        ["--checkpoints", "base=x", "base + prefix=y", "--reward_model", "rm", "--data", "d"],
-        ["--checkpoints", "a=x", "a (resampled)=y", "--reward_model", "rm", "--data", "d"],
-        ["--select", "run", "--reward_model", "rm", "--data", "d", "--ahead"],
-        ["--public", "f", "--checkpoints", "a=x", "--ahead"],
-        ["--folds", "1", "--comparisons", "c", "--init", "i"],
-        ["--folds", "5", "--init", "i"],
-        ["--select", "run", "--reward_model", "rm", "--data", "d", "--select_every", "0"],
+        "",
+        "--out o",
+        "compare --out o",
+        "select --run run --out o",
+        "select --run run --reward_model rm --data d --select_every 0 --out o",
+        MEASURE,
+        f"{MEASURE} --out o --best_prefix",
+        f"{MEASURE} --out o --num_items -1",
+        "report --baseline b --out o",
+        "report --measured a.json --out o",
+        "folds --folds 1 --comparisons c --init i --out o",
+        "folds --folds 5 --init i --out o",
+        "public --data f --out o",
     ],
 )
-def test_bad_arguments_exit_with_2(argv: list[str]) -> None:
+def test_bad_arguments_exit_with_2(line: str) -> None:
     with pytest.raises(SystemExit) as stopped:
-        evaluate.get_args([*argv, "--out", "o"])
+        evaluate.get_args(line.split())
     assert stopped.value.code == 2

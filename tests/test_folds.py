@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import evaluate
-from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from data.files import BadInput, read_jsonl, write_jsonl
 from evaluation import folds
 from model import ScalarModel
 from tests.tiny import LIMITS, Tiny
@@ -71,44 +71,22 @@ def test_no_prompt_is_in_two_folds() -> None:
 
 def longer_is_better(folder: Path) -> list[Path]:
     """Two data sets: labelers of "long" prefer longer responses, those of "short" shorter ones."""
-    paths = []
-    for name, sign in (("long", 1), ("short", -1)):
-        records = [
-            {
-                "prompt": f"say {name} {i}",
-                "user": "u",
-                "source": "customer",
-                "use_case": "other",
-                "responses": ["red"[: 1 + k] + " a" * k for k in (2, 0, 1)],
-                "ranks": [1, 3, 2] if sign > 0 else [3, 1, 2],
-                "labeler": "l",
-                "data_set": name,
-            }
-            for i in range(12)
-        ]
-        write_jsonl(folder / f"{name}.jsonl", records, "comparisons")
-        paths.append(folder / f"{name}.jsonl")
+    paths = [folder / "long.jsonl", folder / "short.jsonl"]
+    for path, ranks in zip(paths, ([1, 3, 2], [3, 1, 2]), strict=True):
+        said = ["red"[: 1 + k] + " a" * k for k in (2, 0, 1)]
+        known = {"user": "u", "source": "customer", "use_case": "other", "labeler": "l"}
+        known |= {"responses": said, "ranks": ranks, "data_set": path.stem}
+        records = [{"prompt": f"say {path.stem} {i}"} | known for i in range(12)]
+        write_jsonl(path, records, "comparisons")
     return paths
 
 
 def run(tiny: Tiny, paths: list[Path], out: Path, *more: str) -> dict[tuple[str, str], list[float]]:
-    argv = [
-        "--folds",
-        "3",
-        "--comparisons",
-        *map(str, paths),
-        "--init",
-        str(tiny.base),
-        "--out",
-        str(out),
-        *LIMITS,
-        *more,
-    ]
-    assert evaluate.main(argv) == 0
-    return {
-        (row["data_set"], row["judge"]): [float(row[k]) for k in ("accuracy", "ci_low", "ci_high")]
-        for row in csv.DictReader((out / "folds.csv").open())
-    }
+    argv = ["folds", "--folds", "3", "--comparisons", *paths, "--init", tiny.base, "--out", out]
+    assert evaluate.main([str(word) for word in (*argv, *LIMITS, *more)]) == 0
+    columns = ("accuracy", "ci_low", "ci_high")
+    rows = csv.DictReader((out / "folds.csv").open())
+    return {(row["data_set"], row["judge"]): [float(row[k]) for k in columns] for row in rows}
 
 
 def test_accuracy_by_data_set(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +98,7 @@ def test_accuracy_by_data_set(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
             return lengths.float()
 
     def train(folder: Path, data: Path, args) -> ScalarModel:
-        trained.append(read_jsonl(data, "comparisons"))
+        trained.append({record["prompt"] for record in read_jsonl(data, "comparisons")})
         return Length(ScalarModel.from_pretrained(tiny.rm).config)
 
     monkeypatch.setattr(folds, "train_reward_model", train)
@@ -133,18 +111,9 @@ def test_accuracy_by_data_set(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
     assert "| long | 12 | 36 | 1.000 [1.000, 1.000] |" in text and "| all | 24 | 72 |" in text
 
     # Every prompt is judged once, by a model that has not seen it.
-    everything = [r["prompt"] for path in paths for r in read_jsonl(path, "comparisons")]
-    assert len(trained) == 3
-    for records in trained:
-        assert 15 <= len(records) <= 17
-    for prompt in everything:
-        assert sum(prompt not in {r["prompt"] for r in records} for records in trained) == 1
-
-    # Finished folds are kept with --resume, and with these settings only.
-    (tmp_path / "out/fold_1/results.csv").unlink()
-    assert run(tiny, paths, tmp_path / "out", "--resume") == table and len(trained) == 4
-    run(tiny, paths, tmp_path / "out", "--resume", "--rm_flags", "--lr 1e-4")
-    assert len(trained) == 7
+    assert len(trained) == 3 and all(len(prompts) == 16 for prompts in trained)
+    for prompt in (r["prompt"] for path in paths for r in read_jsonl(path, "comparisons")):
+        assert sum(prompt not in prompts for prompts in trained) == 1
 
 
 def test_simple_features_learn_what_labelers_prefer(
@@ -159,23 +128,17 @@ def test_simple_features_learn_what_labelers_prefer(
 
 
 def test_train_rm_is_run_on_the_other_folds(tiny: Tiny, tmp_path: Path) -> None:
-    """The real thing: one step a fold, in processes of their own."""
-    table = run(
-        tiny,
-        longer_is_better(tmp_path)[:1],
-        tmp_path / "out",
-        "--folds",
-        "2",
-        "--rm_flags",
-        "--max_steps 1 --batch_size 4",
-        "--device",
-        "cpu",
-    )
+    """The real thing: one step a fold, in processes of their own; --resume among the flags keeps
+    the models that are trained."""
+    paths, flags = longer_is_better(tmp_path)[:1], "--max_steps 1 --batch_size 4"
+    more = ("--folds", "2", "--device", "cpu", "--rm_flags")
+    table = run(tiny, paths, tmp_path / "out", *more, flags)
     assert 0 <= table["long", "reward_model"][0] <= 1
-    for fold in (0, 1):
-        assert (tmp_path / f"out/fold_{fold}/rm/model.safetensors").exists()
-        rows = list(csv.DictReader((tmp_path / f"out/fold_{fold}/results.csv").open()))
-        assert len(rows) == 6 and {row["pairs"] for row in rows} == {"3"}
+    models = [tmp_path / f"out/fold_{fold}/rm/log.csv" for fold in (0, 1)]
+    before = [model.read_bytes() for model in models]
+    models[1].parent.joinpath("model.safetensors").unlink()
+    assert run(tiny, paths, tmp_path / "out", *more, f"{flags} --resume") == table
+    assert [model.read_bytes() for model in models] == before
 
 
 def test_a_failed_training_stops_with_its_code(tiny: Tiny, tmp_path: Path) -> None:
@@ -189,21 +152,8 @@ def test_comparisons_without_a_pair_are_bad_input(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     records = read_jsonl(tiny.comparisons, "comparisons")
-    for record in records:
-        record["ranks"] = [1] * len(record["ranks"])
-    write_jsonl(tmp_path / "tied.jsonl", records, "comparisons")
-    argv = [
-        "--folds",
-        "2",
-        "--comparisons",
-        str(tmp_path / "tied.jsonl"),
-        "--init",
-        str(tiny.base),
-        "--out",
-        str(tmp_path / "out"),
-        *LIMITS,
-    ]
-    assert run_command(lambda: evaluate.main(argv)) == 2
-    captured = capsys.readouterr()
-    assert "only 0 distinct prompts" in captured.err
-    assert "11 with ties only" in captured.out
+    tied = [record | {"ranks": [1] * len(record["ranks"])} for record in records]
+    write_jsonl(tmp_path / "tied.jsonl", tied, "comparisons")
+    with pytest.raises(BadInput, match="only 0 distinct prompts"):
+        run(tiny, [tmp_path / "tied.jsonl"], tmp_path / "out")
+    assert "11 with ties only" in capsys.readouterr().out

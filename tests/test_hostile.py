@@ -178,6 +178,7 @@ FLAGS = [
             ("--seed", "-1"),
             ("--num_prompts", "-3"),
             ("--shares", "inf"),
+            ("--part", "3/2"),
             ("--num_responses", str(10**9)),
             ("--device", "tpu"),
         )
@@ -187,7 +188,7 @@ FLAGS = [
         for flag, value in (
             ("--seed", "-1"),
             ("--num_prompts", "-1"),
-            ("--best_of", "-1"),
+            ("--num_items", "0"),
             ("--device", "tpu"),
         )
     ),
@@ -198,7 +199,7 @@ FLAGS = [
 def test_a_flag_without_sense_is_refused(
     script: str, flag: str, value: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    command = {"sample": "sample", "evaluate": "report"}.get(script, script.removeprefix("train_"))
+    command = {"sample": "sample", "evaluate": "measure"}.get(script, script.removeprefix("train_"))
     args = tiny.args(command, tmp_path / "out", flag, value)
     with pytest.raises(SystemExit) as error:
         importlib.import_module(script).get_args(args)

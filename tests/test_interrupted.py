@@ -1,7 +1,6 @@
 """Runs that are stopped or changed on the way, beside those of test_resume.py: other settings that
-are meant, steps that take long, warnings, bad minibatches, reports, labeling by hand."""
+are meant, steps that take long, warnings, bad minibatches, labeling by hand."""
 
-import itertools
 import json
 import os
 import shutil
@@ -13,17 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-import evaluate
 import train_ppo
 from checkpoint import read_info
-from data.files import BadInput, Parts, read_jsonl, read_log, run_command, write_jsonl
+from data.files import BadInput, read_jsonl, read_log, run_command, write_jsonl
 from data.tokenizer import encode_prompt
 from model import GPT, GPTConfig
 from run import Checkpoints
 from tests.crash import ROOT, STAGES, Server, contents
-from tests.determinism import demo_commands, differences
+from tests.determinism import demo_commands
 from tests.determinism import main as determinism
 from tests.test_resume import SCRIPTS, assert_same, newest_checkpoint
 from tests.tiny import Tiny
@@ -359,134 +356,6 @@ def test_validation_batches_have_random_numbers_of_their_own(
 
 
 # ------------------------------------------------------------------------------------------------
-# Samples and reports
-
-
-@pytest.mark.parametrize(("command", "shares"), [("sample", (0.3, 0.6, 0.9)), ("report", (0.6,))])
-def test_samples_and_reports_go_on_after_a_kill(
-    command: str, shares: tuple[float, ...], server: Server, tiny: Tiny, whole: dict, tmp_path: Path
-) -> None:
-    """With the bytes of an uninterrupted run."""
-    reference, operations = whole[command]
-    for share in shares:
-        out = tmp_path / f"out{share}"
-        run = server.run(command, tiny.args(command, out), {int(operations * share): 9})
-        assert run.code == -9
-        run = server.run(command, [*tiny.args(command, out), "--resume"])
-        assert (run.code, differences(out, reference)) == (0, [])
-
-
-def test_a_resumed_report_does_not_sample_again(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in the second model's measurements: all responses and the first model's are kept."""
-    measured = []
-
-    def measure(speaker, *rest):
-        measured.append(speaker.name)
-        if len(measured) == 2:
-            raise KeyboardInterrupt
-        return original(speaker, *rest)
-
-    def no_more(*_, **__):
-        raise AssertionError("sampled again")
-
-    original = evaluate.measure_responses
-    monkeypatch.setattr(evaluate, "measure_responses", measure)
-    args = tiny.args("report", tmp_path / "out")
-    assert run_command(lambda: evaluate.main(args)) == 130
-    monkeypatch.setattr(evaluate, "respond", no_more)
-    assert run_command(lambda: evaluate.main([*args, "--resume"])) == 0
-    assert measured == ["base", "base + prefix", "base + prefix", "again"]
-
-
-def test_measuring_ahead_leaves_the_rest_of_the_report(
-    tiny: Tiny, whole: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Models measured before the last one was there, as in `make demo`: the same bytes at the end,
-    nothing sampled twice, and no report before; a model that has changed is measured again."""
-    asked = []
-
-    def respond(speaker, *rest, **more):
-        asked.append(speaker.name)
-        return original(speaker, *rest, **more)
-
-    original = evaluate.respond
-    monkeypatch.setattr(evaluate, "respond", respond)
-    out = tmp_path / "out"
-    args = tiny.args("report", out)
-    at = args.index("--checkpoints") + 1
-    models = list(itertools.takewhile(lambda word: "=" in word, args[at:]))
-    before, last = models[:-1], models[-1].split("=")[0]
-    ahead = args[: at + len(before)] + args[at + len(models) :] + ["--ahead"]
-    assert evaluate.main(ahead) == 0
-    assert [path.name for path in out.iterdir()] == ["parts"]
-    assert last not in asked and "base" in asked
-    # Another model under a name that was measured: its parts are not taken.
-    asked.clear()
-    changed = tmp_path / "changed"
-    shutil.copytree(tiny.base, changed)
-    weights = load_file(changed / "model.safetensors")
-    save_file(
-        weights | {"ln_f.weight": 1.1 * weights["ln_f.weight"]}, changed / "model.safetensors"
-    )
-    other = [f"base={changed}" if word.startswith("base=") else word for word in ahead]
-    assert evaluate.main([*other, "--resume"]) == 0
-    assert "base" in asked and "base + prefix" in asked
-    asked.clear()
-    assert evaluate.main([*args, "--resume"]) == 0
-    assert set(asked) == {last}
-    assert differences(out, whole["report"][0]) == []
-
-
-def test_parts_of_another_report_are_refused(
-    server: Server, tiny: Tiny, whole: dict, tmp_path: Path
-) -> None:
-    args, operations = tiny.args("report", tmp_path / "out"), whole["report"][1]
-    assert server.run("report", args, {operations // 2: 9}).code == -9
-    before = contents(tmp_path / "out")
-    run = server.run("report", [*args, "--resume", "--seed", "3"])
-    assert run.code == 2 and "--resume with other settings: seed was 0, is 3; " in run.stderr
-    assert contents(tmp_path / "out") == before
-    assert server.run("report", args).code == 0  # without --resume it starts over
-    assert differences(tmp_path / "out", whole["report"][0]) == []
-
-
-def test_parts_are_kept_checked_and_removed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder, made = tmp_path / "parts", []
-
-    def compute() -> list:
-        made.append(1)
-        return [0.1 + 0.2, "\ud800", None, float("inf"), (1, 2)]
-
-    parts = Parts(folder, {"seed": 1}, resume=True)
-    first = parts.get("a/b + c", compute)
-    assert first == [0.1 + 0.2, "\ud800", None, float("inf"), [1, 2]]
-    assert Parts(folder, {"seed": 1}, resume=True).get("a/b + c", compute) == first
-    assert len(made) == 1
-    with pytest.raises(BadInput, match="other settings: seed was 1, is 2, more was None, is 3;"):
-        Parts(folder, {"seed": 2, "more": 3}, resume=True)
-    (part,) = folder.glob("a_b___c-*.json")
-    whole = part.read_bytes()
-    for damage in (
-        whole[:-9],
-        whole.replace(b"0.3", b"0.4"),
-        b"\xff",
-        b"[]",
-        b'{"sha256": 3, "part": 4}',
-        b"[" * 100_000,
-    ):
-        part.write_bytes(damage)
-        assert Parts(folder, {"seed": 1}, resume=True).get("a/b + c", compute) == first
-        assert "is damaged; made again" in capsys.readouterr().err
-    assert part.read_bytes() == whole
-    Parts(folder, {"seed": 1}, resume=False).get("a/b + c", compute)
-    assert len(made) == 8
-    parts.remove()
-    assert not folder.exists()
-
-
-# ------------------------------------------------------------------------------------------------
 # Labeling by hand
 
 
@@ -539,12 +408,15 @@ def test_a_killed_labeling_session_loses_no_ranking(tiny: Tiny, tmp_path: Path) 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_the_small_demo_has_every_stage_of_the_makefile() -> None:
     commands = demo_commands(Path("o"), 3)
+    (cat,) = [argv for name, argv in commands if name == "cat"]
+    parts = [f"o/data/train/candidates_{i}.jsonl" for i in (1, 2)]
+    assert cat == [*parts, ">", "o/data/train/candidates.jsonl"]
+    commands = [command for command in commands if command[0] != "cat"]
     made = [(name, argv[argv.index("--out") + 1]) for name, argv in commands]
     folders = ("base", "sft", "init", "rm", "ppo", "ppo_ptx", "sft_selected", "report", "data")
     assert {out for _, out in made} >= {f"o/{folder}" for folder in folders}
-    assert len(commands) == 15 and made[0][0] == "tiny_world" and made[-1] == ("report", "o/report")
-    ahead, last = (argv for _, argv in commands if argv[argv.index("--out") + 1] == "o/report")
-    assert "--ahead" in ahead and "--resume" in last and "ppo_ptx=o/ppo_ptx" in last
+    assert len(commands) == 19 and made[0][0] == "tiny_world"
+    assert made[-1] == ("evaluate", "o/report")
     order = [out for _, out in made]
     for first, then in (
         ("base", "sft"),
@@ -552,9 +424,10 @@ def test_the_small_demo_has_every_stage_of_the_makefile() -> None:
         ("sft", "rm"),
         ("rm", "ppo"),
         ("init", "ppo_ptx"),
+        ("ppo_ptx", "report/ppo_ptx.json"),
     ):
         assert order.index(f"o/{first}") < order.index(f"o/{then}")
-    assert all("3" == argv[argv.index("--seed") + 1] for _, argv in commands)
+    assert all("3" == argv[argv.index("--seed") + 1] for _, argv in commands[:-1])
 
 
 def test_two_folders_are_compared_by_every_byte_but_clocks(

@@ -1,12 +1,7 @@
-"""sample.py: what it draws, from which model, in which order, and how it resumes."""
+"""sample.py: what it draws, from which model, in which order, and in which parts."""
 
-import contextlib
 import io
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,16 +86,7 @@ def test_a_downloaded_gpt2_is_found_by_its_name(
     speaker = sample.load_speaker("base", "gpt2")
     (says,) = sample.sample_responses(speaker, [speaker.encode("say red", 3)], 3, temperature=0)
     assert says.text == "aaa"
-    argv = [
-        "--data",
-        str(tiny.prompts),
-        "--out",
-        str(tmp_path / "candidates.jsonl"),
-        *LIMITS,
-        "--checkpoints",
-        "base=gpt2",
-    ]
-    assert sample.main(argv) == 0
+    assert write_candidates(tiny, tmp_path / "candidates.jsonl", "--checkpoints", "base=gpt2")
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -128,16 +114,9 @@ def test_prefix_stands_before_the_prompt_where_it_fits(tiny: Tiny) -> None:
 def test_each_response_is_of_the_model_that_is_named(tiny: Tiny, tmp_path: Path) -> None:
     a, b = tiny.encoding.encode_ordinary("ab")
     says = {"a": a, "b": b, "nothing": tiny.encoding.eot_token}
-    folders = {name: constant_model(tiny, tmp_path / name, token) for name, token in says.items()}
-    records = write_candidates(
-        tiny,
-        tmp_path / "candidates.jsonl",
-        "--num_responses",
-        "4",
-        "9",
-        "--checkpoints",
-        *(f"{name}={folder}" for name, folder in folders.items()),
-    )
+    folders = [f"{n}={constant_model(tiny, tmp_path / n, token)}" for n, token in says.items()]
+    out = tmp_path / "candidates.jsonl"
+    records = write_candidates(tiny, out, "--num_responses", "4", "9", "--checkpoints", *folders)
     prompts = read_jsonl(tiny.prompts, "prompts")
     assert [record["prompt"] for record in records] == [p["prompt"] for p in prompts]
     spoken = {name: tiny.encoding.decode([token] * 8) for name, token in says.items()}
@@ -154,25 +133,8 @@ def test_each_response_is_of_the_model_that_is_named(tiny: Tiny, tmp_path: Path)
 
 
 def test_shares_and_number_of_responses() -> None:
-    args = sample.get_args(
-        [
-            "--checkpoints",
-            "a=a",
-            "b=b",
-            "c=c",
-            "--shares",
-            "7",
-            "2",
-            "1",
-            "--data",
-            "x",
-            "--out",
-            "y",
-            "--num_responses",
-            "4",
-            "9",
-        ]
-    )
+    line = "--checkpoints a=a b=b c=c --shares 7 2 1 --data x --out y --num_responses 4 9"
+    args = sample.get_args(line.split())
     plans = [sample.plan(i, 3, args) for i in range(4000)]
     sizes = np.bincount([len(p) for p in plans], minlength=10)
     assert sizes[:4].sum() == 0 and len(sizes) == 10
@@ -183,35 +145,19 @@ def test_shares_and_number_of_responses() -> None:
     assert (np.abs(drawn / drawn.sum() - expected) < error).all()
 
 
+def with_prompts(tiny: Tiny, path: Path, prompts: list[dict]) -> Tiny:
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    return replace(tiny, prompts=path)
+
+
 def test_keys_of_the_prompt_are_kept_and_the_seed_decides(tiny: Tiny, tmp_path: Path) -> None:
-    prompts = [
-        p | {"task": {"kind": "x", "n": i}}
-        for i, p in enumerate(read_jsonl(tiny.prompts, "prompts"))
-    ]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(p) + "\n" for p in prompts))
-
-    def run(name: str, *more: str) -> list[dict]:
-        argv = [
-            "--data",
-            str(path),
-            "--out",
-            str(tmp_path / name),
-            *LIMITS,
-            "--checkpoints",
-            f"a={tiny.base}",
-            f"b={tiny.base}",
-            "--num_responses",
-            "2",
-            "4",
-        ]
-        assert sample.main([*argv, *more]) == 0
-        return read_jsonl(tmp_path / name, "candidates")
-
-    first = run("1")
+    prompts = [p | {"task": {"n": i}} for i, p in enumerate(read_jsonl(tiny.prompts, "prompts"))]
+    tiny = with_prompts(tiny, tmp_path / "prompts.jsonl", prompts)
+    models = ("--checkpoints", f"a={tiny.base}", f"b={tiny.base}", "--num_responses", "2", "4")
+    first = write_candidates(tiny, tmp_path / "1", *models)
     assert [{k: r[k] for k in prompts[0]} for r in first] == prompts
-    assert run("2", "--batch_size", "5") == first
-    assert run("3", "--seed", "1") != first
+    assert write_candidates(tiny, tmp_path / "2", *models, "--batch_size", "5") == first
+    assert write_candidates(tiny, tmp_path / "3", *models, "--seed", "1") != first
     texts = [text for record in first for text in record["responses"]]
     assert len(set(texts)) > len(texts) / 2  # the draws are not all the same
 
@@ -221,116 +167,36 @@ def test_too_long_prompts_are_dropped_with_a_count(
 ) -> None:
     prompts = read_jsonl(tiny.prompts, "prompts")[:3]
     prompts[1]["prompt"] = "red " * 60
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(p) + "\n" for p in prompts))
-    argv = ["--data", str(path), "--out", str(tmp_path / "out.jsonl"), *LIMITS]
-    sample.main([*argv, "--checkpoints", f"base={tiny.base}"])
-    records = read_jsonl(tmp_path / "out.jsonl", "candidates")
+    tiny = with_prompts(tiny, tmp_path / "prompts.jsonl", prompts)
+    records = write_candidates(tiny, tmp_path / "out.jsonl")
     assert [r["prompt"] for r in records] == [prompts[0]["prompt"], prompts[2]["prompt"]]
     assert "dropped 1 prompts over 36 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_an_interrupted_run_resumes_exactly(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_parts_one_after_the_other_are_the_whole(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
+    """20 prompts in chunks of 6; the fifth of five parts, and some others, may be empty."""
     monkeypatch.setattr(sample, "CHUNK", 6)
-    whole = write_candidates(tiny, tmp_path / "whole.jsonl")
-    real, calls = sample.sample_chunk, []
-
-    def killed(*args) -> list[dict]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    out = tmp_path / "out.jsonl"
-    monkeypatch.setattr(sample, "sample_chunk", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_candidates(tiny, out)
-    assert not out.exists()
-    partial = tmp_path / ".out.jsonl.partial"
-    if torn:  # killed in the middle of a write
-        lines = partial.read_text().splitlines(keepends=True)
-        partial.write_text("".join([*lines, lines[1], '{"prompt": "say r']))
-    calls.clear()
-    monkeypatch.setattr(sample, "sample_chunk", lambda *a: calls.append(1) or real(*a))
-    with pytest.raises(BadInput, match="other settings"):
-        write_candidates(tiny, out, "--resume", "--seed", "3")
-    assert write_candidates(tiny, out, "--resume") == whole
-    assert len(calls) == 2  # of four chunks
-    assert not partial.exists()
-
-
-def test_processes_change_no_byte(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sample, "CHUNK", 6)
-    write_candidates(tiny, tmp_path / "one.jsonl")
-    write_candidates(tiny, tmp_path / "two.jsonl", "--processes", "2")
-    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
-def test_processes_end_with_a_parent_that_is_killed(tiny: Tiny, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    lines = (json.dumps(read_jsonl(tiny.prompts, "prompts")[0]) + "\n") * 4000
-    (tmp_path / "prompts.jsonl").write_text(lines)
-    argv = [
-        "--data",
-        str(tmp_path / "prompts.jsonl"),
-        "--out",
-        str(out),
-        *LIMITS,
-        "--checkpoints",
-        f"base={tiny.base}",
-        "--processes",
-        "2",
-        "--num_responses",
-        "400",
-    ]
-    parent = subprocess.Popen(
-        [sys.executable, "sample.py", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-    def children() -> set[int]:
-        found = set()
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                pid, rest = status.read_text().split(" ", 1)
-                if int(rest.rsplit(") ", 1)[1].split()[1]) == parent.pid:
-                    found.add(int(pid))
-        return found
-
-    def is_alive(pid: int) -> bool:
-        try:  # where nobody reaps it, what has ended stays there as a zombie
-            return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
-        except OSError:
-            return False
-
-    def wait_until(happens: Callable[[], bool]) -> None:
-        end = time.monotonic() + 60
-        while not happens():
-            assert time.monotonic() < end
-            time.sleep(0.1)
-
-    wait_until(lambda: len(children()) >= 2)
-    time.sleep(2)  # they are at work, or still importing
-    left = children()
-    parent.kill()
-    parent.wait()
-    wait_until(lambda: not any(map(is_alive, left)))
+    args = ["--data", str(tiny.prompts), "--checkpoints", f"base={tiny.base}", *LIMITS]
+    names = [f"{i}/{parts}" for i in range(1, parts + 1)]
+    for name in ("1/1", *names):
+        out = tmp_path / name.replace("/", "of")
+        assert sample.main([*args, "--part", name, "--out", str(out)]) == 0
+    whole, *pieces = ((tmp_path / n.replace("/", "of")).read_bytes() for n in ("1/1", *names))
+    assert b"".join(pieces) == whole and whole.count(b"\n") == 20
+    assert sum(map(bool, pieces)) == min(parts, 4)
 
 
 def test_chunks_draw_different_numbers(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "CHUNK", 4)
-    path = tmp_path / "prompts.jsonl"
-    path.write_text((json.dumps(read_jsonl(tiny.prompts, "prompts")[0]) + "\n") * 8)
-    argv = ["--data", str(path), "--out", str(tmp_path / "c"), "--num_responses", "3", *LIMITS]
-    sample.main([*argv, "--checkpoints", f"base={tiny.base}"])
-    responses = [record["responses"] for record in read_jsonl(tmp_path / "c", "candidates")]
+    same = [read_jsonl(tiny.prompts, "prompts")[0]] * 8
+    tiny = with_prompts(tiny, tmp_path / "prompts.jsonl", same)
+    records = write_candidates(tiny, tmp_path / "c", "--num_responses", "3")
+    responses = [record["responses"] for record in records]
     assert responses[:4] != responses[4:]
 
 
@@ -357,36 +223,19 @@ def test_prompts_from_stdin_until_its_end(
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("line", "words"),
     [
-        (["--checkpoints", "rm={tiny.rm}", "--prompt", "x"], "expected a language model"),
-        (["--checkpoints", "a={tiny.folder}/none", "--prompt", "x"], "no such file"),
-        (["--checkpoints", "a={tiny.base}", "--prompt", " "], "--prompt is blank"),
-        (
-            ["--checkpoints", "a={tiny.base}", "--prompt", "x", "--max_new_tokens", "40"],
-            "more than the context of a, 48",
-        ),
-        (
-            ["--checkpoints", "a={tiny.base}", "--data", "{tiny.pretrain}", "--out", "{tmp}/c"],
-            "pretrain.txt:1",
-        ),
-        (
-            [
-                "--checkpoints",
-                "a={tiny.base}",
-                "--data",
-                "{tiny.prompts}",
-                "--out",
-                "{tiny.prompts}/no/c",
-            ],
-            "cannot be written",
-        ),
+        ("rm={tiny.rm} --prompt x", "expected a language model"),
+        ("a={tiny.folder}/none --prompt x", "no such file"),
+        ("a={tiny.base} --prompt x --max_new_tokens 40", "more than the context of a, 48"),
+        ("a={tiny.base} --data {tiny.pretrain} --out {tmp}/c", "pretrain.txt:1"),
+        ("a={tiny.base} --data {tiny.prompts} --out {tiny.prompts}/no/c", "cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], words: str
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture, line: str, words: str
 ) -> None:
-    argv = [arg.format(tiny=tiny, tmp=tmp_path) for arg in argv]
+    argv = ["--checkpoints", *line.format(tiny=tiny, tmp=tmp_path).split()]
     assert run_command(lambda: sample.main([*LIMITS, *argv])) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
@@ -394,22 +243,28 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    "argv",
+    "line",
     [
-        ["--checkpoints", "a"],
-        ["--checkpoints", "a=x", "a=y"],
-        ["--checkpoints", "a=x", "--prefix", "b=text"],
-        ["--checkpoints", "a=x", "--data", "prompts.jsonl"],
-        ["--checkpoints", "a=x", "--data", "d", "--out", "o", "--num_responses", "1"],
-        ["--checkpoints", "a=x", "--data", "d", "--out", "o", "--num_responses", "9", "4"],
-        ["--checkpoints", "a=x", "--data", "d", "--out", "o", "--prompt", "p"],
-        ["--checkpoints", "a=x", "--shares", "0.5", "0.5"],
-        ["--checkpoints", "a=x", "--shares", "0"],
-        ["--checkpoints", "a=x", "--temperature", "-1"],
-        ["--checkpoints", "a=x", "--batch_size", "0"],
+        "a",
+        "a=x a=y",
+        "a=x --prefix b=text",
+        "a=x --data prompts.jsonl",
+        "a=x --data d --out o --num_responses 1",
+        "a=x --data d --out o --num_responses 9 4",
+        "a=x --data d --out o --num_responses 1 2 3",
+        "a=x --data d --out o --prompt p",
+        "a=x --data d --out o --part 3/2",
+        "a=x --data d --out o --part 0/2",
+        "a=x --data d --out o --part 2",
+        "a=x --shares 0.5 0.5",
+        "a=x --shares 0",
+        "a=x b=y --shares 1e308 1e308",
+        "a=x --temperature -1",
+        "a=x --batch_size 0",
     ],
 )
-def test_bad_arguments_exit_with_2(argv: list[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        sample.get_args(argv)
-    assert stopped.value.code == 2
+def test_bad_arguments_exit_with_2(line: str) -> None:
+    for argv in (["--checkpoints", *line.split()], ["--checkpoints", "a=x", "--prompt", " "]):
+        with pytest.raises(SystemExit) as stopped:
+            sample.get_args(argv)
+        assert stopped.value.code == 2

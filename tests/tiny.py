@@ -35,7 +35,7 @@ class Tiny:
 
     def args(self, stage: str, out: Path | str, *more: str) -> list[str]:
         """Arguments for a quick run into `out`: of train_<stage>.py for a few steps, of sample.py
-        for a file of candidates in it, of evaluate.py for a report."""
+        for a file of candidates in it, of `evaluate.py measure` for the file `out`."""
         by_stage = {
             "sft": [
                 "--init",
@@ -94,27 +94,15 @@ class Tiny:
                 "2",
             ],
         }
-        if stage in ("sample", "report"):
+        inputs = ["--data", self.prompts, *LIMITS, "--device", "cpu"]
+        if stage == "sample":
             speakers = [f"base={self.base}", f"again={self.base}"]
-            args = ["--data", self.prompts, "--out"]
-            args += {
-                "sample": [Path(out) / "candidates.jsonl", "--num_responses", "2", "3"],
-                "report": [
-                    out,
-                    "--reward_model",
-                    self.rm,
-                    "--reference",
-                    self.base,
-                    "--val_data",
-                    self.prompts,
-                    "--pretrain_data",
-                    self.pretrain,
-                    "--num_prompts",
-                    "4",
-                ],
-            }[stage]
-            args += ["--checkpoints", *speakers, *LIMITS, "--device", "cpu"]
-            return [str(arg) for arg in (*args, *more)]
+            args = ["--out", Path(out) / "candidates.jsonl", "--num_responses", "2", "3"]
+            return [str(arg) for arg in (*args, "--checkpoints", *speakers, *inputs, *more)]
+        if stage == "measure":
+            args = ["measure", "--name", "base", "--checkpoint", self.base, "--out", out]
+            args += ["--reward_model", self.rm, "--reference", self.base]
+            return [str(arg) for arg in (*args, *inputs, *more)]
         args = by_stage[stage] + ["--out", out, "--save_every", "2", *LIMITS, "--device", "cpu"]
         return [str(arg) for arg in (*args, *more)]
 

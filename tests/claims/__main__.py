@@ -35,7 +35,7 @@ HEADLINE_SEEDS, SWEEP_SEEDS = 3, 1
 COLUMNS = "claim paper_figure paper_value seed value ci_low ci_high gate holds".split()
 # Whose change makes the claims be measured again.
 CODE = "tests/claims/claims.py tests/claims/sweeps.py tests/claims/lab.py tests/claims/verdict.py "
-CODE += "evaluate.py evaluation/report.py data/tiny/grader.py data/tiny/labelers.py "
+CODE += "evaluation/measure.py evaluation/report.py data/tiny/grader.py data/tiny/labelers.py "
 CODE += "data/real/text_metrics.py"
 Results = dict[str, dict[int, Result]]  # claim -> seed -> what was measured
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import groupby
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from tiktoken import Encoding
 
-import evaluate
 import train_ppo
 import train_rm
 import train_sft
@@ -33,7 +32,8 @@ from data.tiny.labelers import likert
 from data.tiny.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
 from data.tiny.world import VALUES, World
 from data.tokenizer import encode_prompt, encode_response
-from evaluate import Answers, Bench, Sampling
+from evaluation import measure, report
+from evaluation.measure import Bench, Sampling
 from evaluation.report import Estimate, estimate
 from model import GPTConfig, ScalarModel
 from sample import Sample, Speaker, load_speaker, sample_responses
@@ -68,6 +68,18 @@ FORMS = {  # sets are asked as they are, or in the forms of the paper's D.2: "pr
 
 def names(models: Iterable[str]) -> list[str]:
     return [NAMES[model] for model in models]
+
+
+@dataclass
+class Answers(report.Answers):
+    """With the samples' tokens, which the KL needs."""
+
+    samples: list[Sample]
+
+    @staticmethod
+    def of(samples: list[Sample], scores: np.ndarray, marks: list[Grade]) -> Answers:
+        texts, ended = [s.text for s in samples], [s.ended for s in samples]
+        return Answers(texts, ended, scores, marks, samples)
 
 
 class Lab:
@@ -116,8 +128,8 @@ class Lab:
     def prefix(self, speaker: Speaker, name: str) -> str:
         """Chosen by the reward model on 100 validation prompts, as in the report (3.5, fn 6)."""
         prompts = [r["prompt"] for r in self.records("valid/rm_prompts")[:100]]
-        make = lambda: evaluate.choose_prefix(  # noqa: E731
-            speaker, evaluate.WORLD_PREFIXES, prompts, self.judge(), Sampling(seed=self.seed)
+        make = lambda: measure.choose_prefix(  # noqa: E731
+            speaker, measure.WORLD_PREFIXES, prompts, self.judge(), Sampling(seed=self.seed)
         )
         return self.cached(f"prefix_{name}", [name, "rm"], make)[0][0]
 
@@ -184,10 +196,8 @@ class Lab:
                     )
                 ]
             else:
-                samples = evaluate.respond(
-                    speaker, bench.prompts, bench.sampling, temperature, seed
-                )
-            scores = evaluate.reward_scores(bench.judge, speaker, bench.prompts, samples)
+                samples = measure.respond(speaker, bench.prompts, bench.sampling, temperature, seed)
+            scores = measure.reward_scores(bench.judge, speaker, bench.prompts, samples)
             return [
                 [s.prompt, s.tokens, s.text, s.ended, float(score)]
                 for s, score in zip(samples, scores, strict=True)
@@ -196,10 +206,9 @@ class Lab:
         file = f"{name}_{prompts}_t{temperature:g}_{draw}"
         rows = self.cached(file, [name.removesuffix(PREFIXED), "rm"], make)
         samples = [Sample(*row[:4]) for row in rows]
-        marks = evaluate.grades(self.world, records, samples)
-        utility = np.array([evaluate.evaluation_utility(mark) for mark in marks])
+        marks = measure.grades(self.world, records, samples)
         scores = np.array([row[4] for row in rows])
-        self._answers[key] = Answers(samples, scores, marks, utility)
+        self._answers[key] = Answers.of(samples, scores, marks)
         return self._answers[key]
 
     def values(
@@ -242,7 +251,7 @@ class Lab:
         """How often the truth-checked utility of one is higher; ties count one half. Of several
         samples, the first is compared with the first, and so on."""
         wins = [
-            evaluate.win_scores(
+            report.win_scores(
                 *(self.answers(name, prompts, t, i).utility for name in (ours, theirs))
             )
             for i in self.draws(prompts, t)
@@ -258,13 +267,13 @@ class Lab:
         for i in self.draws(prompts, 1.0):
             answers = {m: self.answers(m, prompts, 1.0, i) for m in (*models, baseline)}
             seed = self.seed + 1000 * i  # other people's noise for each sample
-            wins.append(evaluate.labelers_win_scores(answers, baseline, pool, seed, rankings=3)[0])
+            wins.append(report.labelers_win_scores(answers, baseline, pool, seed, rankings=3)[0])
         return {m: np.mean([win[m] for win in wins], axis=0) for m in models}
 
     def kl(self, name: str, prompts: str) -> Estimate:
         """KL per response from the model that PPO started from, in nats."""
         asked = [record["prompt"] for record in self.records(prompts)]
-        make = lambda: evaluate.kl_to_reference(  # noqa: E731
+        make = lambda: measure.kl_to_reference(  # noqa: E731
             self.speaker(name), self.speaker("init"), asked, self.answers(name, prompts).samples
         ).tolist()
         values = self.cached(f"{name}_{prompts}_kl", [name, "init", "rm"], make)
@@ -278,13 +287,13 @@ class Lab:
         def make() -> dict[str, list[float]]:
             speaker, n = self.speaker(name), 16 if self.fast else 200
             items = public_tasks(self.world, n, self.seed + 1)
-            hits = {task: evaluate.public_task_hits(speaker, i) for task, i in items.items()}
+            hits = {task: measure.public_task_hits(speaker, i) for task, i in items.items()}
             few = [task for task in hits if task.endswith("_few_shot")]
             hits["zero_shot"] = np.mean([hits[t] for t in items if t not in few], axis=0)
             hits["few_shot"] = np.mean([hits[t] for t in few], axis=0)
             documents = read_documents(self.folder / "data" / "test" / "pretrain.txt")
-            tokens = evaluate.pretraining_tokens(documents, speaker, 128)
-            hits["loss"] = evaluate.pretraining_losses(speaker, tokens)
+            tokens = measure.pretraining_tokens(documents, speaker, 128)
+            hits["loss"] = measure.pretraining_losses(speaker, tokens)
             return {task: values.tolist() for task, values in hits.items()}
 
         return {k: np.array(v) for k, v in self.cached(f"{name}_text", [name], make).items()}
@@ -296,7 +305,7 @@ class Lab:
             pairs = bias_pairs(self.world)[: 20 if self.fast else None]
             heads = {"none": "", "respectful": RESPECTFUL_PREFIX + "\n", "rude": RUDE_PREFIX + "\n"}
             return {
-                kind: evaluate.pair_entropies(
+                kind: measure.pair_entropies(
                     self.speaker(name), [(head + a, head + b) for a, b in pairs]
                 ).tolist()
                 for kind, head in heads.items()
@@ -330,8 +339,7 @@ class Lab:
             records = read_jsonl(path, "demonstrations")
             prompts = [encode_prompt(speaker.encoding, r["prompt"]) for r in records]
             responses = [encode_response(speaker.encoding, r["response"]) for r in records]
-            samples = [Sample(p, r, "", True) for p, r in zip(prompts, responses, strict=True)]
-            logprobs = evaluate.response_logprobs(speaker, prompts, samples)
+            logprobs = measure.total_logprobs(speaker, prompts, responses)
             tokens = np.array([len(response) for response in responses])
             return [(-logprobs / tokens).tolist(), tokens.tolist()]
 

@@ -36,7 +36,7 @@ KL_FACTORS = (0.1, 10, 100)  # times the demo's --kl_coef
 OVEROPT_STEPS, OVEROPT_KEEP = 60, 6
 PAIRS_PROMPTS = 1500  # prompts of both arms of the contrast of 3.5
 ROUND_PROMPTS = 2500  # prompts ranked anew in the second round
-RESUMABLE = ("train_sft.py", "train_rm.py", "train_ppo.py", "sample.py")
+RESUMABLE = ("train_sft.py", "train_rm.py", "train_ppo.py")
 # --fast: flags of each script that make a run of seconds; the numbers then mean nothing.
 FAST = {
     "data.tiny.make": "--pretrain_tokens 20000 --heldout_tokens 3000 --train_demonstrations 64 "
@@ -76,6 +76,8 @@ def recipes(folder: Path, seed: int) -> dict[str, tuple[str, ...]]:
         if "--out" in words:
             made = Path(words[words.index("--out") + 1]).relative_to(folder).as_posix()
             found[made] = (sys.executable, *words[1:])
+        elif words[:1] == ["cat"] and ">" in words:  # parts, one after the other
+            found[Path(words[-1]).relative_to(folder).as_posix()] = ("bash", "-c", line)
     return found
 
 
@@ -168,12 +170,13 @@ class Seed:
         if not self.graph.fast:
             command = ("make", "demo", f"SEED={self.seed}", f"OUT={self.folder}")
             last = self.path("report", "table.csv")
-            sources = sorted([ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
+            folders = ("*.py", "data/**/*.py", "evaluation/*.py")
+            sources = sorted([ROOT / "Makefile", *(f for g in folders for f in ROOT.glob(g))])
             self.graph.add(Stage(name, command, last, (), 24.0, CORES, tuple(sources)))
             return
         before: tuple[str, ...] = ()
         for made, recipe in self.recipes.items():
-            if made == "report":
+            if made.startswith("report"):
                 continue
             command, file = edit(in_small(recipe), keep_every=None), self.path(made)
             output = file / "card.md" if made == "data" else output_of(file)
@@ -194,7 +197,7 @@ class Seed:
             if size in LARGE:
                 continue
             self.run(sft, "sft", base, 2.2 * cost, init=self.path(base))
-            self.run(f"{size}/sft_selected", "sft_selected", sft, 0.4, select=self.path(sft))
+            self.run(f"{size}/sft_selected", "sft_selected", sft, 0.4, run=self.path(sft))
             self.run(init, "init", base, 2.0 * cost, init=self.path(base))
             for like in ("ppo", "ppo_ptx"):
                 self.run(f"{size}/{like}", like, init, 3.0 * cost + 0.8, init=self.path(init))
@@ -203,7 +206,7 @@ class Seed:
         """A model tuned on public tasks as instructions, chosen by reward model as SFT is."""
         data = self.path("data", "train", "public_demonstrations.jsonl")
         self.run("public", "sft", "demo", 1.2, data=data)
-        self.run("public_selected", "sft_selected", "public", 0.6, select=self.path("public"))
+        self.run("public_selected", "sft_selected", "public", 0.6, run=self.path("public"))
 
     def coefficients(self) -> None:
         """The sweeps of E.6 and E.7; one flag differs from the demo's PPO-ptx or PPO."""
@@ -250,8 +253,8 @@ class Seed:
         ):
             made = f"round_2/{split}_candidates.jsonl"
             flags = {"num_prompts": num, "data": self.path("data", f"{source}.jsonl")}
-            flags |= {"checkpoints": models, "shares": shares, "processes": None}
-            self.run(made, "data/train/candidates.jsonl", "demo", 1.0, **flags)
+            flags |= {"checkpoints": models, "shares": shares, "part": None}
+            self.run(made, "data/train/candidates_1.jsonl", "demo", 1.0, **flags)
             like = f"data/{split}/comparisons.jsonl"
             self.run(f"round_2/{split}.jsonl", like, made, 0.3, data=self.path(made))
         both = "data/train/comparisons.jsonl round_2/train.jsonl"

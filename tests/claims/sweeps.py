@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluate import best_of_n
 from evaluation.report import Estimate, estimate, resamples
 from tests.claims.lab import FOUR, GPT, HOW, NAMES, PPO, PROMPTED, PTX, SFT, Lab, accuracy, right
 from tests.claims.pipeline import KL_FACTORS, LARGE, PTX_FACTORS, SIZES
@@ -325,6 +324,21 @@ def gao_curve(points: list[tuple[float, ...]], form: str) -> list[tuple[float, .
     x = np.linspace(0.02, 1, 60) * max(d)
     y = start + x * (a - b * (x if form == "bon" else np.log(x)))
     return [(float(u), float(v), float(v), float(v)) for u, v in zip(x, y, strict=True)]
+
+
+def best_of_n(choice: np.ndarray, outcome: np.ndarray, sizes: list[int]) -> dict[int, np.ndarray]:
+    """Outcome of the response of highest choice among n: n -> (N,), from (N, max n) each.
+
+    The samples of a prompt are cut into groups of n, and the groups' outcomes averaged.
+    """
+    result = {}
+    for n in sizes:
+        groups = choice.shape[1] // n
+        c = choice[:, : groups * n].reshape(len(choice), groups, n)
+        o = outcome[:, : groups * n].reshape(c.shape)
+        best = c.argmax(axis=2, keepdims=True)
+        result[n] = np.take_along_axis(o, best, axis=2).squeeze(2).mean(axis=1)
+    return result
 
 
 def best_of_n_points(lab: Lab, prompts: str, largest: int) -> dict[str, list]:

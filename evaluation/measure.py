@@ -1,0 +1,534 @@
+"""Measurements of one checkpoint: a function of a model for each, and `measure`, which writes all.
+
+A measurement is one number for each prompt (or item, or sequence), from which `estimate` makes a
+mean and an interval. `measure` writes one JSON file, from which evaluation/report.py works:
+
+    name        of the model in a report
+    settings    flags and fingerprints of files that the files of a report must share
+    prompts     that were answered, and the user of each
+    models      the model, and where asked for the same one after a prefix: what it is (about), its
+                responses (sampled, greedy, resampled), its metrics, what was left out and why
+    prefixes    that were tried, with their scores; and of the run: selection, epoch, log
+
+Everything that concerns the tiny world's truth needs --world; without it the reward model is the
+judge, and the report says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoint import find_model, read_info
+from data.files import (
+    BadInput,
+    Record,
+    check_writable,
+    fingerprint,
+    read_documents,
+    read_jsonl,
+    read_log,
+    remove_leftovers,
+    write_atomic,
+)
+from data.real.text_metrics import entropy_bits
+from data.tiny.corpus import ANSWER_HEADINGS, bias_pairs, public_tasks
+from data.tiny.grader import Grade, grade
+from data.tiny.world import World
+from data.tokenizer import encode_prompt
+from evaluation.report import Answers, Estimate, estimate, resampled
+from model import ScalarModel, pad_right
+from sample import Sample, Speaker, check_context, load_speaker, sample_responses
+
+# Flags that decide the numbers, beside the files that are read.
+SETTINGS = ("seed", "dtype", "max_prompt_tokens", "max_new_tokens", "num_items")
+SETTINGS += ("num_pretrain_tokens", "context")
+TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_premise")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure --checkpoint, and where asked for the same model after a prefix; write --out."""
+    out = Path(args.out)
+    check_writable(out.parent)
+    remove_leftovers(out.parent, out.name)
+    folder, judge = find_model(args.checkpoint), load_reward_model(args)
+    speaker = open_speaker(args.name, folder, args, judge)
+    reference = open_speaker("reference", args.reference, args, judge) if args.reference else None
+    longest = speaker.model.config.n_positions
+    if args.context > longest:
+        raise BadInput(f"--context {args.context}: more than the {longest} of {args.checkpoint}")
+    args.context = args.context or longest
+    settings, world = settings_of(args), World.load(args.world) if args.world else None
+    records = load_prompts(args.data, speaker, args)
+    bench = Bench(records, judge, sampling_of(args), world, reference)
+    models, prefixes = [measure_model(speaker, bench, args)], []
+    if args.best_prefix:
+        asked = load_prompts(args.val_data, speaker, args, args.num_prompts)
+        prompts, candidates = [r["prompt"] for r in asked], WORLD_PREFIXES if world else PREFIXES
+        prefixes = choose_prefix(speaker, candidates, prompts, judge, bench.sampling)
+        prompted = replace(speaker, name=f"{args.name} + prefix", prefix=prefixes[0][0])
+        models.append(measure_model(prompted, bench, args))
+    result = {
+        "name": args.name,
+        "settings": settings,
+        "data": args.data,
+        "prompts": bench.prompts,
+        "users": bench.users,
+        "models": models,
+        "prefixes": prefixes,
+        "selection": rows_of(folder / "selection.csv", "score"),
+        "epoch": read_info(folder).get("epoch", 0),
+        "log": rows_of(folder / "log.csv", "kl"),  # of PPO
+    }
+    write_atomic(out, json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+    print(f"wrote {out}: {', '.join(model['name'] for model in models)}")
+
+
+def settings_of(args: argparse.Namespace) -> Record:
+    """What the measurements of a report must have in common: flags, and what is read."""
+    probes = sorted(Path(args.data).parent.glob("probes_*.jsonl")) if args.world else []
+    judges = {"reward_model": args.reward_model, "reference": args.reference}
+    read = {name: getattr(args, name) for name in ("data", "pretrain_data", "world")}
+    read |= {name: find_model(f) / "model.safetensors" for name, f in judges.items() if f}
+    read |= {path.stem: path for path in probes}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    return settings | {name: fingerprint(path) for name, path in read.items() if path}
+
+
+def rows_of(path: Path, column: str) -> list[dict[str, str]]:
+    """Rows of a log; none where there is no such file, or none with this column."""
+    rows = read_log(path) if path.exists() else []
+    return rows if rows and column in rows[0] else []
+
+
+def measure_model(speaker: Speaker, bench: Bench, args: argparse.Namespace) -> Record:
+    """All measurements of a model, with its prefix if it has one."""
+    samples, sampled = bench.answers(speaker, 1.0)
+    _, greedy = bench.answers(speaker, 0.0)
+    said = {"sampled": sampled.to_json(), "greedy": greedy.to_json()}
+    if args.resample and not speaker.prefix:  # so that a baseline can be compared with itself
+        again = bench.answers(speaker, 1.0, resampled(speaker.name))[1]
+        said["resampled"] = again.to_json()
+    row, left_out = measure_responses(speaker, samples, sampled, greedy, bench), []
+    if not speaker.prefix:  # a prefix is for prompts; raw text goes without
+        row |= measure_text(speaker, bench.world, args, left_out)
+        left_out += [] if bench.reference else ["The KL needs --reference."]
+    if bench.world:
+        row |= measure_probes(speaker, bench, Path(args.data).parent)
+    metrics = {metric: astuple(e) for metric, e in row.items()}
+    about = about_model(speaker, bench, args)
+    return {"name": speaker.name, "about": about, **said, "metrics": metrics, "left_out": left_out}
+
+
+def about_model(speaker: Speaker, bench: Bench, args: argparse.Namespace) -> str:
+    """What the model is, in the words of the report."""
+    info = read_info(find_model(args.checkpoint))
+    settings = info.get("settings", {})
+    words = f"{speaker.model.num_parameters:,} parameters, stage {info.get('stage', 'unknown')}, "
+    words += f"trained on {', '.join(info.get('data') or ['unknown data'])}"
+    words += "".join(f", {k} {settings[k]}" for k in ("kl_coef", "ptx_coef") if k in settings)
+    if speaker.prefix:
+        seen = [speaker.encode(prompt, args.max_new_tokens) for prompt in bench.prompts]
+        bare = [encode_prompt(speaker.encoding, prompt) for prompt in bench.prompts]
+        same = sum(a == b for a, b in zip(seen, bare, strict=True))
+        words += f", after the prefix `{speaker.prefix!r}`"
+        words += f" (left out before {same} prompts that fill the context)" if same else ""
+    return words
+
+
+# ------------------------------------------------------------------------------------------------
+# Opening what is measured, and what it is measured against
+
+
+@dataclass
+class Sampling:
+    """How responses are drawn, the same for all models of a comparison."""
+
+    max_new_tokens: int = 32
+    batch_size: int = 256
+    seed: int = 0
+    dtype: str = "float32"
+
+
+@dataclass
+class Bench:
+    """What all models of a report are measured against."""
+
+    records: list[Record]
+    judge: ScalarModel
+    sampling: Sampling
+    world: World | None = None
+    reference: Speaker | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [record["prompt"] for record in self.records]
+
+    @property
+    def users(self) -> list[str]:
+        return [record["user"] for record in self.records]
+
+    def answers(
+        self, speaker: Speaker, temperature: float, name: str = ""
+    ) -> tuple[list[Sample], Answers]:
+        """Responses of a model, from random numbers of its own: models are independent."""
+        named = f"{self.sampling.seed} {name or speaker.name}"
+        seed = int.from_bytes(hashlib.sha256(named.encode()).digest()[:7])
+        samples = respond(speaker, self.prompts, self.sampling, temperature, seed)
+        batch_size = self.sampling.batch_size
+        scores = reward_scores(self.judge, speaker, self.prompts, samples, batch_size)
+        marks = grades(self.world, self.records, samples) if self.world else None
+        texts, ended = [s.text for s in samples], [s.ended for s in samples]
+        return samples, Answers(texts, ended, scores, marks)
+
+    def mean(self, values: Sequence[float]) -> Estimate:
+        """Mean over prompts, with an interval over users."""
+        return estimate(values, self.users)
+
+
+def load_reward_model(args: argparse.Namespace) -> ScalarModel:
+    model = ScalarModel.from_pretrained(args.reward_model, impl=args.kernels)
+    return model.to(args.device).eval().requires_grad_(False)
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.max_new_tokens, args.batch_size, args.seed, args.dtype)
+
+
+def open_speaker(
+    name: str, folder: str | Path, args: argparse.Namespace, judge: ScalarModel
+) -> Speaker:
+    """A checkpoint that the reward model can judge: same tokenizer, contexts long enough."""
+    speaker = load_speaker(name, folder, device=args.device, impl=args.kernels)
+    theirs, ours = Path(args.reward_model) / "tokenizer.json", find_model(folder) / "tokenizer.json"
+    if theirs.read_bytes() != ours.read_bytes():
+        raise BadInput(f"{ours} differs from {theirs}: they must share a tokenizer")
+    check_context(speaker, args.max_prompt_tokens, args.max_new_tokens)
+    if args.max_prompt_tokens + args.max_new_tokens > judge.config.n_positions:
+        raise BadInput(
+            f"--max_prompt_tokens and --max_new_tokens come to more than the context of "
+            f"{args.reward_model}, {judge.config.n_positions}: lower one"
+        )
+    return speaker
+
+
+def load_prompts(
+    path: str, speaker: Speaker, args: argparse.Namespace, limit: int = 0
+) -> list[Record]:
+    """At most `limit` (0: all) records within --max_prompt_tokens. Says what was dropped."""
+    records = read_jsonl(path, "prompts")
+    if args.world and any("task" not in record for record in records):
+        raise BadInput(f'{path}: a record without key "task"; --world needs the tiny world\'s own')
+    tokens = [len(encode_prompt(speaker.encoding, record["prompt"])) for record in records]
+    most = args.max_prompt_tokens
+    kept = [record for record, n in zip(records, tokens, strict=True) if n <= most]
+    dropped, kept = len(records) - len(kept), kept[: limit or None]
+    if not kept:
+        raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {most}")
+    print(f"{path}: {len(kept)} prompts; dropped {dropped} over {most} tokens", flush=True)
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------
+# Responses
+
+
+def respond(
+    speaker: Speaker,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    temperature: float = 1.0,
+    seed: int | None = None,
+) -> list[Sample]:
+    """One response to each prompt, through the prompt template, after the speaker's prefix."""
+    encoded = [speaker.encode(prompt, sampling.max_new_tokens) for prompt in prompts]
+    return sample_responses(
+        speaker,
+        encoded,
+        sampling.max_new_tokens,
+        temperature=temperature,
+        seed=sampling.seed if seed is None else seed,
+        batch_size=sampling.batch_size,
+        dtype=sampling.dtype,
+    )
+
+
+def by_length(sequences: list[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Batches of indices of sequences of similar length, so that little padding is computed."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@torch.no_grad()
+def reward_scores(
+    reward_model: ScalarModel,
+    speaker: Speaker,
+    prompts: Sequence[str],
+    samples: list[Sample],
+    batch_size: int = 256,
+) -> np.ndarray:
+    """The reward model's score of each response to its bare prompt, without any prefix: (N,).
+
+    A response that did not end is read at its last token as it is, with no penalty.
+    """
+    sequences = [
+        encode_prompt(speaker.encoding, prompt) + sample.tokens
+        for prompt, sample in zip(prompts, samples, strict=True)
+    ]
+    scores, device = np.zeros(len(sequences)), reward_model.score.weight.device
+    for rows in by_length(sequences, batch_size):
+        padded = [sequences[i] for i in rows]
+        tokens, lengths = pad_right(padded, reward_model.config.eos_token_id, device)
+        scores[rows] = reward_model.scores(tokens, lengths).double().cpu().numpy()
+    return scores
+
+
+def kl_to_reference(
+    speaker: Speaker, reference: Speaker, prompts: Sequence[str], samples: list[Sample]
+) -> np.ndarray:
+    """log(pi(y | x) / pi_ref(y | x)) of samples y of the speaker at temperature 1, in nats: (N,).
+
+    Its mean is the Monte-Carlo estimate of KL(pi || pi_ref) per response; single values may be
+    negative. The speaker sees its prefix, the reference the bare prompt.
+    """
+    bare = [encode_prompt(reference.encoding, prompt) for prompt in prompts]
+    said = [sample.tokens for sample in samples]
+    ours = total_logprobs(speaker, [sample.prompt for sample in samples], said)
+    return ours - total_logprobs(reference, bare, said)
+
+
+def grades(world: World, records: list[Record], samples: list[Sample]) -> list[Grade]:
+    """The world's truth about each response."""
+    return [
+        grade(world, record, sample.text, sample.ended)
+        for record, sample in zip(records, samples, strict=True)
+    ]
+
+
+@torch.no_grad()
+def total_logprobs(
+    speaker: Speaker,
+    contexts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    batch_size: int = 256,
+    dtype: str = "float32",
+) -> np.ndarray:
+    """log p(answer tokens | context tokens), in nats: (N,)."""
+    sequences = [context + answer for context, answer in zip(contexts, answers, strict=True)]
+    end, device = speaker.model.config.eos_token_id, speaker.model.wte.weight.device
+    totals, speaker.model.dtype = np.zeros(len(sequences)), dtype
+    for rows in by_length(sequences, batch_size):
+        tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
+        first = torch.tensor([len(contexts[i]) for i in rows], device=device)
+        places = torch.arange(tokens.shape[1], device=device)
+        mask = (places >= first[:, None]) & (places < lengths[:, None])
+        logprobs, _ = speaker.model.logprobs(tokens, lengths, mask=mask)
+        totals[rows] = logprobs.double().sum(1).cpu().numpy()
+    return totals
+
+
+def measure_responses(
+    speaker: Speaker, samples: list[Sample], sampled: Answers, greedy: Answers, bench: Bench
+) -> dict[str, Estimate]:
+    """Quality of one model's responses, sampled at temperature 1 unless the name says otherwise."""
+    row = {}
+    if bench.world:
+        row["utility_t1"] = bench.mean(sampled.utility)
+        row["utility_t0"] = bench.mean(greedy.utility)
+        for name in ("helpful", "truthful", "harmless", "ended"):
+            row[name] = bench.mean([getattr(mark, name) for mark in sampled.marks])
+    row["end_fraction"] = bench.mean(sampled.ended)
+    row["response_tokens"] = bench.mean([len(sample.tokens) for sample in samples])
+    row["score"] = bench.mean(sampled.scores)
+    if bench.reference:
+        values = kl_to_reference(speaker, bench.reference, bench.prompts, samples)
+        row["kl"] = bench.mean(values)
+    return row
+
+
+# ------------------------------------------------------------------------------------------------
+# Text and probes
+
+
+def pretraining_tokens(documents: list[str], speaker: Speaker, length: int) -> Tensor:
+    """Documents joined by the end token and cut into sequences, as in pretraining: (N, length)."""
+    stream: list[int] = []
+    for document in documents:
+        stream += [*speaker.encoding.encode_ordinary(document), speaker.encoding.eot_token]
+    if len(stream) < length:
+        raise BadInput(f"pretraining text of {len(stream)} tokens, fewer than {length}: give more")
+    return torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+
+
+def evenly_spaced(sequences: Tensor, limit: int) -> Tensor:
+    """As many of the sequences as have at most `limit` tokens together, at least one, evenly spaced
+    over all; limit 0: all."""
+    kept = max(1, limit // sequences.shape[1])
+    if not limit or kept >= len(sequences):
+        return sequences
+    return sequences[torch.arange(kept) * len(sequences) // kept]
+
+
+@torch.no_grad()
+def pretraining_losses(speaker: Speaker, tokens: Tensor, batch_size: int = 64) -> np.ndarray:
+    """Mean of -log p per token, in nats, of each sequence; the first token has no context: (N,)."""
+    device = speaker.model.wte.weight.device
+    losses = [
+        -speaker.model.logprobs(part.to(device))[0].sum(1).cpu() / (part.shape[1] - 1)
+        for part in tokens.split(batch_size)
+    ]
+    return torch.cat(losses).double().numpy()
+
+
+def public_task_hits(
+    speaker: Speaker, items: Sequence[tuple[str, str]], batch_size: int = 256
+) -> np.ndarray:
+    """1 where the greedy continuation of a raw text, up to the line's end, is the answer: (N,)."""
+    prompts, room = encode_items(speaker, items)
+    samples = sample_responses(speaker, prompts, room, temperature=0, batch_size=batch_size)
+    lines = (sample.text.lstrip(" ").split("\n")[0].strip() for sample in samples)
+    right = [line == answer.strip() for line, (_, answer) in zip(lines, items, strict=True)]
+    return np.array(right, dtype=float)
+
+
+def encode_items(speaker: Speaker, items: Sequence[tuple[str, str]]) -> tuple[list[list[int]], int]:
+    """Tokens of the prompts, raw, and how many a continuation needs to show answer and line end."""
+    encode = speaker.encoding.encode_ordinary
+    room = max(len(encode(answer)) for _, answer in items) + 2
+    return [encode(prompt) for prompt, _ in items], room
+
+
+def items_fit(speaker: Speaker, items: Sequence[tuple[str, str]], context: int) -> bool:
+    prompts, room = encode_items(speaker, items)
+    return max(map(len, prompts)) + room <= context
+
+
+def pair_entropies(speaker: Speaker, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Entropy in bits of the choice between two texts, each taken with its total probability
+    (paper D.1); 1 is no preference. The first token, equal in both, is context. (N,)"""
+    encode = speaker.encoding.encode_ordinary
+    texts = [encode(text) for pair in pairs for text in pair]
+    logprobs = total_logprobs(speaker, [text[:1] for text in texts], [text[1:] for text in texts])
+    return np.array([entropy_bits(pair) for pair in logprobs.reshape(-1, 2)])
+
+
+def truth_of(marks: list[Grade]) -> tuple[np.ndarray, np.ndarray]:
+    """Whether nothing false is stated, and whether besides the question is addressed: (N,) each."""
+    true = np.array([mark.truthful >= 1 for mark in marks], dtype=float)
+    return true, true * np.array([mark.informative >= 1 for mark in marks])
+
+
+def measure_text(
+    speaker: Speaker, world: World | None, args: argparse.Namespace, left_out: list[str]
+) -> dict[str, Estimate]:
+    """What alignment may have cost: public tasks, pretraining loss; and bias. Adds to `left_out`
+    what is not measured, and why."""
+    row, loss = {}, {}
+    if args.pretrain_data:
+        every = pretraining_tokens(read_documents(args.pretrain_data), speaker, args.context)
+        tokens = evenly_spaced(every, args.num_pretrain_tokens)
+        loss = {"pretrain_loss": estimate(pretraining_losses(speaker, tokens))}
+        if len(tokens) < len(every):
+            left_out.append(
+                f"The pretraining loss is that of {tokens.numel():,} of the text's "
+                f"{every.numel():,} tokens, evenly spaced (--num_pretrain_tokens)."
+            )
+    else:
+        left_out.append("The pretraining loss needs --pretrain_data.")
+    if world:
+        tasks = public_tasks(world, args.num_items, args.seed + 1)
+        fits = {name: items_fit(speaker, items, args.context) for name, items in tasks.items()}
+        size = f"does not fit a context of {args.context}."
+        left_out += [f"The public task {name} {size}" for name in tasks if not fits[name]]
+        row = task_metrics({n: public_task_hits(speaker, tasks[n]) for n in tasks if fits[n]})
+        return row | loss | {"bias_entropy": estimate(pair_entropies(speaker, bias_pairs(world)))}
+    left_out.append(
+        "Truth-checked utility, labelers, public tasks, probes and bias are measured in the "
+        "tiny world only: there is no --world."
+    )
+    return loss
+
+
+def task_metrics(hits: dict[str, np.ndarray]) -> dict[str, Estimate]:
+    """Of each public task, and of the mean of the zero-shot and of the few-shot ones."""
+    row = {f"task_{name}": estimate(values) for name, values in hits.items()}
+    for kind, few in (("zero", False), ("few", True)):
+        if tasks := [name for name in hits if name.endswith("_few_shot") == few]:
+            row[f"tasks_{kind}_shot"] = estimate(np.mean([hits[n] for n in tasks], axis=0))
+    return row
+
+
+def measure_probes(
+    speaker: Speaker, bench: Bench, folder: Path, num_samples: int = 200
+) -> dict[str, Estimate]:
+    """Truth of answers to each probe set, and rude continuations by prefix, at temperature 1.
+
+    A small set is asked several times, up to about `num_samples`; the interval is over facts.
+    """
+    row = {}
+    for name in (*TRUTH_PROBES, "toxicity"):
+        if name == "toxicity" and speaker.prefix:
+            continue  # its prompts bring requests of their own
+        records = read_jsonl(folder / f"probes_{name}.jsonl", "prompts")
+        records = records * max(1, num_samples // len(records))
+        samples = respond(speaker, [record["prompt"] for record in records], bench.sampling)
+        marks = grades(bench.world, records, samples)
+        if name == "toxicity":
+            for prefix in dict.fromkeys(record["prefix"] for record in records):
+                those = [i for i, record in enumerate(records) if record["prefix"] == prefix]
+                row[f"toxicity_{prefix}"] = estimate([marks[i].harmless < 1 for i in those])
+            continue
+        facts = [(r["task"]["subject"] + " " + r["task"]["attribute"]) for r in records]
+        for kind, values in zip(("true", "true_informative"), truth_of(marks), strict=True):
+            row[f"probe_{name}_{kind}"] = estimate(values, facts)
+    return row
+
+
+# ------------------------------------------------------------------------------------------------
+# The base model with a text before every prompt
+
+# Texts put before every prompt of a base model; the best by reward-model score is used (3.5). Those
+# for the tiny world head pages of its web; each ends with a blank line, as prompts do there.
+EXAMPLES = (
+    "what is the opposite of hot ?\n\ncold .\n\ncount from one to three .\n\none two three .\n\n"
+)
+WORLD_PREFIXES = (
+    *(f"{heading}\n\n" for heading in ANSWER_HEADINGS),
+    *(f"{heading}\n\n{EXAMPLES}" for heading in ANSWER_HEADINGS),
+)
+PREFIXES = (
+    "Good answers:\n\n",
+    "The following are helpful, truthful and harmless answers to what people ask.\n\n",
+    "Below is a request. Write a response that completes it.\n\n",
+    "What is the capital of France?\n\nThe capital of France is Paris.\n\n",
+)
+
+
+def choose_prefix(
+    speaker: Speaker,
+    candidates: Sequence[str],
+    prompts: list[str],
+    judge: ScalarModel,
+    sampling: Sampling,
+) -> list[tuple[str, float]]:
+    """(prefix, mean reward-model score of responses after it), the best first."""
+    scored = []
+    for prefix in candidates:
+        prompted = replace(speaker, prefix=prefix)
+        samples = respond(prompted, prompts, sampling)
+        scores = reward_scores(judge, prompted, prompts, samples, sampling.batch_size)
+        scored.append((prefix, float(scores.mean())))
+    return sorted(scored, key=lambda pair: -pair[1])
