@@ -4,8 +4,8 @@
     model.safetensors  weights under GPT-2's names, in float32
     tokenizer.json     see data/tokenizer.py
 
-Nothing here knows a model class: functions take the class, or a model, from their caller. Whatever
-is wrong with a folder is a `BadInput` that names the file, the value and what was expected.
+Nothing here knows a model class: functions take the class, or a model, from their caller. A faulty
+folder raises `BadInput`, which names the file, the value and what was expected.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from data.tokenizer import load_tokenizer
 MAX_PARAMETERS = 10**12  # a config that asks for more is a mistake: 4 TB of weights
 DOWNLOADS = Path(__file__).parent / "data" / "downloads"
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GPT2_FIXED: dict[str, tuple] = {  # what a config.json may say elsewhere, and here must not
+GPT2_FIXED: dict[str, tuple] = {  # the values of GPT-2, the only ones that are supported
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh GELU
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -48,12 +48,12 @@ SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 def find_model(name_or_dir: str | Path) -> Path:
     """The folder of a model: a path as it is, a name of GPT-2 under data/downloads/.
 
-    Raises `BadInput` with the command that downloads it where a GPT-2 is not there.
+    Raises `BadInput`, with the command that downloads it, if a GPT-2 is not there.
     """
     if str(name_or_dir) in GPT2_NAMES and not Path(name_or_dir).is_dir():
         folder = DOWNLOADS / str(name_or_dir)
         absent = not folder.is_dir()
-        if absent or not (folder / "model.safetensors").exists():  # a download that did not end
+        if absent or not (folder / "model.safetensors").exists():  # an unfinished download
             raise BadInput(
                 f"{folder}: {'no such folder' if absent else 'holds no weights'}; get them with "
                 f"`python -m data.real.prepare --download {name_or_dir}`"
@@ -143,7 +143,7 @@ def load_model(
     """A `kind(config, impl, dtype)` of the folder's shape, with its weights in float32.
 
     Keys may begin with "transformer."; mask buffers and a tied lm_head are ignored. Raises
-    `BadInput` where the folder holds another kind of model, or weights that do not fit config.json.
+    `BadInput` if the folder holds another kind of model, or weights that do not fit config.json.
     """
     config = read_config(folder, config_class)
     config.resid_pdrop = resid_pdrop
@@ -170,7 +170,7 @@ def load_model(
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Give a model the weights read from `path`; raise `BadInput` unless they are just its own."""
+    """Give a model the weights read from `path`; raise `BadInput` unless they fit exactly."""
     own_names = {name.removeprefix("trunk."): name for name in model.state_dict()}
     expected = {name.removeprefix("trunk."): t.shape for name, t in model.state_dict().items()}
     odd = sorted(set(expected) ^ set(weights))
@@ -213,7 +213,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def read_tokenizer(path: str | Path, *models: nn.Module) -> tiktoken.Encoding:
     """The tokenizer of a file or of a model's folder.
 
-    Raises `BadInput` unless it fits every model given: its ids are the model's, and its end token.
+    Raises `BadInput` unless it fits every model given, in the number of ids and in the end token.
     """
     path = find_model(path)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -265,8 +265,8 @@ def save_model(
         name.removeprefix("trunk."): tensor.detach().float().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    # In a folder aside, because safetensors writes to a file of its own making first, which a
-    # killed process would leave behind; and it makes that file private.
+    # In a folder aside: safetensors first writes a temporary file, which a killed process would
+    # leave behind, and it makes that file private.
     aside = folder / f".model.safetensors.{os.getpid()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()

@@ -31,7 +31,8 @@ from evaluation.measure import measure
 from evaluation.public import measure_public
 from evaluation.report import write_report
 from evaluation.select import select
-from sample import Named, non_negative_int, positive_int, sampling_flags
+from run import natural, whole
+from sample import Named, sampling_flags
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +56,7 @@ def select_flags(parser: argparse.ArgumentParser) -> None:
     """choose the epoch of an SFT run by reward-model score"""
     add = parser.add_argument
     add("--run", required=True, help="run folder of train_sft.py, with epochs/")
-    add("--select_every", type=positive_int, default=1, help="of so many epochs one, and the last")
+    add("--select_every", type=natural, default=1, help="of so many epochs one, and the last")
     judge_flags(parser)
 
 
@@ -69,10 +70,10 @@ def measure_flags(parser: argparse.ArgumentParser) -> None:
     add("--val_data", help="prompts.jsonl on which --best_prefix chooses")
     add("--reference", help="checkpoint folder that the KL is measured from")
     add("--pretrain_data", help="pretrain.txt for the held-out pretraining loss")
-    tokens = {"type": non_negative_int, "default": 200_000}
+    tokens = {"type": whole, "default": 200_000}
     add("--num_pretrain_tokens", **tokens, help="tokens of it, evenly spaced; 0: all")
-    add("--num_items", type=positive_int, default=200, help="items of each public task")
-    add("--context", type=non_negative_int, default=0, help="tokens of a text; 0: the model's")
+    add("--num_items", type=natural, default=200, help="items of each public task")
+    add("--context", type=whole, default=0, help="tokens of a text; 0: the model's")
     judge_flags(parser)
 
 
@@ -82,7 +83,7 @@ def judge_flags(parser: argparse.ArgumentParser) -> None:
     add("--reward_model", required=True, help="checkpoint folder of train_rm.py")
     add("--world", help="world.json: check the truth of responses")
     add("--data", required=True, help="prompts.jsonl; `measure` takes the probes beside it too")
-    add("--num_prompts", type=non_negative_int, default=100, help="used for choices; 0: all")
+    add("--num_prompts", type=whole, default=100, help="used for choices; 0: all")
     sampling_flags(parser)
 
 
@@ -96,7 +97,7 @@ def report_flags(parser: argparse.ArgumentParser) -> None:
 def folds_flags(parser: argparse.ArgumentParser) -> None:
     """validate reward models on human comparisons"""
     add = parser.add_argument
-    add("--folds", type=positive_int, default=5, help="how many, at least 2")
+    add("--folds", type=natural, default=5, help="how many, at least 2")
     add("--comparisons", nargs="+", required=True, metavar="FILE", help="comparisons.jsonl")
     add("--init", required=True, help="checkpoint folder that each reward model starts from")
     add("--rm_flags", default="", help='further flags for train_rm.py, as one string: "--lr 3e-4"')
@@ -110,8 +111,8 @@ def public_flags(parser: argparse.ArgumentParser) -> None:
     models = {"nargs": "+", "action": Named, "metavar": "NAME=FOLDER"}
     add("--checkpoints", required=True, **models, help="models, in order")
     add("--sets", nargs="+", choices=tuple(PUBLIC_SETS), metavar="NAME", help="only these")
-    add("--num_items", type=positive_int, default=200, help="items of each set")
-    add("--shots", type=non_negative_int, default=15, help="few-shot examples, at most; 0: none")
+    add("--num_items", type=natural, default=200, help="items of each set")
+    add("--shots", type=whole, default=15, help="few-shot examples, at most; 0: none")
     labels = "labeled_data.csv to train a toxicity scorer on; by default one under --data"
     add("--toxicity_labels", metavar="FILE", help=labels)
     scorer = "instead of it, a Python function: list of texts -> scores, 0..1"

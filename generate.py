@@ -1,8 +1,8 @@
 """A response, token by token: what `GPT.generate` does.
 
-A prompt goes through the model once and leaves its keys and values in a cache. From then on a step
-takes one new token a row. Rows that ended are dropped from the batch. On a GPU a step is one CUDA
-graph. This file imports no model: functions take one.
+A prompt goes through the model once and leaves its keys and values in a cache. After that, a step
+takes one new token of each row. Finished rows are dropped from the batch. On a GPU a step is one
+CUDA graph. This file imports no model: functions take one.
 
 Dimensions: B rows of the result, N rows still being written, P prompt tokens, S cache length,
 H heads, D head size, V vocabulary.
@@ -34,8 +34,8 @@ def generate(
     """Sample a response to each prompt: arguments and result as of `GPT.generate`.
 
     The randomness is one uniform number per row and step, all drawn at the start as
-    (B, max_new_tokens): what a row gets does not depend on when other rows end. With `static` (on a
-    GPU, and in tests) a step's tensors stay where they are and batch sizes are few, so that a step
+    (B, max_new_tokens): a row's sample does not depend on when other rows end. With `static` (on a
+    GPU, and in tests) a step's tensors keep their addresses and batch sizes are few, so that a step
     can be one CUDA graph. Raises ValueError if a prompt and its response do not fit n_positions.
     """
     device, end = prompts.device, model.config.eos_token_id
@@ -64,7 +64,7 @@ def generate(
         decoder = Decoder(model, tokens, lengths, cache, uniforms, temperature)
         decoder.write(hidden[rows, lengths - 1])
         del hidden
-        look_every = 8 if static else 1  # a look at `ended` waits for the device
+        look_every = 8 if static else 1  # reading `ended` waits for the device
         for step in range(1, max_new_tokens):
             if step % look_every == 0:
                 going = int((~decoder.ended).sum())
@@ -73,13 +73,13 @@ def generate(
                 decoder.keep(next_size(going, len(decoder.rows), max_new_tokens - step, static))
             decoder.step()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # the graph must not go while it runs
+        torch.cuda.synchronize(device)  # the graph must not be freed while it runs
     return tokens, decoder.lengths.int()
 
 
 def for_decoding(gpt: GPT) -> GPT:
     """The model with its blocks' matrices in the dtype of their products: cast once, not each
-    step. All else is shared with `gpt`, which itself is returned where there is nothing to cast."""
+    step. All else is shared with `gpt`; if there is nothing to cast, it is `gpt` itself."""
     dtype = getattr(torch, gpt.dtype)
     if dtype == torch.float32 or gpt.h[0].mlp.c_fc.weight.dtype == dtype:
         return gpt
@@ -109,12 +109,12 @@ class KVCache:
 
 
 class Decoder:
-    """Rows being written, N of the B of a result: the tensors of a step, and the step.
+    """The N rows still being written, of B: the tensors of a step, and the step.
 
     Nothing in `step` reads a value on the host or makes a tensor that the next step needs: it works
     on the buffers below, in place. So on a GPU the first step at a batch size runs as it is, which
-    also warms up all kernels; the second is captured as a CUDA graph, and later ones are launches
-    of that graph, one call each instead of some fifteen a layer.
+    also warms up all kernels. The second is captured as a CUDA graph. Later ones launch that graph:
+    one call each, instead of about fifteen a layer.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Decoder:
         end = self.model.config.eos_token_id
         self.new.copy_(sample(logits, uniforms, self.temperature))
         self.new.masked_fill_(self.ended, end)
-        # A row that ended but is still here writes the end token past its end, where one is.
+        # A row that ended but is still here writes the end token past its end, over one.
         self.tokens[self.rows, places] = self.new
         self.lengths[self.rows] = places + (~self.ended).long()
         self.ended.logical_or_(self.new == end)
@@ -172,7 +172,7 @@ class Decoder:
         self.graph.replay()
 
     def keep(self, size: int) -> None:
-        """Go on with `size` rows: those that have not ended, filled up with some that have."""
+        """Continue with `size` rows: those that have not ended, filled up with some that have."""
         if size == len(self.rows):
             return
         self.graph, self.steps_here = None, 0  # the buffers move
@@ -182,11 +182,11 @@ class Decoder:
 
 
 def next_size(going: int, size: int, steps_left: int, static: bool) -> int:
-    """The batch size to go on with, where `going` of `size` rows have not ended.
+    """The next batch size, if `going` of `size` rows have not ended.
 
-    Copying the cache of fewer rows pays when a tenth has ended. With CUDA graphs a new size also
-    costs a step without graph and a capture: sizes are powers of two from 8, and the step is made
-    for a quarter of the rows and 16 steps.
+    Copying the cache of fewer rows pays once a tenth has ended. With CUDA graphs a new size also
+    costs a step without graph and a capture: sizes are powers of two from 8, and change only if a
+    quarter of the rows goes and 16 steps are left.
     """
     if not static:
         return going if going < 0.9 * size else size

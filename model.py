@@ -69,9 +69,9 @@ class Linear(nn.Module):
 class Packing:
     """Right-padded rows (B, T) as a list of N tokens, without padding and without repetitions.
 
-    All but attention treats tokens one by one, and does so on (N, C). Attention needs rows. Where a
-    row begins like the row above it, as responses to one prompt do, the common beginning is listed
-    once: a causal model computes the same for both.
+    All layers but attention treat tokens one by one, on (N, C); attention needs rows. If a row
+    begins with the same tokens as the row above it, as responses to one prompt do, the common
+    beginning is listed once: a causal model computes the same for both.
     """
 
     index: Tensor  # (B, T): the number, in the list, of the token at each place (of padding: any)
@@ -177,11 +177,11 @@ class GPT(nn.Module):
     implementations, or "attention=name,logprobs=name". `dtype` is that of matrix products:
     "bfloat16" is autocast on float32 weights, whose sums and log-probs stay in float32.
 
-    `packs`: on a GPU, too, list tokens as `Packing` does. That spares repeated beginnings and costs
-    one wait for the GPU a forward pass; on a CPU it is always done.
+    `packs`: use `Packing` on a GPU too. It saves the work on repeated beginnings and costs one wait
+    for the GPU per forward pass; on a CPU it is always used.
     `gradient_checkpointing`: keep only each block's input for the backward pass, which computes the
-    block again: about a ninth of the memory for activations at 16 bits, a third more time.
-    Gradients are the same, dropout included.
+    block again. At 16 bits, activations take about a ninth of the memory, and training a third more
+    time. Gradients are the same, dropout included.
     """
 
     def __init__(self, config: GPTConfig, impl: str = "auto", dtype: str = "float32"):
@@ -196,7 +196,7 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's: normal of std `initializer_range`; projections onto the residual stream by
+        """GPT-2's: normal of std `initializer_range`; projections onto the residual stream times
         1/sqrt(2 n_layer), so that its variance does not grow with depth (two branches a layer)."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
@@ -212,7 +212,7 @@ class GPT(nn.Module):
             wpe[t, 2i] = sqrt(2) std sin(w_i t),  wpe[t, 2i+1] = sqrt(2) std cos(w_i t)
 
         with frequencies w_i from 1 to 1 / n_positions (after Vaswani et al. 2017, 3.5). "The token
-        before" is then one rotation for all t, not T lessons: small models copy much sooner.
+        before" is then one rotation for all t, not T lessons: small models learn to copy sooner.
         """
         T, C = self.wpe.weight.shape
         frequencies = T ** -torch.linspace(0, 1, (C + 1) // 2)
@@ -326,7 +326,7 @@ class GPT(nn.Module):
 
         "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl" are looked up under data/downloads/.
         Options: impl, dtype, resid_pdrop (dropout is set by the caller, not by the file). Raises
-        `BadInput` where the folder is not a language model.
+        `BadInput` if the folder is not a language model.
         """
         return load_model(cls, GPTConfig, find_model(name_or_dir), **options)
 
@@ -363,10 +363,9 @@ class ScalarModel(nn.Module):
     def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """One number per row, the score of its response: (B, T), (B,) -> (B,) float32.
 
-        It is read at the row's last token or, where that is the end token, at the one before it. In
-        pretraining the end token stands between documents: at the end token the trunk has learned
-        to forget the text, and the text is what we score. (A row that is the end token alone is
-        read there.)
+        It is read at the row's last token or, if that is the end token, at the one before it. In
+        pretraining the end token separates documents: there the trunk has learned to forget the
+        text, and the text is what we score. (A row of the end token alone is read there.)
         """
         hidden = self.trunk(tokens, lengths)
         rows = torch.arange(len(tokens), device=tokens.device)
@@ -392,8 +391,8 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options) -> ScalarModel:
-        """Load a checkpoint of train_rm.py, options as of a GPT's. Raises `BadInput` where it is a
-        language model."""
+        """Load a checkpoint of train_rm.py, with the options of `GPT.from_pretrained`. Raises
+        `BadInput` if it is a language model."""
         return load_model(cls, GPTConfig, Path(folder), **options)
 
 

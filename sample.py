@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from checkpoint import find_model, read_tokenizer
+from checkpoint import read_tokenizer
 from data.files import (
     BadInput,
     Record,
@@ -42,32 +42,13 @@ from data.files import (
 )
 from data.tokenizer import decode_response, encode_prompt
 from model import GPT, pad_right
+from run import check_context, natural, nonnegative, whole
 
 CHUNK = 512  # prompts sampled together, from random numbers of their own
 
 
 # ------------------------------------------------------------------------------------------------
-# Types of arguments, shared with evaluate.py
-
-
-def number(kind: type, holds, expected: str):
-    """An argparse type: an int or float for which `holds` is true."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        return value
-
-    return parse
-
-
-positive_int = number(int, lambda n: 1 <= n <= 2**32, "a whole number from 1")
-non_negative_int = number(int, lambda n: 0 <= n <= 2**32, "a whole number from 0")
-non_negative_float = number(float, lambda x: 0 <= x < math.inf, "a number from 0")
+# Flags that evaluate.py has too
 
 
 class Named(argparse.Action):
@@ -86,13 +67,13 @@ class Named(argparse.Action):
 def sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every command that samples or scores."""
     add, devices = parser.add_argument, ("cuda", "cpu")[not torch.cuda.is_available() :]
-    add("--max_prompt_tokens", type=positive_int, default=96, help="longer prompts are dropped")
-    add("--max_new_tokens", type=positive_int, default=32, help="limit of a response")
-    add("--batch_size", type=positive_int, default=256, help="responses sampled at once")
-    add("--seed", type=non_negative_int, default=0, help="of all random draws")
+    add("--max_prompt_tokens", type=natural, default=96, help="longer prompts are dropped")
+    add("--max_new_tokens", type=natural, default=32, help="limit of a response")
+    add("--batch_size", type=natural, default=256, help="responses sampled at once")
+    add("--seed", type=whole, default=0, help="of all random draws")
     add("--device", choices=devices, default=devices[0], help="cuda only where there is a GPU")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    add("--kernels", type=kernels.implementation, default="auto", help="NAME or OPERATION=NAME")
+    add("--kernels", type=kernels.implementation, default="auto", help="auto, torch, triton, ...")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,16 +101,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", help="candidates.jsonl")
     add(
         "--num_responses",
-        type=positive_int,
+        type=natural,
         nargs="+",
         metavar="K",
         help="responses a prompt, or least and most; 4 9 with --data, else 1",
     )
-    add("--shares", type=non_negative_float, nargs="+", help="of each checkpoint; even")
-    add("--num_prompts", type=non_negative_int, default=0, help="only the first; 0: all")
+    add("--shares", type=nonnegative, nargs="+", help="of each checkpoint; even")
+    add("--num_prompts", type=whole, default=0, help="only the first; 0: all")
     add("--part", type=part, default="1/1", help="2/3: the second of three parts of the prompts")
     # Sampling.
-    add("--temperature", type=non_negative_float, default=1.0, help="0: the likeliest token")
+    add("--temperature", type=nonnegative, default=1.0, help="0: the likeliest token")
     sampling_flags(parser)
     args = parser.parse_args(argv)
 
@@ -153,13 +134,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
-    where = {"device": args.device, "impl": args.kernels}
+    where = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
     speakers = [
         load_speaker(name, folder, prefix=args.prefix.get(name, ""), **where)
         for name, folder in args.checkpoints.items()
     ]
     for speaker in speakers:
-        check_context(speaker, args.max_prompt_tokens, args.max_new_tokens)
+        check_context(args, speaker.model)
     if args.data:
         write_candidates(speakers, args)
     elif args.prompt is not None:
@@ -203,25 +184,15 @@ class Sample:
     ended: bool
 
 
-def load_speaker(
-    name: str, folder: str | Path, *, prefix: str = "", device: str = "cpu", impl: str = "auto"
-) -> Speaker:
-    """Open a checkpoint folder, or a downloaded GPT-2 by its name, for sampling. Raises `BadInput`
-    where it is no language model, or has another model's tokenizer."""
-    folder = find_model(folder)
-    model = GPT.from_pretrained(folder, impl=impl).to(device).eval().requires_grad_(False)
-    encoding = read_tokenizer(folder, model)
-    return Speaker(name, model, encoding, prefix.replace("\\n", "\n"))
+def load_speaker(name: str, folder: str | Path, *, prefix: str = "", **options) -> Speaker:
+    """Open a checkpoint folder, or a downloaded GPT-2 by its name, for sampling.
 
-
-def check_context(speaker: Speaker, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise `BadInput` unless the longest prompt and response fit into the model's context."""
-    context = speaker.model.config.n_positions
-    if max_prompt_tokens + max_new_tokens > context:
-        raise BadInput(
-            f"--max_prompt_tokens {max_prompt_tokens} and --max_new_tokens {max_new_tokens} come "
-            f"to more than the context of {speaker.name}, {context}: lower one"
-        )
+    Options: device, and those of `GPT.from_pretrained`. Raises `BadInput` where the folder is no
+    language model, or has another model's tokenizer.
+    """
+    device = options.pop("device", "cpu")
+    model = GPT.from_pretrained(folder, **options).to(device).eval().requires_grad_(False)
+    return Speaker(name, model, read_tokenizer(folder, model), prefix.replace("\\n", "\n"))
 
 
 def sample_responses(
@@ -232,7 +203,6 @@ def sample_responses(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 256,
-    dtype: str = "float32",
 ) -> list[Sample]:
     """One response to each prompt (token lists), in the order of the prompts.
 
@@ -240,14 +210,14 @@ def sample_responses(
     random numbers runs through all batches, so that on a CPU the batch size does not matter.
     """
     model, end = speaker.model, speaker.model.config.eos_token_id
-    model.dtype, device = dtype, model.wte.weight.device
+    device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     options = {"temperature": temperature, "generator": generator}
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     samples: dict[int, Sample] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        # Equal prompts are neighbours, and mostly computed once.
+        # Equal prompts are neighbours: what they have in common is computed once.
         padded, lengths = pad_right([prompts[i] for i in rows], end, device)
         tokens, lengths = model.generate(padded, lengths, max_new_tokens, **options)
         for i, row, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
@@ -319,7 +289,7 @@ def draw_samples(
     speaker: Speaker, prompts: list[list[int]], seed: int, args: argparse.Namespace
 ) -> list[Sample]:
     """`sample_responses` as the flags say."""
-    options = {"temperature": args.temperature, "batch_size": args.batch_size, "dtype": args.dtype}
+    options = {"temperature": args.temperature, "batch_size": args.batch_size}
     return sample_responses(speaker, prompts, args.max_new_tokens, seed=seed, **options)
 
 

@@ -28,7 +28,7 @@ Every per-token quantity is (B, T) and indexed by the token it is about. For the
 From the paper: sampling at temperature 1, no discount, clip 0.2, one inner epoch over 8
 minibatches, constant learning rates after a warm-up of 10 iterations from a tenth, EMA 0.992,
 pretraining gradients times ptx_coef accumulated before the same optimizer step, value network from
-the reward model. The paper is silent on, and the parents decide: lambda 0.95, advantages whitened
+the reward model. Where the paper is silent, its parents decide: lambda 0.95, advantages whitened
 over response tokens, clipped value loss (Ziegler et al. 2019), gradient clip 1, no entropy bonus, a
 fixed low score where the end token is missing (here --missing_eos_score). The miniature's own:
 kl_coef, ptx_coef with a *mean* token cross-entropy (the paper's 27.8 belongs to another scale of
@@ -74,7 +74,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ptx_ratio", type=nonnegative, default=0.5, help="text sequences an episode (paper: 8)")
     add("--ptx_tokens", type=natural, default=128, help="tokens of such a sequence (paper: 2048)")
     add("--ptx_anywhere", type=fraction, default=0.25, help="share cut anywhere (paper: 1)")
-    add("--missing_eos_score", type=number, default=-4.0, help="score of a response without end")
+    add("--missing_eos_score", type=number, default=-4.0, help="score without an end token")
     add("--gamma", type=fraction, default=1.0, help="discount (paper: none)")
     add("--lam", type=fraction, default=0.95, help="lambda of GAE (not in the paper)")
     add("--cliprange", type=nonnegative, default=0.2, help="of the policy's ratio (paper: 0.2)")
@@ -93,8 +93,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grad_clip", type=nonnegative, default=1.0, help="limit of each gradient's norm; 0: none")
     add("--ema", type=fraction, default=0.992, help="decay of the average (paper: 0.992)")
     # What is shown and kept.
-    add("--eval_every", type=whole, default=20, help="iterations a validation; 0: at the end")
-    add("--keep_every", type=whole, default=0, help="iterations a model in OUT/steps/; 0: none")
+    add("--eval_every", type=whole, default=20, help="steps between validations; 0: at the end")
+    add("--keep_every", type=whole, default=0, help="steps between models kept in OUT/steps/")
     add("--print_samples", type=whole, default=2, help="samples shown at each validation")
     args = parse(flags, argv)
     updates = args.num_minibatches * args.responses_per_prompt
@@ -110,7 +110,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.ptx_tokens < 2:
             flags.error(f"--ptx_tokens {args.ptx_tokens}: expected at least 2")
         if round(args.ptx_ratio * minibatch_size) < 1:
-            flags.error(f"--ptx_ratio {args.ptx_ratio}: leaves no sequence an update; raise it")
+            flags.error(f"--ptx_ratio {args.ptx_ratio}: gives no sequence to an update; raise it")
     else:
         args.pretrain_data = None
     args.micro_batch_size = args.micro_batch_size or minibatch_size
@@ -263,10 +263,10 @@ def load_prompts(path: str, encoding: tiktoken.Encoding, longest: int) -> list[l
 
 def load_text(path: str, encoding: tiktoken.Encoding, length: int) -> tuple[Tensor, Tensor]:
     """All sequences of `length` tokens of a text, documents joined by the end token, (M, length);
-    and the numbers of those to start from, (N,).
+    and the numbers of those that start a document, (N,).
 
-    These start where a document does, and in a long one every `length` tokens; a sequence runs on
-    into what follows. The sequences are views: they take no memory.
+    In a long document also those every `length` tokens; a sequence runs on into the next document.
+    The sequences are views: they take no memory.
     """
     stream: list[int] = []
     starts: list[int] = []
@@ -285,9 +285,9 @@ def draw_text(
 ) -> Tensor:
     """Pretraining sequences (count, ptx_tokens), each with probability `share` cut anywhere.
 
-    The rest start at a document; long documents are drawn more often. A prompt is at a sequence's
-    start, and what the model does there PPO changes most, so that is where beginnings are needed;
-    but with them alone, how to go on from the middle of a text is lost.
+    The rest start at a document; long documents are drawn more often. Prompts are at a sequence's
+    start, so PPO changes the model most there, and documents must start there too. But with these
+    sequences alone the model forgets how to continue from the middle of a text.
     """
     anywhere = torch.from_numpy(rng.integers(int(starts[-1]) + 1, size=count))
     beginnings = starts[torch.searchsorted(starts, anywhere, right=True) - 1]
@@ -325,7 +325,7 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A response to each prompt: tokens (B, T), prompt_lengths (B,), lengths (B,).
 
-    With --rollout_size, so many at a time, those with prompts of similar length together.
+    With --rollout_size, that many at a time, those with prompts of similar length together.
     """
     end = policy.config.eos_token_id
     generator = torch.Generator(args.device).manual_seed(seed)
@@ -349,8 +349,8 @@ def draw_minibatches(
 ) -> list[tuple[Tensor, ...]]:
     """An iteration's minibatches, each a tuple of micro-batches: the numbers of their rows.
 
-    Which prompts are in a minibatch is random, all responses to a prompt together. There those of
-    similar length are neighbours, so that a micro-batch has little padding.
+    A minibatch has random prompts, each with all its responses. Within it, prompts whose responses
+    are of similar length are neighbours, so a micro-batch has little padding.
     """
     R = args.responses_per_prompt
     longest = lengths.view(-1, R).amax(dim=1)  # of each prompt's responses
@@ -369,8 +369,8 @@ def draw_minibatches(
 
 @dataclass
 class Episodes:
-    """B prompts with a response each, one micro-batch, and all that stays fixed in the update:
-    (B, T) each, but for `lengths`, `scores` and `ended`, which are (B,)."""
+    """A micro-batch of B prompts with a response each, and all that stays fixed in the update:
+    (B, T) each, but `lengths`, `scores` and `ended`, which are (B,)."""
 
     tokens: Tensor
     lengths: Tensor
@@ -500,7 +500,7 @@ def policy_loss(
 
         -min(ratio A, clip(ratio, 1 - cliprange, 1 + cliprange) A),   ratio = pi / pi_old
 
-    and, summed over the same tokens, what the log reports.
+    and, summed over the same tokens, metrics for the log.
     """
     log_ratio = torch.where(e.mask, logprobs - e.logprobs, 0.0)
     ratio = log_ratio.exp()
@@ -536,7 +536,7 @@ def update_ema(ema: GPT, policy: GPT, decay: float) -> None:
 
 
 def rollout_metrics(episodes: list[Episodes]) -> dict[str, float]:
-    """What the iteration's episodes were like; KL and reward in nats and score units a response."""
+    """Statistics of the iteration's episodes: KL in nats, reward in score units, per response."""
     scores = torch.cat([e.scores for e in episodes])
     kl = torch.cat([(e.logprobs - e.ref_logprobs).sum(1) for e in episodes])
     reward = torch.cat([e.rewards.sum(1) for e in episodes])
@@ -567,8 +567,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean score and KL to the reference of `policy` on validation prompts, and a few samples.
 
-    The same random numbers each time, so that differences are the policy's; other ones for each
-    batch of prompts.
+    The random numbers are the same each time, so that differences are the policy's; each batch of
+    prompts has its own.
     """
     scores, kls = [], []
     for first in range(0, len(prompts), args.batch_size):

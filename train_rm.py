@@ -19,10 +19,10 @@ is read at its last token, before the end token. At the end the head's bias is s
 demonstrations score 0 on average.
 
 From the paper: one epoch, cosine to 10 % of the peak, no dropout, ties dropped, the final shift.
-The paper leaves open whether the divisor counts ties (here it does not). `--shuffle_pairs` is what
-it found to overfit within one epoch: each pair a batch element, so that a response comes back in up
-to K - 1 updates for each labeler. `make demo` has three labelers rank each prompt and takes two
-epochs. The learning rate and batch size are the miniature's; the paper's are in the help.
+The paper leaves open whether the divisor counts ties (here it does not). With `--shuffle_pairs`
+each pair is a batch element, so a response returns in up to K - 1 updates for each labeler; the
+paper found that this overfits within one epoch. `make demo` has three labelers rank each prompt and
+takes two epochs. Learning rate and batch size are the miniature's; the paper's are in the help.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         report["held_out"] = evaluate(model, held_out, args)
     for name, result in report.items():
         print(f"{name}: " + " | ".join(f"{k} {v:.4g}" for k, v in result.items()))
-    if demonstrations:  # they score 0 from here on; pairs do not notice
+    if demonstrations:  # they score 0 from here on; margins of pairs stay
         shift = center_on_demonstrations(model, demonstrations)
         print(f"shifted by {-shift:+.3f}: {args.demonstrations} scores 0 on average")
     write_atomic(Path(args.out) / "metrics.json", json.dumps(report, indent=2) + "\n")
@@ -195,8 +195,8 @@ def load_comparisons(
 ) -> list[Comparison]:
     """Rankings as tokens and pairs without ties. Says what was dropped or cut.
 
-    Consecutive records with equal prompt and responses are several labelers' views of the same, and
-    become one element with the pairs of all. Where they disagree, a pair is there both ways round.
+    Consecutive records with equal prompt and responses (several labelers) become one element with
+    all their pairs. If labelers disagree on a pair, it appears in both orders.
     """
     elements, too_long, all_tied, cut, ties = [], 0, 0, 0, 0
 
@@ -239,7 +239,7 @@ def untied_pairs(ranks: list[int]) -> list[tuple[int, int]]:
 
 
 def one_by_one(elements: list[Comparison]) -> list[Comparison]:
-    """Every pair as a batch element of its own: what 3.5 found to overfit within one epoch."""
+    """Every pair as a batch element of its own; 3.5 found that this overfits within one epoch."""
     return [
         Comparison([element.sequences[i] for i in pair], [(0, 1)])
         for element in elements
@@ -267,7 +267,7 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     """A shuffled pass over the data: indices of each batch, a function of (seed, epoch) alone.
 
     Neighbourhoods of 8 batches are sorted by length before they are cut, so that little padding is
-    computed; the batches are then shuffled again, so that length says nothing about when.
+    computed; the batches are then shuffled again, so that their order says nothing about length.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))

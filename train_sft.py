@@ -271,10 +271,10 @@ def load_sequences(
 def load_beginnings(
     path: str, encoding: tiktoken.Encoding, length: int
 ) -> tuple[list[Example], np.ndarray]:
-    """Sequences that start where a document does, and in a long one every `length` tokens, so that
-    a sequence's start, where a prompt is in other data, is no middle. They run on into what
-    follows. And the running sum of how many tokens of its document each has: a random one of these
-    tokens draws a sequence, so that short documents are not drawn too often."""
+    """Sequences that start where a document does, in a long one also every `length` tokens, and run
+    on into the next: prompts, too, are at a sequence's start. And the running sum of how many
+    tokens of its own document each has: to draw one of these tokens is to draw its sequence, so
+    short documents are not drawn too often."""
     stream: list[int] = []
     starts: list[tuple[int, int]] = []  # and how many tokens of the document are in the sequence
     for document in read_documents(path):
@@ -292,7 +292,7 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     """A shuffled pass over the data: indices of each batch, a function of (seed, epoch) alone.
 
     Neighbourhoods of 8 batches are sorted by length before they are cut, so that little padding is
-    computed; the batches are then shuffled again, so that length says nothing about when.
+    computed; the batches are then shuffled again, so that their order says nothing about length.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -307,8 +307,8 @@ def pretraining_batches(
 ) -> list[np.ndarray]:
     """A pass over pretraining sequences, the short ones first; batches of equally many tokens.
 
-    Heads that look back learn where from one position at a time. On short sequences there are
-    fewer positions to learn, and copying is learned several times sooner.
+    Attention heads learn where to look back one position at a time. Short sequences have fewer
+    positions to learn, and copying is learned several times sooner.
     """
     batches = []
     for length in np.unique(lengths):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import find_model, read_info
+from checkpoint import check_same_tokenizer, find_model, read_info
 from data.files import (
     BadInput,
     Record,
@@ -46,7 +46,8 @@ from data.tiny.world import World
 from data.tokenizer import encode_prompt
 from evaluation.report import Answers, Estimate, estimate, resampled
 from model import ScalarModel, pad_right
-from sample import Sample, Speaker, check_context, load_speaker, sample_responses
+from run import check_context
+from sample import Sample, Speaker, load_speaker, sample_responses
 
 # Flags that decide the numbers, beside the files that are read.
 SETTINGS = ("seed", "dtype", "max_prompt_tokens", "max_new_tokens", "num_items")
@@ -159,7 +160,6 @@ class Sampling:
     max_new_tokens: int = 32
     batch_size: int = 256
     seed: int = 0
-    dtype: str = "float32"
 
 
 @dataclass
@@ -199,28 +199,22 @@ class Bench:
 
 
 def load_reward_model(args: argparse.Namespace) -> ScalarModel:
-    model = ScalarModel.from_pretrained(args.reward_model, impl=args.kernels)
-    return model.to(args.device).eval().requires_grad_(False)
+    how = {"impl": args.kernels, "dtype": args.dtype}
+    return ScalarModel.from_pretrained(args.reward_model, **how).to(args.device).frozen()
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    return Sampling(args.max_new_tokens, args.batch_size, args.seed, args.dtype)
+    return Sampling(args.max_new_tokens, args.batch_size, args.seed)
 
 
 def open_speaker(
     name: str, folder: str | Path, args: argparse.Namespace, judge: ScalarModel
 ) -> Speaker:
     """A checkpoint that the reward model can judge: same tokenizer, contexts long enough."""
-    speaker = load_speaker(name, folder, device=args.device, impl=args.kernels)
-    theirs, ours = Path(args.reward_model) / "tokenizer.json", find_model(folder) / "tokenizer.json"
-    if theirs.read_bytes() != ours.read_bytes():
-        raise BadInput(f"{ours} differs from {theirs}: they must share a tokenizer")
-    check_context(speaker, args.max_prompt_tokens, args.max_new_tokens)
-    if args.max_prompt_tokens + args.max_new_tokens > judge.config.n_positions:
-        raise BadInput(
-            f"--max_prompt_tokens and --max_new_tokens come to more than the context of "
-            f"{args.reward_model}, {judge.config.n_positions}: lower one"
-        )
+    how = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
+    speaker = load_speaker(name, folder, **how)
+    check_same_tokenizer(folder, args.reward_model)
+    check_context(args, speaker.model, judge)
     return speaker
 
 
@@ -261,7 +255,6 @@ def respond(
         temperature=temperature,
         seed=sampling.seed if seed is None else seed,
         batch_size=sampling.batch_size,
-        dtype=sampling.dtype,
     )
 
 
@@ -324,12 +317,11 @@ def total_logprobs(
     contexts: Sequence[list[int]],
     answers: Sequence[list[int]],
     batch_size: int = 256,
-    dtype: str = "float32",
 ) -> np.ndarray:
     """log p(answer tokens | context tokens), in nats: (N,)."""
     sequences = [context + answer for context, answer in zip(contexts, answers, strict=True)]
     end, device = speaker.model.config.eos_token_id, speaker.model.wte.weight.device
-    totals, speaker.model.dtype = np.zeros(len(sequences)), dtype
+    totals = np.zeros(len(sequences))
     for rows in by_length(sequences, batch_size):
         tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
         first = torch.tensor([len(contexts[i]) for i in rows], device=device)

@@ -208,7 +208,7 @@ def option_logprobs(
     answers = [[encode(t) for t in continuations(asked.public.kind, i)] for i in asked.items]
     flat = [tokens for options in answers for tokens in options]
     before = [c for c, options in zip(contexts, answers, strict=True) for _ in options]
-    totals = total_logprobs(speaker, before, flat, args.batch_size, args.dtype)
+    totals = total_logprobs(speaker, before, flat, args.batch_size)
     ends = np.cumsum([len(options) for options in answers])[:-1]
     lengths = np.array([len(tokens) for tokens in flat])
     return list(zip(np.split(totals, ends), np.split(lengths, ends), strict=True))
@@ -224,7 +224,6 @@ def greedy_lines(
         asked.public.max_new_tokens,
         temperature=0,
         batch_size=args.batch_size,
-        dtype=args.dtype,
     )
     return [sample.text.lstrip(" ").split("\n")[0].strip() for sample in samples]
 
@@ -497,7 +496,7 @@ def measure_public(args: argparse.Namespace) -> None:
     if not Path(args.data).is_dir():
         raise BadInput(f"--data {args.data}: no such folder; expected one of raw data sets")
     speakers = [
-        load_speaker(name, folder, device=args.device, impl=args.kernels)
+        load_speaker(name, folder, device=args.device, impl=args.kernels, dtype=args.dtype)
         for name, folder in args.checkpoints.items()
     ]
     scorer, words = None, ""

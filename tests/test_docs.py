@@ -1,165 +1,226 @@
-"""Words are tested too: README commands exist, its tables equal the code and the tree."""
+"""Words are tested too: what README and docs/ name exists, and their tables equal code and tree."""
 
 import ast
-import importlib
-import os
+import importlib.util
+import io
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+from contextlib import redirect_stdout
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import evaluate
+import kernels.flash_attention
+from checkpoint import GPT2_NAMES
+from data.real.sources import SOURCES
+from tests.makefile import clean_environment, dry_run
+from tests.tiny import Tiny
+
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EVALUATION = sorted((ROOT / "evaluation").glob("[a-z]*.py"))
+PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in PATHS}
+README = PAGES["README.md"]
 SCRIPTS = ("train_sft", "train_rm", "train_ppo")
+PROGRAMS = (*SCRIPTS, "sample", "evaluate", "data.label", "data.tiny.make", "data.real.prepare")
+PROGRAMS += ("tests.crash", "tests.determinism", "tests.throughput", "tests.claims.__main__")
+MADE = {"$(R)/data/account.txt": "data/real/prepare", "$(R)/public/report.md": "evaluation/public"}
+STIFF = (
+    r"stands? (at|far|for|beside)|(is|are) what|so many|of like|like norms|go(es)? on|mended"
+    r"|that breaks|asked are|lacks?|eloquent|exchange the name|given win|clear of|interrupted twice"
+)
 
 
-def section(title: str) -> str:
-    """The README's text below a heading, up to the next of the same level."""
-    return re.split(r"^## ", README, flags=re.M)[
-        [part.split("\n")[0] for part in re.split(r"^## ", README, flags=re.M)].index(title)
-    ]
+def commands(start: str) -> dict[str, bool]:
+    """Commands of all pages -> whether written in full: in a code block, not in a sentence."""
+    parts = re.split(r"^```\n(.*?)^```", "\n".join(PAGES.values()), flags=re.M | re.S)
+    inline = re.findall(r"`([^`]+)`", "".join(parts[::2]))
+    lines = "".join(parts[1::2]).replace("\\\n", " ").splitlines()
+    found = {code: code in lines for code in inline + lines if code.startswith(start)}
+    return {" ".join(re.sub(" +#.*", "", code).split()): whole for code, whole in found.items()}
 
 
 def cells(text: str, column: int) -> list[str]:
-    """Code words of one column of a section's table."""
+    """Code words of one column of a table, of the rows that begin with a code word."""
     rows = [line.split("|")[column] for line in text.splitlines() if line.startswith("| `")]
     return [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
 
 
-def test_the_glossary_has_the_columns_of_the_logs_and_no_other() -> None:
-    logged = set()
+def section(text: str, title: str) -> str:
+    """The text below a heading of the second level."""
+    return re.split(r"^## .*\n", text.split(f"\n## {title}\n")[1], flags=re.M)[0]
+
+
+def program(words: list[str]) -> tuple[ModuleType, list[str]]:
+    """Module and arguments of `FILE.py ...` or `-m MODULE ...`, what follows `python`."""
+    first = 2 if words[0] == "-m" else 1
+    name = words[first - 1].removesuffix(".py")
+    spec = importlib.util.find_spec(name)
+    assert spec, f"there is no {name}"
+    name += ".__main__" if spec.submodule_search_locations else ""
+    return importlib.import_module(name), words[first:]
+
+
+@lru_cache
+def flags_of(name: str, *command: str) -> set[str]:
+    """Flags that the --help of a program lists; of `evaluate` alone: those of all its commands."""
+    if name == "evaluate" and not command:
+        return set().union(*(flags_of(name, each) for each in evaluate.COMMANDS))
+    shown, argv = io.StringIO(), [name, *command, "--help"]
+    with redirect_stdout(shown), patch.object(sys, "argv", argv), pytest.raises(SystemExit):
+        importlib.import_module(name).main()
+    return set(re.findall(r"^  (?:-h, )?--(\w+)", shown.getvalue(), flags=re.M))
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--(?:no-)?([a-z]\w*)(?![\w-])", text))
+
+
+def check_command(words: list[str], whole: bool = True) -> None:
+    """Its file is there, its flags are spelt in full, and if it is whole its arguments parse."""
+    module, args = program(words)
+    if named := flags_in(" ".join(word for word in args if " " not in word)):
+        command = args[:1] if module.__name__ == "evaluate" else []
+        assert named <= flags_of(module.__name__, *command)
+    if whole and hasattr(module, "get_args"):
+        module.get_args(args)
+
+
+@pytest.mark.parametrize(("command", "whole"), commands("python ").items())
+def test_python_commands_parse(command: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    impls = kernels.flash_attention.IMPLS
+    monkeypatch.setitem(impls, "mine", impls["torch"])  # which README tells its reader to write
+    check_command(shlex.split(command)[1:], whole)
+
+
+@pytest.mark.parametrize("command", commands("make "))
+def test_make_commands_exist_and_what_they_run_parses(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as `make gpt2` expects
+    words = [word for word in shlex.split(command)[1:] if not word.startswith("-")]
+    (target,) = (word for word in words if "=" not in word)
+    variables = dict(word.split("=", 1) for word in words if "=" in word)
+    for line in dry_run(target, **variables):
+        if found := re.search(r"bin/python ((?:\w+\.py|-m (?:data|tests)\b).*)", line):
+            check_command(shlex.split(found[1]))
+
+
+def test_flags_that_pages_name_exist() -> None:
+    defined = set().union(*(flags_of(name) for name in PROGRAMS))
+    for name, text in PAGES.items():
+        assert flags_in(text) <= defined, name
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_flags_that_a_docstring_names_exist(name: str) -> None:
+    words = re.sub(r" -- .*", "", importlib.import_module(name).__doc__)  # passed on to others
+    assert flags_in(words) <= flags_of(name)
+
+
+@pytest.mark.parametrize("name", PROGRAMS[:5])
+def test_every_flag_is_read(name: str) -> None:
+    paths = [ROOT / f"{name}.py", ROOT / "run.py"]
+    if name == "evaluate":
+        paths += [ROOT / "sample.py", *(ROOT / "evaluation").glob("*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in paths)
+    for flag in flags_of(name) - {"help"}:
+        assert f"args.{flag}" in source or f'"{flag}"' in source, f"nobody reads --{flag}"
+
+
+def test_the_metrics_page_has_the_columns_of_the_logs(tiny: Tiny, tmp_path: Path) -> None:
+    logged, text = set(), ["--val_pretrain_data", str(tiny.pretrain)]
     for name in SCRIPTS:
-        module = importlib.import_module(name)
-        logged |= set(module.LOG) | set(module.TIMING)
-    assert set(cells(section("The numbers in the logs"), 1)) == logged
+        stage, out = name.removeprefix("train_"), tmp_path / name
+        args = tiny.args(stage, out, "--max_steps", "2", *(text if stage == "sft" else []))
+        assert importlib.import_module(name).main(args) == 0
+        for log in ("log.csv", "timing.csv"):
+            logged |= set((out / log).read_text().split("\n")[0].split(","))
+    assert {"pretrain_loss", "val_pretrain_loss", "val_accuracy", "ptx_loss", "val_kl"} <= logged
+    assert set(cells(PAGES["metrics.md"], 1)) == logged
 
 
 def test_the_file_table_is_the_tree() -> None:
-    named = {name.strip("/").split("/")[0] for name in cells(section("What is where"), 1)}
-    ignored = {"README.md", ".git", ".gitignore", ".venv", "out"}
-    kept = {path.name for path in ROOT.iterdir()} - ignored
-    kept = {name for name in kept if not name.endswith("cache") and name not in ("__pycache__",)}
-    kept -= {".hypothesis"}
-    assert named == kept
+    named = {name.strip("/").split("/")[0] for name in cells(section(README, "What is where"), 1)}
+    others = {"README.md", ".git", ".gitignore", ".venv", "out", "__pycache__", ".hypothesis"}
+    kept = {path.name for path in ROOT.iterdir()} - others
+    assert named == {name for name in kept if not name.endswith("cache")}
 
 
-def test_make_targets_in_the_readme_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"^make (\w+)", README, flags=re.M)):
-        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+def test_what_to_change_is_there() -> None:
+    """Each row names a file, a function or class of it, and other words of that file."""
+    rows = section(README, "Change one thing").splitlines()
+    places = [line.split("|")[2] for line in rows if line.startswith("| ")][1:]
+    assert len(places) == 10
+    for place in places:
+        where, *words = re.findall(r"`([^`]+)`", place)
+        path, name = where.split(": ")
+        source = (ROOT / path).read_text(encoding="utf-8")
+        body = ast.parse(source).body
+        defined = {d.name for d in body if isinstance(d, ast.FunctionDef | ast.ClassDef)}
+        assert name in defined, where
+        assert all(re.search(rf"\b{word}\b", source) for word in words), place
 
 
-def test_modules_run_in_the_readme_exist() -> None:
-    for module in set(re.findall(r"python -m ([\w.]+)", README)):
-        path = ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), module
+def test_the_reading_order_counts_lines() -> None:
+    order = section(README, "Learn: the reading order")
+    for path, count in re.findall(r"^\|[^|]*\|[^|`]*`([\w/.]+)`[^|]*\| (\d+) \|", order, re.M):
+        lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        assert abs(lines - int(count)) <= 0.05 * lines, f"{path} has {lines} lines"
 
 
-def commands() -> list[str]:
-    """Python commands of the README's code blocks, each on one line."""
-    blocks = "".join(re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S))
-    lines = blocks.replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith("python ")]
+def test_the_sources_and_sizes_are_those_of_the_code() -> None:
+    assert sorted(cells(section(PAGES["real_data.md"], "Downloads"), 1)) == sorted(SOURCES)
+    sizes = cells(section(PAGES["one_gpu.md"], "Memory and work on paper"), 1)
+    assert sizes == list(GPT2_NAMES)
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_in_the_readme_parse(command: str) -> None:
-    words = shlex.split(command, comments=True)[1:]
-    name = words.pop(0)
-    name = words.pop(0) if name == "-m" else name.removesuffix(".py")
-    module = importlib.import_module(name)
-    if name in SCRIPTS and not torch.cuda.is_available():
-        words += ["--device", "cpu"]  # which a preset would not choose
-    args = module.get_args(words)
-    named = {word[2:].removeprefix("no-") for word in words if word.startswith("--")}
-    assert named <= set(vars(args)) | {"from"}  # spelt in full
+def anchors(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8").lower(), flags=re.M)
+    return {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
 
 
-def test_the_way_on_one_gpu_is_complete() -> None:
-    """Whatever under out/ a command reads is what a command before it wrote."""
-    shown = section("One GPU")
-    lines = "".join(re.findall(r"^```\n(.*?)^```", shown, flags=re.M | re.S))
-    written: set[str] = set()
-    for line in lines.replace("\\\n", " ").splitlines():
-        out = re.findall(r"(?:--out |> )(out/\S+)", line)
-        for path in re.findall(r"out/[\w./]+", line):
-            known = any(path == w or path.startswith(w + "/") for w in written)
-            assert path in out or known, f"{path} in: {line}"
-        written |= set(out)
-    for script in ("train_sft", "train_rm", "train_ppo", "sample", "evaluate", "data.label"):
-        assert script in lines
+@pytest.mark.parametrize("page", PATHS, ids=lambda path: path.name)
+def test_links_and_figures_of_a_page_exist(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page.name]):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("https://"):
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+    assert page == PATHS[0] or f"](docs/{page.name})" in README  # README leads to every page
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_flags_that_docstrings_name_exist(name: str) -> None:
-    module = importlib.import_module(name)
-    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    defined = set(re.findall(r'add\(\s*"--(\w+)"', source))
-    named = set(re.findall(r"--(\w+)", module.__doc__ or "")) | set(
-        re.findall(rf"`--(\w+)`(?= to `{name})", README)
-    )
-    assert named <= defined
+def test_the_readme_is_short_and_pages_are_in_plain_words() -> None:
+    assert len(README.splitlines()) <= 200
+    for name, text in PAGES.items():
+        found = re.search(rf"\b({STIFF})\b", text, flags=re.I)
+        assert not found, f"{name}: {found[0]!r}"
 
 
-def test_every_flag_is_read() -> None:
-    for name in SCRIPTS:
-        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        for flag in re.findall(r'add\(\s*"--(\w+)"', source):
-            assert f"args.{flag}" in source or f'"{flag}"' in source.replace(
-                f'add("--{flag}"', ""
-            ), f"{name}.py never reads --{flag}"
-
-
-def test_makefile_flags_exist() -> None:
-    """A flag that the Makefile gives to a script is one that the script defines."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
-    for script in ("train_sft", "train_rm", "train_ppo", "sample", "evaluate"):
-        source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-        if script == "evaluate":  # it shares the flags of sampling
-            source += (ROOT / "sample.py").read_text(encoding="utf-8")
-        defined = set(re.findall(r'add\(\s*"--(?:no-)?(\w+)"', source))
-        for line in re.findall(rf"{script}\.py (?:\w+ )?(--.*)$", makefile, flags=re.M):
-            line = line.split('"')[0]
-            for flag in re.findall(r"--(?:no-)?(\w+)", line):
-                assert flag in defined, f"{script}.py has no --{flag}"
+@pytest.mark.xfail(strict=True, reason="the numbers are still to be measured")
+def test_no_placeholder_is_left() -> None:
+    assert not [found for text in PAGES.values() for found in re.findall(r"@@\w+@@", text)]
 
 
 def test_stages_side_by_side_have_half_of_the_cores_each() -> None:
     """And those that run alone all: two stages with all cores mostly wait for each other."""
-    dry = subprocess.run(
-        ["make", "--dry-run", "--always-make", "--no-print-directory", "OUT=x", "demo"],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     halves = {}
-    for line in dry.stdout.replace("\\\n", " ").splitlines():
+    for line in dry_run("demo", OUT="x"):
         if out := re.search(r"\.py .*--out x/(\S+)", line):
             halves[out[1]] = line.startswith("OMP_NUM_THREADS=")
-    assert halves == {
-        "base": False,
-        "sft": True,
-        "init": True,
-        "data/train/candidates_1.jsonl": True,
-        "data/train/candidates_2.jsonl": True,
-        "data/valid/candidates.jsonl": True,
-        "rm": False,
-        "sft_selected": True,
-        "ppo": True,
-        "ppo_ptx": True,
-        "report/base.json": True,
-        "report/sft.json": True,
-        "report/ppo.json": True,
-        "report/ppo_ptx.json": True,
-        "report": False,
-    }
+    alone = {"base", "rm", "report"}
+    both = {"sft", "init", "sft_selected", "ppo", "ppo_ptx", "data/valid/candidates.jsonl"}
+    both |= {f"data/train/candidates_{part}.jsonl" for part in (1, 2)}
+    both |= {f"report/{model}.json" for model in ("base", "sft", "ppo", "ppo_ptx")}
+    assert halves == dict.fromkeys(alone, False) | dict.fromkeys(both, True)
 
 
 @pytest.mark.parametrize("out", ["my out", "out ", "my\tout"])
@@ -168,13 +229,8 @@ def test_make_refuses_a_folder_with_white_space(out: str, tmp_path: Path) -> Non
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("my", "out", out):
         (tmp_path / name).mkdir()
-    run = subprocess.run(
-        ["make", "clean", f"OUT={out}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
-    )
+    how = {"cwd": tmp_path, "env": clean_environment(), "capture_output": True, "text": True}
+    run = subprocess.run(["make", "clean", f"OUT={out}"], **how)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.count("\n") == 1 and f'OUT="{out}" has white space; give' in run.stderr
     assert all((tmp_path / name).is_dir() for name in ("my", "out", out))
@@ -187,63 +243,18 @@ def rules() -> dict[str, tuple[set[str], str]]:
     return {target: (set(needs.split()), recipe) for target, needs, recipe in found}
 
 
-def test_what_reads_raw_data_asks_for_the_folder() -> None:
-    readers = {k: recipe for k, (_, recipe) in rules().items() if "$(DATA)" in recipe}
-    assert {"$(R)/data/account.txt", "$(R)/public/report.md"} == set(readers)
-    for target, recipe in readers.items():
-        assert recipe.startswith('\t@test -n "$(DATA)" ||'), target
-
-
-def imports_of(script: str) -> set[str]:
-    """The files of this project that a file imports, and itself."""
+@pytest.mark.parametrize(("target", "script"), MADE.items())
+def test_the_makefile_knows_what_a_command_is_made_of(target: str, script: str) -> None:
+    """A command on real data asks for the folder, and runs again where an import has changed."""
     imported = {f"{script}.py"}
     for node in ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body:
         names = [alias.name for alias in getattr(node, "names", ())]
         if isinstance(node, ast.ImportFrom):
-            packages = ("data", "data.real", "evaluation")
-            inside = node.module in packages
+            inside = node.module in ("data", "data.real", "evaluation")
             names = [f"{node.module}.{n}" for n in names] if inside else [node.module]
         imported |= {f"{name.replace('.', '/')}.py" for name in names}
-    return {path for path in imported if (ROOT / path).is_file()}
-
-
-@pytest.mark.parametrize(
-    ("target", "script"),
-    [
-        ("$(R)/data/account.txt", "data/real/prepare"),
-        ("$(R)/public/report.md", "evaluation/public"),
-    ],
-)
-def test_the_makefile_knows_what_a_command_is_made_of(target: str, script: str) -> None:
-    """A command on real data runs again where a file that it imports has changed."""
-    mine = imports_of(script)
-    assert len(mine) > 4 and mine <= rules()[target][0]
-
-
-def test_what_decides_a_measurement_makes_the_demo_measure_again() -> None:
-    """Beside the files of which the models and the data are made, and so made again."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
-    measuring = set(re.search(r"^measuring := (.*)", makefile, flags=re.M)[1].split())
-    before = {"model.py", "checkpoint.py", *(f"data/{n}.py" for n in ("files", "tokenizer"))}
-    mine = imports_of("evaluation/measure") - before - {"data/tiny/world.py"}
-    assert len(mine) > 4 and mine <= measuring
-    for measured in ("$(measured)", "$(real_measured)"):
-        assert "$(measuring)" in rules()[measured][0]
-
-
-def test_the_sources_in_the_readme_are_those_of_the_table() -> None:
-    from data.real.sources import SOURCES
-
-    named = cells(section("On real data"), 1)
-    assert sorted(named) == sorted(SOURCES)
-
-
-def test_flags_of_evaluate_are_read() -> None:
-    """By it, or by the files that its commands are in."""
-    names = ("evaluate", "sample", *(f"evaluation/{path.stem}" for path in EVALUATION))
-    source = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in names)
-    flags = re.findall(r'add\(\s*"--(\w+)"', source)
-    assert {"sets", "shots", "toxicity_labels", "toxicity_scorer", "best_prefix"} <= set(flags)
-    for flag in flags:
-        read = f"args.{flag}" in source or f'"{flag}"' in source
-        assert read, f"nobody reads --{flag}"
+    mine = {path for path in imported if (ROOT / path).is_file()}
+    needs, recipe = rules()[target]
+    assert len(mine) > 4 and mine <= needs
+    assert recipe.startswith('\t@test -n "$(DATA)" ||')
+    assert {name for name, (_, recipe) in rules().items() if "$(DATA)" in recipe} == set(MADE)

@@ -395,7 +395,7 @@ def test_lines_are_cut_at_the_first_newline(
     """Greedy decoding, asked for once; the words of LAMBADA are compared without punctuation."""
     texts = [" fox, she\nfox", "\nfox", " foxes", "fox"]
 
-    def sampled(speaker, prompts, room, *, temperature, batch_size, dtype):
+    def sampled(speaker, prompts, room, *, temperature, batch_size):
         assert temperature == 0 and room == 8
         return [Namespace(text=text) for text in texts]
 
@@ -436,10 +436,14 @@ def test_intervals_over_groups() -> None:
 
 
 def run(raw: Path, models: dict[str, Path], out: Path, *more: str) -> int:
-    checkpoints = [f"{name}={folder}" for name, folder in models.items()]
-    argv = ["public", "--data", str(raw), "--checkpoints", *checkpoints, "--out", str(out)]
-    argv += ["--device", "cpu", "--num_items", "3", *more]
-    return run_command(lambda: evaluate.main(argv))
+    argv = ["public", "--data", str(raw), "--out", str(out), "--device", "cpu"]
+    argv += [
+        "--num_items",
+        "3",
+        "--checkpoints",
+        *(f"{n}={folder}" for n, folder in models.items()),
+    ]
+    return run_command(lambda: evaluate.main([*argv, *more]))
 
 
 def read(path: Path) -> list[dict[str, str]]:

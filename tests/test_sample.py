@@ -227,7 +227,7 @@ def test_prompts_from_stdin_until_its_end(
     [
         ("rm={tiny.rm} --prompt x", "expected a language model"),
         ("a={tiny.folder}/none --prompt x", "no such file"),
-        ("a={tiny.base} --prompt x --max_new_tokens 40", "more than the context of a, 48"),
+        ("a={tiny.base} --prompt x --max_new_tokens 40", "more than the context of 48"),
         ("a={tiny.base} --data {tiny.pretrain} --out {tmp}/c", "pretrain.txt:1"),
         ("a={tiny.base} --data {tiny.prompts} --out {tiny.prompts}/no/c", "cannot be written"),
     ],
