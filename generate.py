@@ -1,8 +1,14 @@
 """A response, token by token: what `GPT.generate` does.
 
-A prompt goes through the model once and leaves its keys and values in a cache. After that, a step
-takes one new token of each row. Finished rows are dropped from the batch. On a GPU a step is one
-CUDA graph. This file imports no model: functions take one.
+    hidden = model(prompts, lengths, cache)      the prompts, once; keys and values go to the cache
+    repeat:
+        logits = hidden @ unembedding^T          (N, V), from the newest token of each row
+        token ~ softmax(logits / temperature)    one uniform number a row and step
+        hidden = blocks of one token             attends to the cache
+    until each row has its end token, or the limit
+
+Once a tenth of the rows have ended, they are dropped from the batch. On a GPU a step is one CUDA
+graph, and sizes are powers of two. This file imports no model: functions take one.
 
 Dimensions: B rows of the result, N rows still being written, P prompt tokens, S cache length,
 H heads, D head size, V vocabulary.

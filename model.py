@@ -65,44 +65,10 @@ class Linear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@dataclass
-class Packing:
-    """Right-padded rows (B, T) as a list of N tokens, without padding and without repetitions.
-
-    All layers but attention treat tokens one by one, on (N, C); attention needs rows. If a row
-    begins with the same tokens as the row above it, as responses to one prompt do, the common
-    beginning is listed once: a causal model computes the same for both.
-    """
-
-    index: Tensor  # (B, T): the number, in the list, of the token at each place (of padding: any)
-    places: Tensor  # (N,): the place in B * T of each listed token
-
-    @classmethod
-    def make(cls, tokens: Tensor, lengths: Tensor, share: bool = True) -> Packing:
-        """Of `tokens` (B, T) with `lengths` (B,). Without `share`, repetitions are listed too."""
-        B, T = tokens.shape
-        inside = torch.arange(T, device=tokens.device) < lengths[:, None]
-        listed = inside.clone()
-        if share:
-            same = (tokens[1:] == tokens[:-1]) & inside[1:] & inside[:-1]
-            listed[1:] &= ~same.cumprod(1).bool()  # a beginning ends at the first difference
-        number = (listed.flatten().cumsum(0) - 1).view(B, T)
-        # A repeated token is the last one listed above it, which has the largest number.
-        index = torch.where(listed, number, -1).cummax(0).values.clamp_min(0)
-        return cls(index, listed.flatten().nonzero().squeeze(1))
-
-    def to_rows(self, x: Tensor) -> Tensor:
-        """(N, C) -> (B, T, C)."""
-        if len(x) == 0:  # all rows are empty: padding needs a token to point at
-            x = torch.cat((x, x.new_zeros(1, x.shape[-1])))
-        return x.index_select(0, self.index.flatten()).view(*self.index.shape, -1)
-
-    def to_list(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (N, C)."""
-        return x.reshape(-1, x.shape[-1]).index_select(0, self.places)
-
-
 class Attention(nn.Module):
+    """Multi-head causal attention: y = softmax(q k^T / sqrt(D)) v for each head, then a projection
+    of the heads side by side. `kernels.attention` does the first, or another `score_mod`."""
+
     def __init__(self, config: GPTConfig, layer: int, impl: str):
         super().__init__()
         self.n_head, self.layer = config.n_head, layer
@@ -171,7 +137,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2.
+    """Embeddings, blocks, a last layer norm: tokens -> hidden states; `logprobs` adds the head.
 
     `impl` chooses the kernels: "auto" (Triton on CUDA, torch elsewhere), a name of one of their
     implementations, or "attention=name,logprobs=name". `dtype` is that of matrix products:
@@ -254,9 +220,9 @@ class GPT(nn.Module):
         with self.autocast():
             x = self.wte(tokens) + self.wpe.weight[:T]
             x = self.dropout(packing.to_list(x) if packing else x)
-            again = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+            recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
             for block in self.h:
-                if again:
+                if recompute:
                     x = checkpoint(block, x, lengths, packing, use_reentrant=False)
                 else:
                     x = block(x, lengths, packing, cache)
@@ -332,7 +298,7 @@ class GPT(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A GPT whose unembedding is replaced by a linear head to one number (InstructGPT 3.5, C).
+    """A GPT whose unembedding is replaced by a linear head to one number (the paper's 3.5 and C).
 
     As the reward model, the number at a response's last token, before the end token, is the score
     of the response. As the value network, the number at position t - 1 is the value of the state
@@ -394,6 +360,43 @@ class ScalarModel(nn.Module):
         """Load a checkpoint of train_rm.py, with the options of `GPT.from_pretrained`. Raises
         `BadInput` if it is a language model."""
         return load_model(cls, GPTConfig, Path(folder), **options)
+
+
+@dataclass
+class Packing:
+    """Right-padded rows (B, T) as a list of N tokens, without padding and without repetitions.
+
+    All layers but attention treat tokens one by one, on (N, C); attention needs rows. If a row
+    begins with the same tokens as the row above it, as responses to one prompt do, the common
+    beginning is listed once: a causal model computes the same for both.
+    """
+
+    index: Tensor  # (B, T): the number, in the list, of the token at each place (of padding: any)
+    places: Tensor  # (N,): the place in B * T of each listed token
+
+    @classmethod
+    def make(cls, tokens: Tensor, lengths: Tensor, share: bool = True) -> Packing:
+        """Of `tokens` (B, T) with `lengths` (B,). Without `share`, repetitions are listed too."""
+        B, T = tokens.shape
+        inside = torch.arange(T, device=tokens.device) < lengths[:, None]
+        listed = inside.clone()
+        if share:
+            same = (tokens[1:] == tokens[:-1]) & inside[1:] & inside[:-1]
+            listed[1:] &= ~same.cumprod(1).bool()  # a beginning ends at the first difference
+        number = (listed.flatten().cumsum(0) - 1).view(B, T)
+        # A repeated token is the last one listed above it, which has the largest number.
+        index = torch.where(listed, number, -1).cummax(0).values.clamp_min(0)
+        return cls(index, listed.flatten().nonzero().squeeze(1))
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """(N, C) -> (B, T, C)."""
+        if len(x) == 0:  # all rows are empty: padding needs a token to point at
+            x = torch.cat((x, x.new_zeros(1, x.shape[-1])))
+        return x.index_select(0, self.index.flatten()).view(*self.index.shape, -1)
+
+    def to_list(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (N, C)."""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.places)
 
 
 def _freeze(model: nn.Module, dtype: str) -> nn.Module:
