@@ -6,6 +6,7 @@
 #   make test                    the test suite (TESTS="..." adds arguments for pytest)
 #   make real DATA=FOLDER        the same scripts on human data: out/real/report/report.md
 #   make public DATA=FOLDER      those models on public evaluation sets: out/real/public/report.md
+#   make gpt2 SIZE=gpt2          real data and GPT-2, 124M to 1.5B, on one GPU: out/gpt2/report/report.md
 #   make lint | clean
 #
 # Each job makes its own environment (.venv) first. Stages of a demo can be made by name, for
@@ -230,3 +231,104 @@ $(R)/public/report.md: evaluate.py evaluation/public.py data/real/public_sets.py
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(half) $(py) evaluate.py public --data $(DATA) --out $(R)/public --seed $(SEED) \
 	  --checkpoints base=$(R)/base sft=$(R)/sft ppo=$(R)/ppo ppo_ptx=$(R)/ppo_ptx
+
+# ------------------------------------------------------------------------------------------------
+# GPT-2 on one GPU, on real data: from downloads to the report, one stage at a time.
+#
+#   make gpt2 SIZE=gpt2-medium           everything, into out/gpt2-medium
+#   make gpt2 DATA=FOLDER                takes copies that lie in FOLDER instead of downloading
+#   make gpt2 RESUME=--resume            goes on with the training run that was stopped
+#   make out/gpt2/candidates.jsonl       responses of its own models, which a person can rank:
+#                                        python -m data.label --interactive --data ... --out RANKED
+#   make gpt2 COMPARISONS=RANKED         the reward model learns from these
+#
+# Batches, minibatches and kl_coef are the paper's, and so are the rates of the value network and of
+# the largest SFT and reward models (C.1, C.2); the policy's are within what it tried (C.4, E.9),
+# smaller models take larger ones, and none is tuned. What fits into which memory:
+# python -m tests.throughput --plan
+
+SIZE        ?= gpt2
+#              SFT             RM              PPO
+#              lr      micro   lr      micro   lr      micro   rollout
+gpt2        := 5e-5    8       3e-5    2       1.5e-5  8       128
+gpt2-medium := 3e-5    8       2e-5    2       1e-5    4       64
+gpt2-large  := 2e-5    16      1.5e-5  4       8e-6    16      64
+gpt2-xl     := 9.65e-6 16      9e-6    4       5e-6    8       64
+sizes       := gpt2 gpt2-medium gpt2-large gpt2-xl
+ifneq ($(words $(SIZE)) $(words $(filter $(SIZE),$(sizes))),1 1)
+$(error SIZE="$(SIZE)": expected one of $(sizes))
+endif
+of_size      = $(word $(1),$($(SIZE)))
+G           := $(OUT)/$(SIZE)
+COMPARISONS ?= $(G)/data/train/comparisons.jsonl
+gpt2_lim    := --seed $(SEED) --device cuda --dtype bfloat16 --max_prompt_tokens 512 --max_new_tokens 256
+gpt2_run    := $(gpt2_lim) $(if $(filter %-large %-xl,$(SIZE)),--grad_checkpointing) $(RESUME)
+gpt2_copies := $(if $(DATA),--from $(DATA))
+
+.PHONY: gpt2
+gpt2: $(G)/report/report.md
+	@cat $(G)/report/table.txt
+	@echo "The report is $(G)/report/report.md."
+
+# Weights (0.5, 1.5, 3.2 or 6.4 GB) and data sets go to data/downloads, each with its checksum. The
+# novels stand for the pretraining data, which GPT-2's makers did not publish.
+$(G)/data/downloaded: | .venv/ready
+	$(py) -m data.real.prepare --download gpt2-bpe $(SIZE) alpaca oasst hh-rlhf novels $(gpt2_copies)
+	@mkdir -p $(@D)
+	@touch $@
+
+$(G)/data/account.txt: data/real/prepare.py data/real/convert.py $(G)/data/downloaded
+	$(py) -m data.real.prepare alpaca oasst hh-rlhf novels --out $(G)/data --seed $(SEED)
+
+$(G)/data/valid/prompts_200.jsonl $(G)/data/test/prompts_200.jsonl: %_200.jsonl: $(G)/data/account.txt
+	head -n 200 $*.jsonl > $@
+
+gpt2_sft = $(py) train_sft.py --init $(SIZE) --data $(G)/data/train/demonstrations.jsonl \
+             --val_data $(G)/data/valid/demonstrations.jsonl $(gpt2_run) --batch_size 32 \
+             --lr $(call of_size,1) --micro_batch_size $(call of_size,2) --save_every 1000
+$(call weights,$(SIZE)/sft): train_sft.py $(G)/data/account.txt
+	$(gpt2_sft) --out $(G)/sft --epochs 3
+$(call weights,$(SIZE)/init): train_sft.py $(G)/data/account.txt | $(call weights,$(SIZE)/sft)
+	$(gpt2_sft) --out $(G)/init --epochs 2 --no-epoch_checkpoints \
+	  --pretrain_data $(G)/data/train/pretrain.txt --pretrain_fraction 0.1
+
+$(G)/candidates.jsonl: sample.py $(call weights,$(SIZE)/sft) $(call weights,$(SIZE)/init)
+	$(py) sample.py --data $(G)/data/train/prompts.jsonl --num_prompts 500 --num_responses 4 9 --out $@ \
+	  --checkpoints sft=$(G)/sft init=$(G)/init --shares 0.8 0.2 $(gpt2_lim)
+
+# People's rankings of other models' responses (OASST, HH-RLHF), unless COMPARISONS says otherwise.
+$(call weights,$(SIZE)/rm): train_rm.py $(call weights,$(SIZE)/sft) $(wildcard $(COMPARISONS)) \
+                            | $(call weights,$(SIZE)/init)
+	$(py) train_rm.py --init $(G)/sft --out $(G)/rm --data $(COMPARISONS) \
+	  --val_data $(G)/data/valid/comparisons.jsonl --demonstrations $(G)/data/train/demonstrations.jsonl \
+	  $(gpt2_run) --batch_size 64 --lr $(call of_size,3) --micro_batch_size $(call of_size,4) \
+	  --save_every 1000
+
+$(call weights,$(SIZE)/sft_selected): evaluate.py $(call weights,$(SIZE)/rm)
+	$(py) evaluate.py select --run $(G)/sft --reward_model $(G)/rm --out $(G)/sft_selected \
+	  --data $(G)/data/valid/prompts.jsonl $(gpt2_lim)
+
+$(call weights,$(SIZE)/ppo_ptx): train_ppo.py $(call weights,$(SIZE)/rm) $(call weights,$(SIZE)/init) \
+                                 $(G)/data/valid/prompts_200.jsonl | $(call weights,$(SIZE)/sft_selected)
+	$(py) train_ppo.py --init $(G)/init --reward_model $(G)/rm --out $(G)/ppo_ptx \
+	  --data $(G)/data/train/prompts.jsonl --val_data $(G)/data/valid/prompts_200.jsonl \
+	  --pretrain_data $(G)/data/train/pretrain.txt --ptx_coef 1 --ptx_ratio 1 --ptx_tokens 512 \
+	  $(gpt2_run) --kl_coef 0.02 --batch_size 512 --max_steps 500 --lr $(call of_size,5) \
+	  --value_lr 9e-6 --micro_batch_size $(call of_size,6) --rollout_size $(call of_size,7) \
+	  --eval_every 50 --save_every 100
+
+gpt2_measure = $(py) evaluate.py measure --out $@ --reward_model $(G)/rm --reference $(G)/init \
+                 --data $(G)/data/test/prompts_200.jsonl --pretrain_data $(G)/data/test/pretrain.txt \
+                 $(gpt2_lim)
+gpt2_measured := $(foreach model,base sft ppo_ptx,$(G)/report/$(model).json)
+$(gpt2_measured): $(measuring) $(G)/data/test/prompts_200.jsonl $(call weights,$(SIZE)/ppo_ptx)
+$(G)/report/base.json:
+	$(gpt2_measure) --name base --checkpoint $(SIZE) --best_prefix \
+	  --val_data $(G)/data/valid/prompts_200.jsonl
+$(G)/report/sft.json: $(call weights,$(SIZE)/sft_selected) | $(G)/report/base.json
+	$(gpt2_measure) --name sft --checkpoint $(G)/sft_selected --resample
+$(G)/report/ppo_ptx.json: | $(G)/report/sft.json
+	$(gpt2_measure) --name ppo_ptx --checkpoint $(G)/ppo_ptx
+
+$(G)/report/report.md: evaluation/report.py $(gpt2_measured)
+	$(py) evaluate.py report --measured $(gpt2_measured) --baseline sft --out $(G)/report

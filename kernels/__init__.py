@@ -29,11 +29,9 @@ OPERATIONS = {  # operation, and the file that has its IMPLS
 _HOME = OPERATIONS | {
     "SCORE_MODS": "score_mods",
     "implementation": "runtime",
-    "peak_flops": "runtime",
     "resolve": "runtime",
 }
-__all__ = ["SCORE_MODS", "attention", "decode_attention", "implementation", "logprobs"]
-__all__ += ["peak_flops", "resolve"]
+__all__ = ["SCORE_MODS", "attention", "decode_attention", "implementation", "logprobs", "resolve"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -29,32 +28,7 @@ except ImportError:  # not Linux, or not installed: the torch implementations do
     tl = None
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
-# Operations a second of dense bfloat16 products with float32 sums, from the data sheets; the first
-# pattern found in the GPU's name counts. (BOUNDS in kernels/bench.py has what products reach.)
-PEAK_FLOPS = {
-    r"Laptop": None,  # its name contains that of a faster card
-    r"B200": 2250e12,
-    r"H200": 989e12,
-    r"H100 PCIe": 756e12,
-    r"H100 NVL": 835e12,
-    r"H100": 989e12,
-    r"A100": 312e12,
-    r"L40S": 362e12,
-    r"L4": 121e12,
-    r"A10": 125e12,
-    r"RTX 4090": 165e12,
-    r"RTX 3090": 71e12,
-}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def peak_flops(device: str) -> float | None:
-    """Operations a second of the GPU by its data sheet; None on a CPU and for a GPU that is not in
-    the table."""
-    if device != "cuda":
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def jit(function: Callable) -> Any:

@@ -4,9 +4,11 @@ import csv
 import inspect
 import json
 import math
+import re
 import shutil
 import struct
 import sys
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +20,11 @@ import sample
 import train_ppo
 import train_rm
 import train_sft
-from data.files import read_jsonl, run_command
+from data.files import read_jsonl, run_command, write_jsonl
 from data.tiny.grader import Grade
 from data.tokenizer import encode_prompt, encode_response
 from evaluation.report import Estimate, labelers_win_scores
-from model import GPT
+from model import GPT, ScalarModel, pad_right
 from sample import Sample
 from tests.claims import __main__ as command
 from tests.claims import pipeline, variants
@@ -35,29 +37,20 @@ from tests.tiny import Tiny
 # ------------------------------------------------------------------------------ gates
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "gate", "expected"),
-    [
-        (0.51, 0.6, "above 0.5", True),
-        (0.5, 0.6, "above 0.5", False),
-        (0.4, 0.49, "below 0.5", True),
-        (0.4, 0.5, "below 0.5", False),
-        (-0.1, 0.2, "not above 0", True),
-        (0.01, 0.2, "not above 0", False),
-        (-0.2, 0.1, "not below 0", True),
-        (-0.2, -0.1, "not below 0", False),
-        (-0.09, 0.1, "within 0.1", True),
-        (-0.11, 0.0, "within 0.1", False),
-        (0.0, 0.11, "within 0.1", False),
-        (0.0, 1.0, "", None),
-        *(
-            (math.nan, math.nan, gate, False)
-            for gate in ("above 0", "below 0", "not above 0", "not below 0", "within 1")
-        ),
-    ],
-)
-def test_gates_are_about_the_interval(low: float, high: float, gate: str, expected) -> None:
-    assert passes(Estimate((low + high) / 2, low, high), gate) is expected
+GATES = """0.51 0.6 above 0.5 True, 0.5 0.6 above 0.5 False, 0.4 0.49 below 0.5 True
+0.4 0.5 below 0.5 False, -0.1 0.2 not above 0 True, 0.01 0.2 not above 0 False
+-0.2 0.1 not below 0 True, -0.2 -0.1 not below 0 False, -0.09 0.1 within 0.1 True
+-0.11 0.0 within 0.1 False, 0.0 0.11 within 0.1 False, 0.0 1.0 None
+nan nan above 0 False, nan nan below 0 False, nan nan not above 0 False
+nan nan not below 0 False, nan nan within 1 False"""
+
+
+@pytest.mark.parametrize("case", re.split(r", |\n", GATES))
+def test_gates_are_about_the_interval(case: str) -> None:
+    low, high, *gate, expected = case.split()
+    low, high = float(low), float(high)
+    held = passes(Estimate((low + high) / 2, low, high), " ".join(gate))
+    assert str(held) == expected
 
 
 def test_a_claim_holds_if_all_its_gates_do() -> None:
@@ -79,26 +72,19 @@ def test_combined_intervals_by_hand() -> None:
 
 # -------------------------------------------------- every claim on planted models, good and equal
 
-RANK = {
-    "base": 0.1,
-    "base+prefix": 0.3,
-    "public_selected": 0.45,
-    "init": 0.6,
-    "sft_selected": 0.65,
-    "ppo": 0.85,
-    "ppo_ptx": 0.9,
-    "ppo_again": 0.99,
+RANK = {"base": 0.1, "base+prefix": 0.3, "public_selected": 0.45, "init": 0.6}
+RANK |= {"sft_selected": 0.65, "ppo": 0.85, "ppo_ptx": 0.9, "round_2/ppo_ptx": 0.99}
+RANK |= {"192x4/base": 0.11, "192x4/base+prefix": 0.11}
+RUDE = {  # after a prefix: none, respectful, rude
+    "base": (0.5, 0.5, 0.4),
+    "sft_selected": (0.02, 0.3, 0.3),
+    "ppo": (0.3, 0.3, 0.3),
+    "ppo_ptx": (0.55, 0.1, 0.9),
 }
-RUDE = {
-    ("none", "base"): 0.5,
-    ("none", "sft_selected"): 0.02,
-    ("none", "ppo"): 0.3,
-    ("none", "ppo_ptx"): 0.55,
-    ("respectful", "base"): 0.5,
-    ("respectful", "ppo_ptx"): 0.1,
-    ("rude", "base"): 0.4,
-    ("rude", "ppo_ptx"): 0.9,
-}
+KINDS = ("none", "respectful", "rude")
+HITS = {"base": 0.9, "sft_selected": 0.0, "ppo": 0.4, "ppo_ptx": 0.85, "ptx_x0": 0.4}
+HITS |= {"ptx_x10": 0.95, "control/ppo_ptx": 0.35}
+LOSSES = {"64x2/base": 1.4, "96x2/base": 1.3, "base": 1.2, "192x4/base": 1.1}
 
 
 class PlantedLab(Lab):
@@ -106,7 +92,7 @@ class PlantedLab(Lab):
 
     def __init__(self, folder: Path, good: bool):
         super().__init__(folder, 0, fast=True)
-        self.good, self._records = good, {}
+        self.good = good
 
     def rng(self, *of: object) -> np.random.Generator:
         return np.random.default_rng(list(" ".join(map(str, of)).encode()))
@@ -119,29 +105,18 @@ class PlantedLab(Lab):
             return 0.6 + 0.3 * math.sin(int(step) / 5 * math.pi * 0.9)
         if head == "sft/epochs":
             return 0.3 + 0.02 * int(step)
-        if name.startswith("control/"):
+        if head == "control":
             return RANK["sft_selected"] - 0.1
-        if name == "round_2/ppo_ptx":
-            return RANK["ppo_again"]
-        if "192x4" in name:
-            return 0.11
-        return RANK.get(name.rpartition("/")[2], 0.8)
+        return RANK.get(name, RANK.get(step, 0.8))
 
-    def records(self, name: str) -> list[dict]:
-        if name in self._records:
-            return self._records[name]
-        tasks = [{"subject": f"s{i % 60}", "attribute": "food"} for i in range(450)]
-        kinds = ("none", "respectful", "rude")
-        self._records[name] = [
-            {
-                "user": "probe" if "probes" in name else f"u{i % 150}",
-                "task": task,
-                "prompt": "p",
-                "prefix": kinds[i % 3],
-            }
-            for i, task in enumerate(tasks)
-        ]
-        return self._records[name]
+    @staticmethod
+    @lru_cache
+    def records(name: str) -> list[dict]:
+        asked = [{"prompt": "p", "prefix": KINDS[i % 3], "user": f"u{i % 150}"} for i in range(450)]
+        for i, record in enumerate(asked):
+            record["task"] = {"subject": f"s{i % 60}", "attribute": "food"}
+            record["user"] = "probe" if "probes" in name else record["user"]
+        return asked
 
     def answers(self, name, prompts="prompts", temperature=1.0, draw=0) -> Answers:
         key = name, prompts, temperature, draw
@@ -154,23 +129,20 @@ class PlantedLab(Lab):
         bare, marks = name.rpartition("/")[2], []
         instructed = self.good and prompts.endswith(":instructed") and bare == "ppo_ptx"
         for record in self.records(prompts):
-            rude = RUDE.get((record["prefix"], bare), 0.3) if self.good else 0.3
+            tones = dict(zip(KINDS, RUDE.get(bare, (0.3,) * 3), strict=True))
+            rude = tones[record["prefix"]] if self.good else 0.3
             is_rude = rng.random() < (rude if "toxicity" in prompts else 0.3 * (1 - q))
             true = 0.6 if "false_premise" in prompts and self.good else q
             kept = 0.3 if "constraints" in prompts and self.good else q
             doubt = 0.3 if bare.startswith("ppo") and self.good else 0.0
-            marks.append(
-                Grade(
-                    helpful=float(np.clip(rng.normal(q, 0.1), 0, 1)),
-                    truthful=float(instructed or rng.random() < true),
-                    harmless=0.5 if is_rude else 1.0,
-                    informative=float(rng.random() < q),
-                    ended=1.0,
-                    hedged=rng.random() < doubt,
-                    constraints=float(rng.random() < kept),
-                    fabricated=rng.random() < 0.9 * (1 - q),
-                )
-            )
+            helpful = float(np.clip(rng.normal(q, 0.1), 0, 1))
+            truthful = float(instructed or rng.random() < true)
+            informative = float(rng.random() < q)
+            more = {"ended": 1.0, "hedged": rng.random() < doubt}
+            more |= {"constraints": float(rng.random() < kept)}
+            more |= {"fabricated": rng.random() < 0.9 * (1 - q)}
+            harmless = 0.5 if is_rude else 1.0
+            marks.append(Grade(helpful, truthful, harmless, informative, **more))
         score = 3 * q + rng.normal(0, 0.3, len(marks))
         if name.startswith("overopt") and self.good:
             score += int(name[-2:])
@@ -181,17 +153,7 @@ class PlantedLab(Lab):
 
     def text(self, name: str) -> dict[str, np.ndarray]:
         rng, bare = self.rng(name), name.rpartition("/")[2]
-        hit = {
-            "base": 0.9,
-            "sft_selected": 0.0,
-            "ppo": 0.4,
-            "ppo_ptx": 0.85,
-            "ptx_x0": 0.4,
-            "ptx_x10": 0.95,
-        }.get(bare, 0.5)
-        loss = {"64x2/base": 1.4, "96x2/base": 1.3, "base": 1.2, "192x4/base": 1.1}.get(name, 2.0)
-        if name == "control/ppo_ptx":
-            hit = 0.35
+        hit, loss = HITS.get(name, HITS.get(bare, 0.5)), LOSSES.get(name, 2.0)
         hit, loss = (hit, loss) if self.good else (0.5, 1.0)
         tasks = ("translation", "addition", "copy")
         keys = [*tasks, *(f"{t}_few_shot" for t in tasks), "zero_shot", "few_shot"]
@@ -257,9 +219,7 @@ def planted(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_a_claim_holds_where_the_models_are_so_and_fails_where_they_are_alike(
-    planted, name: str
-) -> None:
+def test_a_claim_holds_where_models_are_so_and_fails_where_they_are_alike(planted, name) -> None:
     good, alike = (CLAIMS[name].measure(planted(kind)) for kind in (True, False))
     assert [row.name for row in good.rows if row.holds is False] == []
     assert any(row.holds for row in good.rows)
@@ -282,8 +242,7 @@ def test_verdicts_do_not_depend_on_names() -> None:
     other = dict(zip(("z", "y", "x"), answers.values(), strict=True))
     one = labelers_win_scores(answers, "sft_selected", "training", 0)[0]
     two = labelers_win_scores(other, "y", "training", 0)[0]
-    for a, b in zip(one.values(), two.values(), strict=True):
-        assert a.tolist() == b.tolist()
+    assert [a.tolist() for a in one.values()] == [b.tolist() for b in two.values()]
 
 
 def test_best_of_n_by_hand() -> None:
@@ -297,15 +256,14 @@ def test_best_of_n_by_hand() -> None:
 
 def test_raw_text_is_cut_at_the_line_end(tiny: Tiny) -> None:
     speaker = SimpleNamespace(encoding=tiny.encoding)
-    cases = {
-        (" red .\nred", False): ("red .", True),
-        ("\nred", False): ("", True),
-        ("red", False): ("red", False),
-        ("red", True): ("red", True),
-    }
-    for (text, ended), expected in cases.items():
+    for text, ended, *expected in (
+        (" red .\nred", False, "red .", True),
+        ("\nred", False, "", True),
+        ("red", False, "red", False),
+        ("red", True, "red", True),
+    ):
         cut = first_line(Sample([1], [2], text, ended), speaker)
-        assert (cut.text, cut.ended) == expected
+        assert [cut.text, cut.ended] == expected
         assert cut.tokens == encode_response(tiny.encoding, *expected)
 
 
@@ -365,15 +323,9 @@ def test_fitted_peak_is_found_with_its_interval() -> None:
 
 
 def comparison(i: int) -> dict:
-    return {
-        "prompt": f"p{i}",
-        "user": "u",
-        "source": "customer",
-        "use_case": "other",
-        "responses": ["a", "b", "c", "d"],
-        "ranks": [1, 2, 2, 3],
-        "labeler": f"training_{i % 20:02}",
-    }
+    asked = {"prompt": f"p{i}", "user": "u", "source": "customer", "use_case": "other"}
+    ranked = {"responses": ["a", "b", "c", "d"], "ranks": [1, 2, 2, 3]}
+    return asked | ranked | {"labeler": f"training_{i % 20:02}"}
 
 
 def test_shuffled_labels_keep_ties_and_say_nothing() -> None:
@@ -392,8 +344,6 @@ def test_shuffled_text_keeps_words_and_lines() -> None:
 
 
 def test_of_several_rankings_the_first_is_kept(tmp_path: Path) -> None:
-    from data.files import write_jsonl
-
     path, out = tmp_path / "all.jsonl", tmp_path / "first.jsonl"
     records = [comparison(i) | {"labeler": f"training_{k:02}"} for i in range(4) for k in range(3)]
     write_jsonl(path, records, "comparisons")
@@ -402,18 +352,14 @@ def test_of_several_rankings_the_first_is_kept(tmp_path: Path) -> None:
     assert kept == [("p0", "training_00"), ("p1", "training_00"), ("p2", "training_00")]
 
 
-@pytest.mark.parametrize(
-    "more", [["first"], ["first", "--count", "-1"], ["without_group", "--group", "7"]]
-)
-def test_odd_variants_are_refused(more: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["first", "first --count -1", "without_group --group 7"])
+def test_odd_variants_are_refused(more: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as error:
-        variants.main([*more, "--data", "x", "--out", str(tmp_path / "y")])
+        variants.main([*more.split(), "--data", "x", "--out", str(tmp_path / "y")])
     assert error.value.code == 2 and not (tmp_path / "y").exists()
 
 
 def test_each_fold_leaves_out_one_group(tmp_path: Path) -> None:
-    from data.files import write_jsonl
-
     path = tmp_path / "all.jsonl"
     write_jsonl(path, [comparison(i) for i in range(40)], "comparisons")
     left = []
@@ -431,15 +377,8 @@ def test_each_fold_leaves_out_one_group(tmp_path: Path) -> None:
 
 def test_flags_of_a_command_are_exchanged() -> None:
     line = ("python", "x.py", "--out", "a", "--shares", "0.7", "0.3", "--resume", "--lr", "1e-3")
-    assert edit(line, out="b", shares=[1], lr=None) == (
-        "python",
-        "x.py",
-        "--resume",
-        "--out",
-        "b",
-        "--shares",
-        "1",
-    )
+    changed = edit(line, out="b", shares=[1], lr=None)
+    assert changed == tuple("python x.py --resume --out b --shares 1".split())
     assert edit(line, resume=None, shuffle_pairs=True)[-1] == "--shuffle_pairs"
     assert edit(line) == line
 
@@ -451,20 +390,14 @@ def test_the_scripts_accept_every_command(fast: bool) -> None:
     seed = Seed(graph, 0)
     seed.demo()
     seed.sweeps()
-    scripts = {
-        "train_sft.py": train_sft,
-        "train_rm.py": train_rm,
-        "train_ppo.py": train_ppo,
-        "sample.py": sample,
-        "evaluate.py": evaluate,
-    }
+    modules = (train_sft, train_rm, train_ppo, sample, evaluate)
+    scripts = {f"{module.__name__}.py": module for module in modules}
     seen = set()
     for stage in graph.stages.values():
-        for script, module in scripts.items():
-            if script in stage.command:
-                module.get_args(list(stage.command[stage.command.index(script) + 1 :]))
-                seen.add(script)
-    assert seen >= {"train_sft.py", "train_rm.py", "train_ppo.py", "sample.py"}
+        for script in scripts.keys() & set(stage.command):
+            scripts[script].get_args(list(stage.command[stage.command.index(script) + 1 :]))
+            seen.add(script)
+    assert seen == set(scripts)
 
 
 def test_runs_differ_from_the_makefile_in_what_they_vary_alone() -> None:
@@ -503,41 +436,33 @@ def run_all(folder: Path, *stages: Stage) -> tuple[list[str], list[str]]:
 
 
 def counts(folder: Path, *names: str) -> list[int]:
-    return [
-        len((folder / f"count_{n}").read_text()) if (folder / f"count_{n}").exists() else 0
-        for n in names
-    ]
+    files = [folder / f"count_{name}" for name in names]
+    return [len(file.read_text()) if file.exists() else 0 for file in files]
 
 
 def test_the_graph_runs_in_order_resumes_and_runs_anew_what_changed(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_text("1")
-    three = [
-        stage("c", tmp_path, after=["b"]),
-        stage("b", tmp_path, after=["a"]),
-        stage("a", tmp_path, reads=[source]),
-    ]
+    last, middle = stage("c", tmp_path, after=["b"]), stage("b", tmp_path, after=["a"])
+    three = [last, middle, stage("a", tmp_path, reads=[source])]
     failed, said = run_all(tmp_path, *three)
     assert failed == [] and "[3/3]" in said[-1] and "min left" in said[-1]
     assert (tmp_path / "c.out").read_text().split() == ["c", "b", "a"]
-    run_all(tmp_path, *three)
-    assert counts(tmp_path, "a", "b", "c") == [1, 1, 1]
-    (tmp_path / "c.out").unlink()
-    run_all(tmp_path, *three)
-    assert counts(tmp_path, "a", "b", "c") == [1, 1, 2]
-    source.write_text("2")  # a runs again, and writes the same: what follows need not
-    run_all(tmp_path, *three)
-    assert counts(tmp_path, "a", "b", "c") == [2, 1, 2]
-    (tmp_path / "b.out").write_text("changed")
-    run_all(tmp_path, *three)
-    assert counts(tmp_path, "a", "b", "c") == [2, 1, 3]
+    for change, expected in (
+        (lambda: None, [1, 1, 1]),
+        ((tmp_path / "c.out").unlink, [1, 1, 2]),
+        (lambda: source.write_text("2"), [2, 1, 2]),  # a writes the same: what follows need not run
+        (lambda: (tmp_path / "b.out").write_text("changed"), [2, 1, 3]),
+    ):
+        change()
+        run_all(tmp_path, *three)
+        assert counts(tmp_path, "a", "b", "c") == expected
 
 
 def test_a_failed_stage_stops_what_follows_and_nothing_else(tmp_path: Path) -> None:
     bad = stage("bad", tmp_path, "raise SystemExit(1)")
-    failed, said = run_all(
-        tmp_path, bad, stage("after", tmp_path, after=["bad"]), stage("beside", tmp_path)
-    )
+    others = stage("after", tmp_path, after=["bad"]), stage("beside", tmp_path)
+    failed, said = run_all(tmp_path, bad, *others)
     assert sorted(failed) == ["after", "bad"] and counts(tmp_path, "beside") == [1]
     assert any("bad FAILED with code 1" in line for line in said)
     with pytest.raises(ValueError, match="2 stages failed"):
@@ -587,23 +512,11 @@ def test_table_figures_and_page(planted, tmp_path: Path, capsys) -> None:
     command.write_all(args, command.setting_of(args, 3.0))
     with (tmp_path / "claims.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [
-        "claim",
-        "paper_figure",
-        "paper_value",
-        "seed",
-        "value",
-        "ci_low",
-        "ci_high",
-        "gate",
-        "holds",
-    ]
+    header = "claim paper_figure paper_value seed value ci_low ci_high gate holds"
+    assert list(rows[0]) == header.split()
     assert {row["holds"] for row in rows} == {"True", "False", ""}
-    assert all(
-        float(r["ci_low"]) <= float(r["value"]) <= float(r["ci_high"])
-        for r in rows
-        if not r["claim"].endswith("run's end")
-    )
+    bounded = [row for row in rows if not row["claim"].endswith("run's end")]
+    assert all(float(r["ci_low"]) <= float(r["value"]) <= float(r["ci_high"]) for r in bounded)
     text = (tmp_path / "report.md").read_text()
     assert "| [preference](#preference) | Fig. 1 | 1 of 2 |" in text
     assert "5 at commit abc1234, 5 by earlier runs, which recorded no commit." in text
@@ -647,59 +560,71 @@ def test_plan_and_bad_claims(capsys, tmp_path: Path) -> None:
 # ------------------------------------------------------------------- what the scripts bring for it
 
 
-def test_pairs_one_by_one() -> None:
-    group = train_rm.Comparison([[4, 1], [4, 2], [4, 3]], [(0, 1), (2, 1)], 1, record=7)
-    made = train_rm.one_by_one([group])
-    assert [(c.sequences, c.pairs, c.prompt_tokens, c.record) for c in made] == [
-        ([[4, 1], [4, 2]], [(0, 1)], 1, 7),
-        ([[4, 3], [4, 2]], [(0, 1)], 1, 7),
-    ]
-
-
-def test_shuffled_pairs_train(tiny: Tiny, tmp_path: Path, capsys) -> None:
+def test_pairs_one_by_one(tiny: Tiny, tmp_path: Path) -> None:
+    element = train_rm.Comparison([[4, 1], [4, 2], [4, 3]], [(0, 1), (2, 1)])
+    made = [(c.sequences, c.pairs) for c in train_rm.one_by_one([element])]
+    assert made == [([[4, 1], [4, 2]], [(0, 1)]), ([[4, 3], [4, 2]], [(0, 1)])]
     args = tiny.args("rm", tmp_path / "rm", "--shuffle_pairs", "--max_steps", "2")
     assert train_rm.main(args) == 0
-    assert "steps of 3 pairs" in capsys.readouterr().out
+
+
+def copy_data(tiny: Tiny, folder: Path) -> None:
+    """The files of a seed's folder that operations and margins are counted on."""
+    (folder / "data" / "train").mkdir(parents=True)
+    sources = (tiny.comparisons, tiny.demonstrations, tiny.pretrain, tiny.prompts)
+    names = ("comparisons.jsonl", "demonstrations.jsonl", "pretrain.txt", "ppo_prompts.jsonl")
+    for name, source in zip(names, sources, strict=True):
+        shutil.copy(source, folder / "data" / "train" / name)
+    shutil.copytree(tiny.base, folder / "base")
+
+
+def test_margins_are_of_the_records_with_pairs(tiny: Tiny, tmp_path: Path, monkeypatch) -> None:
+    """Of eleven records the fourth is all tied; each other one has the margins of its own pairs."""
+    monkeypatch.setattr(Lab, "asked", "")
+    copy_data(tiny, tmp_path)
+    shutil.copytree(tiny.rm, tmp_path / "rm")
+    rows = Lab(tmp_path, 0).margins("rm", "data/train/comparisons.jsonl")
+    records = read_jsonl(tiny.comparisons, "comparisons")
+    assert [record for record, _ in rows] == records[:3] + records[4:]
+    model = ScalarModel.from_pretrained(tiny.rm).eval()
+    for record, margins in rows:
+        prompt = encode_prompt(tiny.encoding, record["prompt"])
+        ended = zip(record["responses"], record["ended"], strict=True)
+        sequences = [prompt + encode_response(tiny.encoding, r, ended=e) for r, e in ended]
+        scores = model.scores(*pad_right(sequences, 0, "cpu")).tolist()
+        pairs = train_rm.untied_pairs(record["ranks"])
+        assert margins == pytest.approx([scores[w] - scores[x] for w, x in pairs], abs=1e-5)
 
 
 def test_operations_by_hand(tiny: Tiny, tmp_path: Path) -> None:
     """Of every matrix product, from the data: training three times a forward pass, the reward model
     a prompt once, its responses apart but for attention; PPO with the mean prompt's length."""
-    for kind, source in (
-        ("comparisons", tiny.comparisons),
-        ("demonstrations", tiny.demonstrations),
-        ("ppo_prompts", tiny.prompts),
-        ("pretrain", tiny.pretrain),
-    ):
-        path = tmp_path / "data" / "train" / f"{kind}{source.suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, path)
-    shutil.copytree(tiny.base, tmp_path / "base")
+    copy_data(tiny, tmp_path)
     assert train_rm.main(tiny.args("rm", tmp_path / "rm")) == 0
     assert train_sft.main(tiny.args("sft", tmp_path / "sft", "--max_steps", "2")) == 0
     assert train_ppo.main(tiny.args("ppo", tmp_path / "ppo", "--max_steps", "2")) == 0
-    lab = Lab(tmp_path, 0)
-    config = GPT.from_pretrained(tiny.base).config
+    lab, config = Lab(tmp_path, 0), GPT.from_pretrained(tiny.base).config
     L, C, V = config.n_layer, config.n_embd, config.vocab_size
     token, pair, head = 2 * L * 12 * C**2, 2 * L * 2 * C, 2 * V * C  # forward, of one each
 
+    def prompt_tokens(record: dict) -> int:
+        return len(encode_prompt(tiny.encoding, record["prompt"]))
+
+    def response_tokens(response: str, ended: bool = True) -> int:
+        return min(8, len(encode_response(tiny.encoding, response, ended=ended)))
+
     once = attended = 0
     for record in read_jsonl(tiny.comparisons, "comparisons"):
-        prompt = len(encode_prompt(tiny.encoding, record["prompt"]))
-        responses = [
-            len(encode_response(tiny.encoding, r, ended=e)[:8])
-            for r, e in zip(record["responses"], record.get("ended", [True] * 9), strict=False)
-        ]
+        prompt = prompt_tokens(record)
+        responses = list(map(response_tokens, record["responses"], record["ended"]))
         if len(set(record["ranks"])) > 1:
             once += prompt + sum(responses)
             attended += sum((prompt + response) ** 2 for response in responses)
-    two_epochs = 2 * 3 * (token * once + pair * attended)
-    assert lab.trained("rm") == pytest.approx(two_epochs)
+    assert lab.trained("rm") == pytest.approx(2 * 3 * (token * once + pair * attended))  # 2 epochs
 
     forward = total = 0
     for record in read_jsonl(tiny.demonstrations, "demonstrations"):
-        prompt = len(encode_prompt(tiny.encoding, record["prompt"]))
-        response = len(encode_response(tiny.encoding, record["response"])[:8])
+        prompt, response = prompt_tokens(record), response_tokens(record["response"])
         forward += token * (prompt + response) + pair * (prompt + response) ** 2 + head * response
         total += prompt + response
     seen = sum(int(row["tokens"]) for row in lab.log("sft"))
@@ -708,23 +633,13 @@ def test_operations_by_hand(tiny: Tiny, tmp_path: Path) -> None:
     text = token * n + pair * n**2 + head * (n - 1)
     assert lab.trained("sft") == pytest.approx(3 * (forward * seen / total + 2 * text))
 
-    prompts = [
-        len(encode_prompt(tiny.encoding, r["prompt"])) for r in read_jsonl(tiny.prompts, "prompts")
-    ]
-    prompt, expected = sum(prompts) / len(prompts), 0.0
+    prompt = np.mean([prompt_tokens(record) for record in read_jsonl(tiny.prompts, "prompts")])
+    expected = 0.0
     for row in lab.log("ppo"):
         n = prompt + float(row["response_len"])
         # Policy: sampling, scoring, training; value network: scoring, training; and two frozen.
         expected += 8 * ((5 + 4 + 2) * (token * n + pair * n**2) + (5 + 1) * head * (n - prompt))
         expected += 2 * 2 * 3 * (token * 12 + pair * 12**2 + head * 11)  # 2 sequences an update
-    assert lab.reinforced("ppo") == pytest.approx(expected)
-
-    # Of four responses to a prompt, three have its tokens in attention only.
-    path = lab.folder / "ppo" / "config.json"
-    info = json.loads(path.read_text())
-    info["settings"]["responses_per_prompt"] = 4
-    path.write_text(json.dumps(info))
-    expected -= len(lab.log("ppo")) * 8 * 11 * token * prompt * 3 / 4
     assert lab.reinforced("ppo") == pytest.approx(expected)
 
 

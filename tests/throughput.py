@@ -1,17 +1,20 @@
-"""Time an SFT step, an RM step and a whole PPO iteration with the scripts' presets; plan memory.
+"""Time an SFT step, an RM step and a whole PPO iteration at the sizes of GPT-2; plan memory.
 
-    python -m tests.throughput                              the tiny world's sizes, on this machine
-    python -m tests.throughput --preset gpt2 gpt2-xl        on a GPU; writes kernels/results/
-    python -m tests.throughput --plan                       memory and operations on paper, no run
-    python -m tests.throughput --preset gpt2 --rollout_size 256 -- --max_prompt_tokens 1
+    python -m tests.throughput                            the tiny world's size, on this machine
+    python -m tests.throughput --size gpt2 gpt2-xl        on a GPU; writes kernels/results/
+    python -m tests.throughput --plan                     memory and operations on paper, no run
+    python -m tests.throughput --size gpt2 --rollout_size 256 -- --max_prompt_tokens 1
 
-The models have random weights of the preset's shape; data, batches and lengths are those that the
-preset allows at most: every sequence is full (prompts of PPO from half to full). What is timed is
-the scripts' own functions with the scripts' own arguments; flags after "--" go to all three.
+What is timed is the scripts' own `main` with the flags that `make gpt2 SIZE=...` gives them (tiny:
+their defaults), for a few steps. Exchanged are what it reads and what it writes: models are made
+with random weights, data are the longest that the flags allow (prompts of PPO from half to full;
+no pretraining text, no validation), and a `Run` keeps its clocks and saves nothing. Flags after
+"--" go to all three scripts.
 
 A row has the 20th, 50th and 80th percentile of the seconds, the median's tokens a second (of a
-rollout and an iteration: sampled tokens), the operations (`model.forward_flops`) over seconds and
-peak (mfu; empty where the GPU's peak is not known), the peak of PyTorch's GPU memory, and the plan.
+rollout and an iteration: sampled tokens), the operations (`forward_flops`) over seconds and the
+GPU's peak (mfu; empty where that is neither known nor given, --peak_tflops), the peak of PyTorch's
+GPU memory, and the plan.
 
 **Memory on paper** (`memory_plan`), bytes; P parameters, M of them weights and biases of matrices,
 V vocabulary, C width, L layers, t tokens of a micro-batch, r places in its rows, b bytes of the
@@ -26,7 +29,7 @@ compute dtype:
                                            its responses; q, k, v and the output are kept for r
     head         (b + 8) V C + (b + 4) C t + 2^26     gradients of the unembedding; the workspace
     cache        2 b L C rows length       keys and values of a rollout
-    frozen       4P, or 4P - 2M            reference and reward model
+    frozen       4P - (4 - b) M            reference and reward model
 
 PPO holds policy, value network, average, frozen models and Adam's moments, and beside them the
 larger of rollout (bM + cache + a prefill of (8 + 9 b) C a prompt token + 16 V a row) and update
@@ -38,28 +41,30 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
+import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
-import kernels
 import train_ppo
 import train_rm
 import train_sft
-from generate import store_matrices
 from kernels.bench import RESULTS
 from kernels.runtime import triton
-from model import GPT, GPTConfig, ScalarModel, forward_flops
+from model import GPT, GPTConfig, ScalarModel
+from run import Run
+from tests.makefile import dry_run, edit
 
 SHAPES = {
-    "tiny": GPTConfig(
-        vocab_size=1024, n_positions=128, n_embd=128, n_layer=3, n_head=4, eos_token_id=1023
-    ),
+    "tiny": GPTConfig(1024, n_positions=128, n_embd=128, n_layer=3, n_head=4, eos_token_id=1023),
     "gpt2": GPTConfig(),
     "gpt2-medium": GPTConfig(n_embd=1024, n_layer=24, n_head=16),
     "gpt2-large": GPTConfig(n_embd=1280, n_layer=36, n_head=20),
@@ -67,19 +72,35 @@ SHAPES = {
 }
 STAGES = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
 MOST_RESPONSES = 9  # K of the paper is 4 to 9
-FIELDS = ["what", "preset", "shape", "dtype", "repeats", "p20_s", "p50_s", "p80_s", "tok_per_s"]
-FIELDS += ["tflop_per_s", "mfu", "peak_gib", "plan_gib", "note", "device", "torch", "triton"]
+FIELDS = "what size shape dtype repeats p20_s p50_s p80_s tok_per_s tflop_per_s mfu peak_gib "
+FIELDS = (FIELDS + "plan_gib note device torch triton").split()
+# Operations a second of dense bfloat16 products with float32 sums, from the data sheets; the first
+# pattern found in the GPU's name counts. (BOUNDS in kernels/bench.py has what products reach.)
+PEAK_FLOPS = {
+    r"Laptop": None,  # its name contains that of a faster card
+    r"B200": 2250e12,
+    r"H200": 989e12,
+    r"H100 PCIe": 756e12,
+    r"H100 NVL": 835e12,
+    r"H100": 989e12,
+    r"A100": 312e12,
+    r"L40S": 362e12,
+    r"L4": 121e12,
+    r"A10": 125e12,
+    r"RTX 4090": 165e12,
+    r"RTX 3090": 71e12,
+}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     add = parser.add_argument
-    add("--preset", nargs="+", choices=SHAPES, default=["tiny"], help="sizes; tiny: defaults")
+    add("--size", nargs="+", choices=SHAPES, default=["tiny"], help="of the models")
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to time")
-    add("--repeats", type=int, default=5, help="timed runs of each, after one that is not timed")
-    add("--rollout_size", type=int, help="responses sampled at once, instead of the preset's")
+    add("--repeats", type=int, default=5, help="timed steps of each, after one that is not timed")
+    add("--rollout_size", type=int, help="responses sampled at once, instead of the size's")
+    add("--peak_tflops", type=float, default=0.0, help="of the GPU, for mfu; 0: by its name")
     add("--plan", action="store_true", help="print memory and operations on paper, and stop")
     add("--out", type=Path, help="CSV; on a GPU without it: kernels/results/throughput_<GPU>.csv")
     add("flags", nargs="*", help="after --: flags for the three scripts")
@@ -89,14 +110,128 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def stage_args(
-    stage: str, preset: str, flags: list[str], rollout_size: int | None = None
-) -> argparse.Namespace:
-    """The arguments that the script of a stage would run with."""
-    argv = ["--data", "none"] + (["--preset", preset] if preset != "tiny" else [])
+@lru_cache
+def commands(size: str) -> dict[str, tuple[str, ...]]:
+    """The flags that `make gpt2` gives to each script: stage -> words. Paths, and what is read for
+    validation or mixed in, are left out."""
+    found = {}
+    absent = "data val_data pretrain_data demonstrations init reward_model ptx_coef out"
+    for line in dry_run("gpt2", SIZE=size):
+        name = re.search(r"train_(\w+)\.py.* --out \S*/(sft|rm|ppo_ptx)\b", line)
+        if name:
+            words = shlex.split(line)
+            words = words[words.index(f"train_{name[1]}.py") + 1 :]
+            found[name[1]] = edit(words, **dict.fromkeys(absent.split()))
+    return found
+
+
+def argv_of(stage: str, size: str, flags: Sequence[str], rollout_size: int | None) -> list[str]:
+    """The command line of a stage's script, to which `flags` are added."""
+    argv = ["--data", "none", *(() if size == "tiny" else commands(size)[stage])]
     if stage == "ppo" and rollout_size:
         argv += ["--rollout_size", str(rollout_size)]
-    return STAGES[stage].get_args(argv + flags)
+    return [*argv, *flags]
+
+
+def stage_args(
+    stage: str, size: str, flags: Sequence[str] = (), rollout_size: int | None = None
+) -> argparse.Namespace:
+    """The arguments that the script of a stage runs with."""
+    return STAGES[stage].get_args(argv_of(stage, size, flags, rollout_size))
+
+
+# ------------------------------------------------------------------------------------------------
+# Operations on paper
+
+
+def forward_flops(
+    config: GPTConfig, lengths: Sequence[float], predicted: float, repeated: float = 0
+) -> float:
+    """Operations of a forward pass over rows of these lengths, by the usual count: a product of
+    (n, a) and (a, b) has 2 n a b, attention is counted without its causal half left out.
+
+        sum_rows (24 L C^2 n + 4 L C n^2)  -  24 L C^2 repeated  +  2 V C predicted
+
+    `predicted` is how many positions go through the unembedding, `repeated` how many tokens through
+    attention alone, because another row has them as well (see `Packing`). Training has three times
+    as many (a backward pass twice the forward's): with all positions predicted, 6 N + 12 L C T a
+    token, N = 12 L C^2 + V C (Chowdhery et al. 2022, B). Recomputation is not counted.
+    """
+    L, C = config.n_layer, config.n_embd
+    trunk = sum(24 * L * C**2 * n + 4 * L * C * n**2 for n in lengths)
+    return trunk - 24 * L * C**2 * repeated + 2.0 * config.vocab_size * C * predicted
+
+
+def iteration_flops(
+    policy: GPTConfig,
+    judge: GPTConfig,
+    lengths: Sequence[float],
+    new_tokens: float,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Operations of a PPO iteration, by part; rows have these lengths, of which `new_tokens` are
+    responses in all; `judge` is the shape of reward model and value network.
+
+    Each row goes once through the policy in sampling, once through every model in scoring, and
+    three times (forward and backward) through what is trained, in each inner epoch; so do the
+    pretraining sequences. The language models' heads see response tokens; of the prompts' tokens
+    all but one in --responses_per_prompt go through attention only.
+    """
+    repeated = (sum(lengths) - new_tokens) * (1 - 1 / args.responses_per_prompt)
+    language = forward_flops(policy, lengths, new_tokens, repeated)
+    scalar = forward_flops(judge, lengths, 0, repeated)
+    trained = 3 * args.inner_epochs
+    updates = args.num_minibatches * args.inner_epochs
+    sequences = round(args.ptx_ratio * args.batch_size / args.num_minibatches)
+    text = forward_flops(policy, [args.ptx_tokens], args.ptx_tokens - 1) if args.ptx_coef else 0
+    return {
+        "rollout": language,
+        "scoring": 2 * (language + scalar),
+        "update": trained * (language + scalar) + 3 * updates * sequences * text,
+    }
+
+
+def responses_of(prompt: int) -> int:
+    """4, 5, ..., 9, 4, ..."""
+    return 4 + prompt % (MOST_RESPONSES - 3)
+
+
+def work(
+    stage: str,
+    config: GPTConfig,
+    args: argparse.Namespace,
+    prompts: Sequence[int] = (),
+    response: float = 0,
+) -> dict[str, dict[str, Any]]:
+    """What is done in each timed part of a step: its tokens, operations, and shape in words.
+
+    All sequences are full. In PPO, prompts have the lengths given, and responses `response` tokens;
+    without them, these too are full.
+    """
+    B, longest = args.batch_size, args.max_prompt_tokens + args.max_new_tokens
+    if stage == "ppo":
+        response = response or args.max_new_tokens
+        rows = [n + response for n in prompts] or [longest] * B
+        flops = iteration_flops(config, config, rows, B * response, args)
+        flops["ppo_iteration"] = sum(flops.values())
+        shape = f"B={B} T={sum(rows) / B:.0f} new={response:.0f}"
+        return {k: {"tokens": B * response, "flops": f, "shape": shape} for k, f in flops.items()}
+    rows, predicted, repeated = B, B * (longest - 1), 0  # at most: every token counted
+    if stage == "rm":
+        rows = sum(responses_of(i) for i in range(B))
+        predicted, repeated = 0, (rows - B) * args.max_prompt_tokens
+    flops = 3 * forward_flops(config, [longest] * rows, predicted, repeated)
+    about = {"tokens": rows * longest, "flops": flops, "shape": f"B={rows} T={longest}"}
+    return {f"{stage}_step": about}
+
+
+def peak_flops(device: str) -> float | None:
+    """Operations a second of the GPU by its data sheet; None on a CPU and for a GPU that is not in
+    the table."""
+    if device != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -117,8 +252,6 @@ def memory_plan(stage: str, config: GPTConfig, args: argparse.Namespace) -> dict
     b = 2 if args.dtype == "bfloat16" else 4
     longest = args.max_prompt_tokens + args.max_new_tokens
     rows = args.micro_batch_size * (MOST_RESPONSES if stage == "rm" else 1)
-    if stage == "ppo":
-        rows = args.micro_batch_size or args.minibatch_size
     t = rows * longest
     block = (8 + 14 * b) * C * t
     if stage == "rm":
@@ -148,230 +281,158 @@ def memory_plan(stage: str, config: GPTConfig, args: argparse.Namespace) -> dict
         "value_network": 4 * P,
         "average": 4 * P,
         "adam": 2 * plan["adam"],
-        "frozen": 2 * (4 * P - 2 * M if args.frozen_dtype == "bfloat16" else 4 * P),
+        "frozen": 2 * (4 * P - (4 - b) * M),
     }
     rollout = (b * M if b == 2 else 0) + cache + prefill
-    return held | {
-        "rollout": rollout,
-        "update": update,
-        "total": sum(held.values()) + max(rollout, update),
-    }
-
-
-def operations(stage: str, config: GPTConfig, args: argparse.Namespace) -> float:
-    """Of a step, or of an iteration without pretraining data, with all sequences full; a prompt has
-    K = 4..9 responses in turn."""
-    longest = args.max_prompt_tokens + args.max_new_tokens
-    if stage == "sft":
-        tokens = args.batch_size * (longest - 1)  # at most: every token counted
-        return 3 * forward_flops(config, [longest] * args.batch_size, tokens)
-    if stage == "rm":
-        rows = sum(responses_of(i) for i in range(args.batch_size))
-        repeated = (rows - args.batch_size) * args.max_prompt_tokens
-        return 3 * forward_flops(config, [longest] * rows, 0, repeated)
-    with torch.device("meta"):
-        models: dict = {"policy": GPT(config), "reference": GPT(config)}
-        models |= {"reward_model": ScalarModel(config), "value_network": ScalarModel(config)}
-    new = args.batch_size * args.max_new_tokens
-    return train_ppo.iteration_flops(models, [longest] * args.batch_size, new, 0, args)
-
-
-def responses_of(prompt: int) -> int:
-    """4, 5, ..., 9, 4, ..."""
-    return 4 + prompt % (MOST_RESPONSES - 3)
+    total = sum(held.values()) + max(rollout, update)
+    return held | {"rollout": rollout, "update": update, "total": total}
 
 
 def print_plans(flags: list[str]) -> None:
-    """A line for each preset and stage: petaflop of a step or iteration, GiB by item."""
-    for preset, config in SHAPES.items():
+    """A line for each size and stage: petaflop of a step or iteration, GiB by item."""
+    for size, config in SHAPES.items():
         for stage in STAGES:
-            args = stage_args(stage, preset, ["--device", "cpu", *flags])  # on paper: no GPU needed
+            args = stage_args(stage, size, ["--device", "cpu", *flags])  # on paper: no GPU needed
             plan = memory_plan(stage, config, args)
-            items = "  ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
-            work = operations(stage, config, args) / 1e15
-            print(f"{preset:12} {stage:4} petaflop {work:.3g}  GiB: {items}")
+            items = "  ".join(f"{name} {bytes_ / 2**30:.2f}" for name, bytes_ in plan.items())
+            flops = list(work(stage, config, args).values())[-1]["flops"]
+            print(f"{size:12} {stage:4} petaflop {flops / 1e15:.3g}  GiB: {items}")
 
 
 # ------------------------------------------------------------------------------------------------
-# Work of each stage: functions that do it once and return the seconds of its parts
+# What the scripts get instead of files
 
 
-def wait(device: str) -> float:
-    """The clock, once the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+class Clocks(Run):
+    """A run that reads and writes no file; the clocks of its steps are in `rows`."""
+
+    rows: list[dict[str, float]]
+
+    def __init__(self, args: argparse.Namespace, stage: str, *, result: torch.nn.Module, **_: Any):
+        self.args, self.out, self.result, self.done = args, Path(args.out), result, 0
+        Clocks.rows = []
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(self.clocks)
+
+    def finish(self, **info: Any) -> int:
+        return 0
+
+    def _save(self) -> None:
+        pass
 
 
-def new_model(kind: type, config: GPTConfig, args: argparse.Namespace, pdrop: float = 0.0) -> Any:
+def new_model(
+    kind: type, config: GPTConfig, args: argparse.Namespace, packs: bool = False
+) -> GPT | ScalarModel:
     with torch.device(args.device):
-        config = GPTConfig(**vars(config) | {"resid_pdrop": pdrop})
-        model = kind(config, impl=args.kernels)
+        model = kind(config, args.kernels, args.dtype)
     trunk = model if kind is GPT else model.trunk
-    trunk.gradient_checkpointing = args.grad_checkpointing
+    trunk.gradient_checkpointing, trunk.packs = args.grad_checkpointing, packs
     return model
 
 
-def adamw(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def supervised(stage: str, config: GPTConfig, args: argparse.Namespace) -> tuple[Callable, dict]:
-    """A step of train_sft.py or train_rm.py on full sequences; and tokens and operations of it."""
+def stand_ins(stage: str, config: GPTConfig, prompts: list[list[int]]) -> dict[str, Any]:
+    """The functions of a script that read files, and others that make up what they return."""
     rng = np.random.default_rng(0)
-    longest = args.max_prompt_tokens + args.max_new_tokens
 
-    def sequence(length: int = longest) -> list[int]:
-        return rng.integers(config.vocab_size, size=length).tolist()
+    def sequence(length: int) -> list[int]:
+        return rng.integers(config.vocab_size - 1, size=length).tolist()  # without the end token
 
-    if stage == "sft":
-        model = new_model(GPT, config, args, args.resid_pdrop).train()
+    def demonstrations(path: str, encoding: None, args: argparse.Namespace) -> list:
+        longest = args.max_prompt_tokens + args.max_new_tokens
+        return [(sequence(longest), 1) for _ in range(args.batch_size)]
+
+    def comparisons(path: str, encoding: None, args: argparse.Namespace) -> list:
+        elements = []
+        for i in range(args.batch_size):
+            prompt, K = sequence(args.max_prompt_tokens), responses_of(i)
+            responses = [prompt + sequence(args.max_new_tokens) for _ in range(K)]
+            pairs = train_rm.untied_pairs(list(range(K)))
+            elements.append(train_rm.Comparison(responses, pairs))
+        return elements
+
+    def sft_model(args: argparse.Namespace) -> tuple:
+        shape = GPTConfig(**vars(config) | {"resid_pdrop": args.resid_pdrop})
+        model = new_model(GPT, shape, args).train()
         if args.compile:
             for block in model.h:
                 block.compile(dynamic=True)
-        batch: list = [(sequence(), 1) for _ in range(args.batch_size)]
-        count, predicted, repeated = args.batch_size, args.batch_size * (longest - 1), 0
-    else:
-        model = new_model(ScalarModel, config, args).train()
-        batch = []
-        for i in range(args.batch_size):
-            prompt = sequence(args.max_prompt_tokens)
-            sequences = [prompt + sequence(args.max_new_tokens) for _ in range(responses_of(i))]
-            pairs = train_rm.untied_pairs(list(range(len(sequences))))
-            batch.append(train_rm.Comparison(sequences, pairs, len(prompt)))
-        count, predicted = sum(len(group.sequences) for group in batch), 0
-        repeated = (count - len(batch)) * args.max_prompt_tokens
-    optimizer = adamw(model, args.lr)
+        return model, None
 
-    def run() -> dict[str, float]:
-        started = wait(args.device)
-        optimizer.zero_grad(set_to_none=True)
-        if stage == "sft":
-            train_sft.backward(model, batch, 1.0, args)
-        else:
-            train_rm.backward(model, batch, args)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        optimizer.step()
-        return {f"{stage}_step": wait(args.device) - started}
+    def rm_model(args: argparse.Namespace) -> tuple:
+        return new_model(ScalarModel, config, args, packs=True).train(), None
 
-    flops = 3 * forward_flops(config, [longest] * count, predicted, repeated)
-    about = {"tokens": count * longest, "flops": flops, "shape": f"B={count} T={longest}"}
-    return run, {f"{stage}_step": about}
+    def ppo_models(args: argparse.Namespace) -> tuple:
+        packs = args.responses_per_prompt > 1
+        models = [new_model(kind, config, args, packs).eval() for kind in (GPT, ScalarModel)]
+        return *models, None
 
-
-def reinforcement(config: GPTConfig, args: argparse.Namespace) -> tuple[Callable, dict]:
-    """An iteration of train_ppo.py without pretraining data; what it did is filled in by it."""
-    rng = np.random.default_rng(0)
-    models = {name: new_model(GPT, config, args) for name in ("policy", "reference")}
-    models["reference"].load_state_dict(models["policy"].state_dict())
-    models |= {
-        name: new_model(ScalarModel, config, args) for name in ("reward_model", "value_network")
-    }
-    ema = new_model(GPT, config, args).requires_grad_(False)
-    for name, model in models.items():
-        model.eval()
-        if name in ("reference", "reward_model"):
-            model.requires_grad_(False)
-            if args.frozen_dtype == "bfloat16":
-                store_matrices(model, torch.bfloat16)
-    optimizers = {
-        "policy": adamw(models["policy"], args.lr),
-        "value_network": adamw(models["value_network"], args.value_lr),
-    }
-    sizes = rng.integers(
-        -(-args.max_prompt_tokens // 2),
-        args.max_prompt_tokens + 1,
-        size=args.batch_size // args.responses_per_prompt,
-    )
-    prompts = [rng.integers(config.vocab_size - 1, size=size).tolist() for size in sizes]
-    about: dict[str, dict] = {}
-
-    def run() -> dict[str, float]:
-        started = wait(args.device)
-        tokens, prompt_lengths, lengths = train_ppo.sample(models["policy"], prompts, 0, args)
-        sampled = wait(args.device)
-        minibatches = []
-        for _, rows in train_ppo.draw_minibatches(lengths, rng, args):
-            part = tokens[rows], lengths[rows], prompt_lengths[rows]
-            minibatches.append(train_ppo.score(*part, models, args))
-        train_ppo.whiten(minibatches)
-        scored = wait(args.device)
-        for mb in minibatches:
-            train_ppo.update(mb, models, optimizers, None, args)
-            train_ppo.update_ema(ema, models["policy"], args.ema)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        finished = wait(args.device)
-        new = int((lengths - prompt_lengths).sum())
-        rows = lengths.tolist()
-        shape = f"B={len(rows)} T={sum(rows) / len(rows):.0f} new={new / len(rows):.0f}"
-        repeated = float(prompt_lengths.sum()) * (1 - 1 / args.responses_per_prompt)
-        once, heads = forward_flops(config, rows, 0, repeated), forward_flops(config, [], new)
-        for what, flops in (
-            ("rollout", once + heads),
-            ("scoring", 4 * once + 2 * heads),
-            ("update", 6 * once + 3 * heads),
-            ("ppo_iteration", train_ppo.iteration_flops(models, rows, new, 0, args)),
-        ):
-            about[what] = {"tokens": new, "flops": flops, "shape": shape}
-        return {
-            "rollout": sampled - started,
-            "scoring": scored - sampled,
-            "update": finished - scored,
-            "ppo_iteration": finished - started,
-        }
-
-    return run, about
+    return {
+        "sft": {"make_model": sft_model, "load_demonstrations": demonstrations},
+        "rm": {"make_model": rm_model, "load_comparisons": comparisons},
+        "ppo": {"load_models": ppo_models, "load_prompts": lambda *_: prompts},
+    }[stage]
 
 
 # ------------------------------------------------------------------------------------------------
 # Measuring
 
 
+def timed(
+    stage: str, config: GPTConfig, argv: list[str], repeats: int
+) -> tuple[list[dict[str, float]], dict[str, dict[str, Any]]]:
+    """Seconds of each part of `repeats` steps, and what was done in the parts."""
+    script = STAGES[stage]
+    args = script.get_args(argv)
+    prompts: list[list[int]] = []
+    if stage == "ppo":
+        rng, longest = np.random.default_rng(0), args.max_prompt_tokens
+        count = args.batch_size // args.responses_per_prompt  # all of them in each iteration
+        sizes = rng.integers(-(-longest // 2), longest + 1, size=count)
+        prompts = [rng.integers(config.vocab_size - 1, size=size).tolist() for size in sizes]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.multiple(script, Run=Clocks, **stand_ins(stage, config, prompts)),
+    ):
+        more = ["--out", f"{folder}/{stage}", "--max_steps", str(repeats + 1)]
+        assert script.main([*argv, *more]) == 0
+    clocks = Clocks.rows[1:]  # the first step compiles kernels and allocates moments
+    if stage != "ppo":
+        about = work(stage, config, args)
+        return [{f"{stage}_step": c["step_s"]} for c in clocks], about
+    names = {"rollout_s": "rollout", "score_s": "scoring", "update_s": "update"}
+    seconds = [{names[k]: c[k] for k in names} for c in clocks]
+    new = np.mean([c["tok_per_s"] * c["rollout_s"] for c in clocks]) / args.batch_size
+    lengths = [len(prompt) for prompt in prompts for _ in range(args.responses_per_prompt)]
+    about = work(stage, config, args, lengths, float(new))
+    return [s | {"ppo_iteration": sum(s.values())} for s in seconds], about
+
+
 def measure(
-    stage: str, preset: str, args: argparse.Namespace, repeats: int
+    stage: str, size: str, argv: list[str], repeats: int, peak: float | None
 ) -> Iterator[dict[str, Any]]:
     """Rows of a stage; a single one with a note where the GPU's memory does not suffice."""
-    config = SHAPES[preset]
-    base = {
-        "preset": preset,
-        "dtype": args.dtype,
-        "repeats": repeats,
-        "plan_gib": memory_plan(stage, config, args)["total"] / 2**30,
-    }
-    torch.manual_seed(0)
+    config, args = SHAPES[size], STAGES[stage].get_args(argv)
+    plan = memory_plan(stage, config, args)["total"] / 2**30
+    base = {"size": size, "dtype": args.dtype, "repeats": repeats, "plan_gib": plan}
     if args.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        if stage == "ppo":
-            run, about = reinforcement(config, args)
-        else:
-            run, about = supervised(stage, config, args)
-        run()  # compiles kernels, allocates moments
-        seconds = [run() for _ in range(repeats)]
+        seconds, about = timed(stage, config, argv, repeats)
     except torch.OutOfMemoryError:
         yield base | {"what": stage, "note": "out of memory"}
         return
     if args.device == "cuda":
         base["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    peak = args.peak_tflops * 1e12 or kernels.peak_flops(args.device)
-    for what in seconds[0]:
+    peak = peak or peak_flops(args.device)
+    for what, did in about.items():
         low, middle, high = np.quantile([times[what] for times in seconds], [0.2, 0.5, 0.8])
-        rate = about[what]["flops"] / middle
-        yield (
-            base
-            | {
-                "what": what,
-                "shape": about[what]["shape"],
-                "p20_s": low,
-                "p50_s": middle,
-                "p80_s": high,
-                "tok_per_s": about[what]["tokens"] / middle,
-                "tflop_per_s": rate / 1e12,
-            }
-            | ({"mfu": rate / peak} if peak else {})
-        )
+        row = {"what": what, "shape": did["shape"], "p20_s": low, "p50_s": middle, "p80_s": high}
+        rate = did["flops"] / middle
+        row |= {"tok_per_s": did["tokens"] / middle, "tflop_per_s": rate / 1e12}
+        yield base | row | ({"mfu": rate / peak} if peak else {})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -379,25 +440,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         print_plans(args.flags)
         return 0
-    runs = [
-        (stage, preset, stage_args(stage, preset, args.flags, args.rollout_size))
-        for preset in args.preset
-        for stage in args.stages
-    ]
-    on_gpu = runs[0][2].device == "cuda"
+    runs = [(stage, size) for size in args.size for stage in args.stages]
+    on_gpu = stage_args(*runs[0], args.flags).device == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    about = {
-        "device": device,
-        "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", ""),
-    }
+    versions = {"torch": torch.__version__, "triton": getattr(triton, "__version__", "")}
     if args.out is None and on_gpu:
         args.out = RESULTS / f"throughput_{device.replace(' ', '_')}.csv"
     rows = []
-    for run in runs:
-        for row in measure(*run, args.repeats):
+    for stage, size in runs:
+        words = argv_of(stage, size, args.flags, args.rollout_size)
+        for row in measure(stage, size, words, args.repeats, args.peak_tflops * 1e12):
             row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-            rows.append(about | row)
+            rows.append({"device": device} | versions | row)
             print("  ".join(f"{k} {row[k]}" for k in FIELDS if k in row), flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,21 +28,15 @@ from data.files import BadInput, check_writable, run_command, write_atomic
 from evaluation.report import as_markdown, csv_text
 from tests.claims import claims, figures, pipeline, sweeps
 from tests.claims.lab import Lab
-from tests.claims.verdict import CLAIMS, TOPICS, Claim, Result, together
+from tests.claims.verdict import CLAIMS, TOPICS, Claim, Result, together, triple
 
 assert claims and sweeps  # importing them fills CLAIMS
 HEADLINE_SEEDS, SWEEP_SEEDS = 3, 1
-COLUMNS = (
-    "claim",
-    "paper_figure",
-    "paper_value",
-    "seed",
-    "value",
-    "ci_low",
-    "ci_high",
-    "gate",
-    "holds",
-)
+COLUMNS = "claim paper_figure paper_value seed value ci_low ci_high gate holds".split()
+# Whose change makes the claims be measured again.
+CODE = "tests/claims/claims.py tests/claims/sweeps.py tests/claims/lab.py tests/claims/verdict.py "
+CODE += "evaluation/measure.py evaluation/report.py data/tiny/grader.py data/tiny/labelers.py "
+CODE += "data/real/text_metrics.py"
 Results = dict[str, dict[int, Result]]  # claim -> seed -> what was measured
 
 
@@ -63,48 +57,16 @@ def build(args: argparse.Namespace) -> tuple[pipeline.Graph, list[str]]:
         runs = pipeline.Seed(graph, seed)
         if seed in swept:
             runs.sweeps()
-    wanted = []
-    code = [
-        pipeline.ROOT / f"tests/claims/{name}.py" for name in ("claims", "sweeps", "lab", "verdict")
-    ]
-    code += [
-        pipeline.ROOT / f
-        for f in (
-            "evaluation/measure.py",
-            "evaluation/report.py",
-            "data/tiny/grader.py",
-            "data/tiny/labelers.py",
-            "data/real/text_metrics.py",
-        )
-    ]
+    wanted, code = [], tuple(pipeline.ROOT / file for file in CODE.split())
     for claim in chosen:
         for seed in seeds_of(claim, args):
-            command = [
-                sys.executable,
-                "-m",
-                "tests.claims",
-                "--out",
-                args.out,
-                "--measure",
-                claim.name,
-                "--seed",
-                str(seed),
-                *(["--fast"] if args.fast else []),
-            ]
+            command = [sys.executable, "-m", "tests.claims", "--out", args.out]
+            command += ["--measure", claim.name, "--seed", str(seed)]
+            command += ["--fast"] if args.fast else []
             makers = dict.fromkeys(graph.maker(seed, need) for need in ("demo", *claim.needs))
-            output = result_file(args, claim.name, seed)
-            wanted.append(
-                graph.add(
-                    pipeline.Stage(
-                        f"seed_{seed}/measure/{claim.name}",
-                        tuple(command),
-                        output,
-                        tuple(makers),
-                        0.7,
-                        reads=tuple(code),
-                    )
-                )
-            )
+            name, output = f"seed_{seed}/measure/{claim.name}", result_file(args, claim.name, seed)
+            stage = pipeline.Stage(name, tuple(command), output, tuple(makers), 0.7, reads=code)
+            wanted.append(graph.add(stage))
     return graph, wanted
 
 
@@ -142,28 +104,15 @@ def read_results(args: argparse.Namespace) -> Results:
 
 def table(results: Results) -> list[dict]:
     """claims.csv: one line for each number of each claim and seed."""
-    return [
-        dict(
-            zip(
-                COLUMNS,
-                (
-                    f"{name}: {row.name}",
-                    CLAIMS[name].figure,
-                    row.paper,
-                    seed,
-                    row.value.value,
-                    row.value.low,
-                    row.value.high,
-                    row.gate,
-                    "" if row.holds is None else row.holds,
-                ),
-                strict=True,
-            )
-        )
-        for name, of_seeds in results.items()
-        for seed, result in of_seeds.items()
-        for row in result.rows
-    ]
+    lines = []
+    for name, of_seeds in results.items():
+        for seed, result in of_seeds.items():
+            for row in result.rows:
+                first = f"{name}: {row.name}", CLAIMS[name].figure, row.paper, seed
+                holds = "" if row.holds is None else row.holds
+                line = (*first, *triple(row.value), row.gate, holds)
+                lines.append(dict(zip(COLUMNS, line, strict=True)))
+    return lines
 
 
 def page(results: Results, setting: list[str]) -> str:
@@ -176,19 +125,12 @@ def page(results: Results, setting: list[str]) -> str:
         "Controls hold when they refute what they should."
     )
     rows = [["claim", "paper", "holds", "gates passed", "gates that fail"]]
-    for topic in TOPICS:
-        for name, of_seeds in results.items():
-            if CLAIMS[name].topic == topic:
-                held = sum(result.holds for result in of_seeds.values())
-                rows.append(
-                    [
-                        f"[{name}](#{name})",
-                        CLAIMS[name].figure,
-                        f"{held} of {len(of_seeds)}",
-                        gates_passed(of_seeds),
-                        failing(of_seeds),
-                    ]
-                )
+    ordered = [n for topic in TOPICS for n in results if CLAIMS[n].topic == topic]
+    for name in ordered:
+        of_seeds = results[name]
+        held = f"{sum(result.holds for result in of_seeds.values())} of {len(of_seeds)}"
+        first = f"[{name}](#{name})", CLAIMS[name].figure
+        rows.append([*first, held, gates_passed(of_seeds), failing(of_seeds)])
     known = notes()
     lines += [words, to_the_left(rows), topics_held(results), known[""]]
     for topic, title in TOPICS.items():
@@ -247,11 +189,11 @@ def topics_held(results: Results) -> str:
     known = {topic: held for topic, held in count.items() if held}
     good = [TOPICS[topic] for topic, held in known.items() if all(held)]
     part = [f"{TOPICS[t]} ({sum(h)} of {len(h)})" for t, h in known.items() if not all(h)]
-    return (
-        f"Of {len(known)} rows measured, {len(good)} hold whole, every claim on every seed"
-        + (f": {', '.join(good)}." if good else ".")
-        + (f" In part, claims times seeds that hold: {', '.join(part)}." if part else "")
-    )
+    said = f"Of {len(known)} rows measured, {len(good)} hold whole, every claim on every seed"
+    said += f": {', '.join(good)}." if good else "."
+    if part:
+        said += f" In part, claims times seeds that hold: {', '.join(part)}."
+    return said
 
 
 def section(claim: Claim, of_seeds: dict[int, Result], note: str) -> list[str]:
@@ -271,14 +213,9 @@ def section(claim: Claim, of_seeds: dict[int, Result], note: str) -> list[str]:
         held = [r.holds for r in mine]
         verdict = "" if held[0] is None else ", ".join("yes" if h else "**no**" for h in held)
         rows.append([row.name, row.paper, *values, row.gate, verdict])
-    return [
-        f"### {claim.name}",
-        f"{summary} ({claim.figure})",
-        rest.strip(),
-        f"![{claim.name}](figures/{claim.name}.png)",
-        to_the_left(rows),
-        *([f"**Afterwards.** {note}"] if note else []),
-    ]
+    parts = [f"### {claim.name}", f"{summary} ({claim.figure})", rest.strip()]
+    parts += [f"![{claim.name}](figures/{claim.name}.png)", to_the_left(rows)]
+    return parts + ([f"**Afterwards.** {note}"] if note else [])
 
 
 def shown(e) -> str:
@@ -328,18 +265,12 @@ def setting_of(args: argparse.Namespace, minutes: float) -> list[str]:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.claims", description=__doc__.split("\n")[0]
-    )
+    what = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tests.claims", description=what)
     add = parser.add_argument
     add("--out", default="out/claims", help="folder of all runs and results")
-    add(
-        "--seeds",
-        type=int,
-        default=0,
-        help=f"seeds of every claim; default: {HEADLINE_SEEDS} of claims about the demo's models, "
-        f"{SWEEP_SEEDS} of the others",
-    )
+    default = f"{HEADLINE_SEEDS} of claims about the demo's models, {SWEEP_SEEDS} of the others"
+    add("--seeds", type=int, default=0, help=f"seeds of every claim; default: {default}")
     add("--only", nargs="+", metavar="CLAIM", help="these claims and the runs that they need")
     add("--fast", action="store_true", help="sizes of seconds, to try the machinery")
     add("--plan", action="store_true", help="show the stages and their expected minutes, and stop")

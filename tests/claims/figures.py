@@ -13,7 +13,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from evaluation.report import PALETTE, Estimate
-from tests.claims.verdict import NAMES, Panel, together, triple
+from tests.claims.lab import NAMES
+from tests.claims.verdict import Panel, together, triple
 
 COLOURS = dict(zip(NAMES.values(), PALETTE, strict=False))
 OTHERS = ("#4d4d4d", "#b8b8b8", "#CC79A7", "#D55E00", "#8c6d31", "#7570b3")  # not of a model
@@ -32,14 +33,8 @@ def draw(path: Path, results: list[list[Panel]]) -> None:
     for axes in grid.flat[: len(panels)]:
         labels |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if len(labels) > 1:
-        figure.legend(
-            labels.values(),
-            labels.keys(),
-            loc="lower center",
-            fontsize=9,
-            ncols=min(5, len(labels)),
-            bbox_to_anchor=(0.5, 1.0),
-        )
+        how = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "fontsize": 9}
+        figure.legend(labels.values(), labels.keys(), ncols=min(5, len(labels)), **how)
     figure.tight_layout(w_pad=1.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})  # equal numbers, equal bytes
@@ -61,13 +56,10 @@ def pooled(panels: list[Panel]) -> Panel:
     series = {}
     for label, points in first.series.items():
         lead = len(points[0]) - 3  # an x before the three numbers, or not
-        series[label] = [
-            (
-                *point[:lead],
-                *triple(together([Estimate(*p.series[label][i][lead:]) for p in panels])),
-            )
-            for i, point in enumerate(points)
-        ]
+        series[label] = []
+        for i, point in enumerate(points):
+            mean = together([Estimate(*p.series[label][i][lead:]) for p in panels])
+            series[label].append((*point[:lead], *triple(mean)))
     levels = {k: sum(p.levels[k] for p in panels) / len(panels) for k in first.levels}
     return replace(first, series=series, levels=levels)
 
@@ -89,26 +81,14 @@ def bars(axes, panel: Panel, small: bool) -> None:
             colour = COLOURS.get(label, OTHERS[i % len(OTHERS)])
             if single:
                 colour = COLOURS.get(panel.groups[x].replace("\n", " "), "#bbbbbb")
-            axes.bar(
-                place,
-                value,
-                0.94 * width,
-                color=colour,
-                label=label if x == 0 else None,
-                yerr=[[max(0, value - low)], [max(0, high - value)]],
-                capsize=2,
-                error_kw={"linewidth": 1},
-            )
+            error = [[max(0, value - low)], [max(0, high - value)]]
+            how = {"yerr": error, "capsize": 2, "error_kw": {"linewidth": 1}}
+            name = label if x == 0 else None
+            axes.bar(place, value, 0.94 * width, color=colour, label=name, **how)
             if count <= (8 if small else 20):
                 text = f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
-                axes.annotate(
-                    text,
-                    (place, max(high, value)),
-                    xytext=(0, 3),
-                    fontsize=7.5,
-                    textcoords="offset points",
-                    ha="center",
-                )
+                how = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
+                axes.annotate(text, (place, max(high, value)), fontsize=7.5, **how)
     names = [g.replace(" (", "\n(") for g in panel.groups]
     axes.set_xticks(range(len(names)), names, fontsize=8 if small else 9)
     if small and len(names) > 3:
@@ -127,22 +107,10 @@ def lines(axes, panel: Panel, small: bool) -> None:
         if of != label:
             axes.plot(x, y, "--", color=colour, linewidth=1.2, label="fitted curve")
             continue
-        error = [
-            [max(0, b - a) for a, b in zip(low, y, strict=True)],
-            [max(0, b - a) for a, b in zip(y, high, strict=True)],
-        ]
-        axes.errorbar(
-            x,
-            y,
-            error,
-            fmt="o-",
-            color=colour,
-            markersize=4,
-            linewidth=1.2,
-            elinewidth=0.8,
-            capsize=2,
-            label=label,
-        )
+        error = [[max(0, b - a) for a, b in zip(low, y, strict=True)]]
+        error += [[max(0, b - a) for a, b in zip(y, high, strict=True)]]
+        how = {"fmt": "o-", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.8, "capsize": 2}
+        axes.errorbar(x, y, error, color=colour, label=label, **how)
     if panel.xscale == "log":  # with a place for 0
         known = [p[0] for points in panel.series.values() for p in points if p[0] > 0]
         axes.set_xscale("symlog", linthresh=min(known))
@@ -154,9 +122,8 @@ def lines(axes, panel: Panel, small: bool) -> None:
 
 def finish(axes, panel: Panel) -> None:
     for i, (name, level) in enumerate(panel.levels.items()):
-        axes.axhline(
-            level, color="black", linewidth=0.8, linestyle=("--", ":")[i % 2], label=name or None
-        )
+        how = {"linewidth": 0.8, "linestyle": ("--", ":")[i % 2]}
+        axes.axhline(level, color="black", label=name or None, **how)
     axes.set_title(panel.title, fontsize=10)
     axes.set_ylabel(panel.ylabel, fontsize=9)
     axes.set_xlabel(panel.xlabel, fontsize=9)

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
+from tiktoken import Encoding
 
 import train_ppo
 import train_rm
@@ -33,9 +35,14 @@ from data.tokenizer import encode_prompt, encode_response
 from evaluation import measure, report
 from evaluation.measure import Bench, Sampling
 from evaluation.report import Estimate, estimate
-from model import GPT, GPTConfig, ScalarModel, forward_flops
+from model import GPTConfig, ScalarModel
 from sample import Sample, Speaker, load_speaker, sample_responses
+from tests.throughput import forward_flops, iteration_flops
 
+GPT, PROMPTED, SFT, PPO, PTX = "base", "base+prefix", "sft_selected", "ppo", "ppo_ptx"
+NAMES = {GPT: "GPT", PROMPTED: "GPT (prompted)", SFT: "SFT", PPO: "PPO", PTX: "PPO-ptx"}
+FOUR = (GPT, SFT, PPO, PTX)
+HOW = ((1.0, "sampled"), (0.0, "greedy"))  # temperatures
 PREFIXED = "+prefix"
 DRAWS = 4  # samples of each response at temperature 1 to the sets that win rates are counted on
 DRAWN = ("prompts", "prompts_balanced", "prompts_web")
@@ -57,6 +64,10 @@ FORMS = {  # sets are asked as they are, or in the forms of the paper's D.2: "pr
     "qa": "question : {prompt}\nanswer :",
     "instructed": NO_COMMENT_INSTRUCTION + "\n\nquestion : {prompt}\nanswer :",
 }
+
+
+def names(models: Iterable[str]) -> list[str]:
+    return [NAMES[model] for model in models]
 
 
 @dataclass
@@ -307,11 +318,11 @@ class Lab:
 
         @torch.no_grad()
         def make() -> list:
-            path, args = str(self.folder / comparisons), train_rm.get_args(["--device", "cpu"])
+            path, args = self.folder / comparisons, train_rm.get_args(["--device", "cpu"])
             made = []
-            for group in train_rm.load_comparisons(path, self.speaker("base").encoding, args):
-                scores = train_rm.score_all(self.judge(judge), [group], args).tolist()
-                made.append([group.record, [scores[w] - scores[x] for w, x in group.pairs]])
+            for number, _, element in compared(path, self.speaker("base").encoding, args):
+                scores = train_rm.score_all(self.judge(judge), [element]).tolist()
+                made.append([number, [scores[w] - scores[x] for w, x in element.pairs]])
             return made
 
         name = f"{judge}_on_{comparisons}_{fingerprint(self.folder / comparisons)[:8]}"
@@ -346,28 +357,23 @@ class Lab:
         """Operations of a supervised run, see claims.cost."""
         config, info = read_config(self.folder / run, GPTConfig), read_info(self.folder / run)
         args, encoding = Namespace(**info["settings"]), self.speaker("base").encoding
-        data, repeated = self.folder / "data" / "train", 0
+        data, repeated, size = self.folder / "data" / "train", 0, config.n_positions
         if info["stage"] == "rm":
-            groups = train_rm.load_comparisons(str(data / "comparisons.jsonl"), encoding, args)
-            rows = [(len(s), 0) for group in groups for s in group.sequences]  # no head of a GPT
-            repeated = sum((len(g.sequences) - 1) * g.prompt_tokens for g in groups)
+            groups = compared(data / "comparisons.jsonl", encoding, args)
+            rows = [(len(s), 0) for *_, e in groups for s in e.sequences]  # no head of a GPT
+            repeated = sum((len(e.sequences) - 1) * prompt for _, prompt, e in groups)
         else:
             if info["stage"] == "base":
-                size = config.n_positions
-                examples = train_sft.load_pretraining(
-                    str(data / "pretrain.txt"),
-                    encoding,
-                    size,
-                    min(args.short_tokens, size),
-                    args.short_fraction,
-                )
+                early = args.short_tokens, args.short_fraction
+                text = str(data / "pretrain.txt")
+                examples = train_sft.load_sequences(text, encoding, size, *early)
             else:
                 path = str(data / "demonstrations.jsonl")
-                examples, _ = train_sft.load_demonstrations(path, encoding, args)
+                examples = train_sft.load_demonstrations(path, encoding, args)
             rows = [(len(tokens), len(tokens) - skipped) for tokens, skipped in examples]
         lengths, predicted = zip(*rows, strict=True)
         epoch = 3 * forward_flops(config, lengths, sum(predicted), repeated)
-        log, mixed, size = self.log(run), 0, config.n_positions
+        log, mixed = self.log(run), 0
         if info["stage"] == "sft" and args.pretrain_data:  # so many sequences a step beside
             share = args.pretrain_fraction
             mixed = max(1, round(args.batch_size * share / (1 - share))) * len(log)
@@ -378,25 +384,15 @@ class Lab:
         """Operations of a PPO run, see claims.cost."""
         args = Namespace(**read_info(self.folder / run)["settings"])
         path = str(self.folder / "data" / "train" / "ppo_prompts.jsonl")
-        prompts, _ = train_ppo.load_prompts(path, self.speaker("base").encoding, args)
+        encoding = self.speaker("base").encoding
+        prompts = train_ppo.load_prompts(path, encoding, args.max_prompt_tokens)
         prompt = float(np.mean([len(tokens) for tokens in prompts]))
-        policy, judge = (read_config(self.folder / name, GPTConfig) for name in (run, "rm"))
-        with torch.device("meta"):
-            models: dict[str, torch.nn.Module] = {
-                "policy": GPT(policy),
-                "reference": GPT(policy),
-                "reward_model": ScalarModel(judge),
-                "value_network": ScalarModel(judge),
-            }
-        updates = args.num_minibatches * args.inner_epochs
-        sequences = round(args.ptx_ratio * args.batch_size / args.num_minibatches)
-        num_ptx = updates * sequences if args.ptx_coef else 0
+        shapes = [read_config(self.folder / name, GPTConfig) for name in (run, "rm")]
         total = 0.0
         for row in self.log(run):
-            response = float(row["response_len"])
-            lengths = [prompt + response] * args.batch_size
-            new = args.batch_size * response
-            total += train_ppo.iteration_flops(models, lengths, new, num_ptx, args)
+            response, B = float(row["response_len"]), args.batch_size
+            parts = iteration_flops(*shapes, [prompt + response] * B, B * response, args)
+            total += sum(parts.values())
         return total
 
     # ------------------------------------------------------------------ logs
@@ -410,6 +406,26 @@ class Lab:
         return read_info(self.folder / run)["settings"][name]
 
 
+def compared(
+    path: Path, encoding: Encoding, args: Namespace
+) -> list[tuple[int, int, train_rm.Comparison]]:
+    """The batch elements of a file, each with the number of its (first) record, counted from 1, and
+    its prompt's number of tokens."""
+
+    def ranked(line: tuple[int, Record]) -> tuple:
+        return line[1]["prompt"], line[1]["responses"], line[1].get("ended")
+
+    kept = []
+    for _, lines in groupby(enumerate(read_jsonl(path, "comparisons"), 1), key=ranked):
+        numbers, views = zip(*lines, strict=True)
+        prompt = len(encode_prompt(encoding, views[0]["prompt"]))
+        untied = any(train_rm.untied_pairs(view["ranks"]) for view in views)
+        if untied and prompt <= args.max_prompt_tokens:
+            kept.append((numbers[0], prompt))
+    elements = train_rm.load_comparisons(str(path), encoding, args)
+    return [(*of, element) for of, element in zip(kept, elements, strict=True)]
+
+
 def first_line(sample: Sample, speaker: Speaker) -> Sample:
     """A continuation of raw text, cut at the end of its line, where it has then ended."""
     text, newline, _ = sample.text.lstrip(" ").partition("\n")
@@ -417,7 +433,11 @@ def first_line(sample: Sample, speaker: Speaker) -> Sample:
     return Sample(sample.prompt, encode_response(speaker.encoding, text, ended), text, ended)
 
 
+def right(rows: Iterable[tuple[Record, np.ndarray]]) -> np.ndarray:
+    """Share of each record's pairs whose winner scores higher; equal scores count one half."""
+    return np.array([((m > 0) + 0.5 * (m == 0)).mean() for _, m in rows])
+
+
 def accuracy(rows: Sequence[tuple[Record, np.ndarray]]) -> Estimate:
     """Share of the pairs whose winner scores higher, with an interval over prompts."""
-    right = [((m > 0) + 0.5 * (m == 0)).mean() for _, m in rows]
-    return estimate(right, weights=[len(m) for _, m in rows])
+    return estimate(right(rows), weights=[len(m) for _, m in rows])

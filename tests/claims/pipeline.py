@@ -12,7 +12,6 @@ these inputs. A stage that was interrupted is called with --resume, where its sc
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -25,11 +24,12 @@ from pathlib import Path
 
 import train_ppo
 from data.files import BadInput, fingerprint, write_atomic
+from tests.makefile import ROOT, clean_environment, dry_run, edit
 
-ROOT = Path(__file__).resolve().parents[2]
 CORES = 2
-SIZES = {"64x2": (64, 2), "96x2": (96, 2)}  # width, layers of the smaller policies; 4 heads
-LARGE = {"192x4": (192, 4)}  # a base model more than ten times the smallest policy
+# Width and layers of the smaller policies, 4 heads; and their cost by that of the demo's.
+SIZES = {"64x2": (64, 2, 0.35), "96x2": (96, 2, 0.5)}
+LARGE = {"192x4": (192, 4, 2.4)}  # a base model more than ten times the smallest policy
 LARGE_LR = 2.7e-3  # the demo's, times the ratio of the widths
 PTX_FACTORS = (0, 0.1, 3, 10)  # times the demo's --ptx_coef
 KL_FACTORS = (0.1, 10, 100)  # times the demo's --kl_coef
@@ -38,30 +38,15 @@ PAIRS_PROMPTS = 1500  # prompts of both arms of the contrast of 3.5
 ROUND_PROMPTS = 2500  # prompts ranked anew in the second round
 RESUMABLE = ("train_sft.py", "train_rm.py", "train_ppo.py")
 # --fast: flags of each script that make a run of seconds; the numbers then mean nothing.
-FAST: dict[str, dict[str, object]] = {
-    "data.tiny.make": {
-        "pretrain_tokens": 20_000,
-        "heldout_tokens": 3000,
-        "train_demonstrations": 64,
-        "valid_demonstrations": 24,
-        "train_rm_prompts": 60,
-        "valid_rm_prompts": 30,
-        "train_ppo_prompts": 60,
-        "valid_ppo_prompts": 24,
-        "test_prompts": 24,
-        "balanced_prompts": 2,
-    },
-    "train_sft.py": {"max_steps": 8, "batch_size": 8},
-    "train_rm.py": {"max_steps": 3, "batch_size": 6},
-    "train_ppo.py": {
-        "max_steps": 3,
-        "batch_size": 16,
-        "num_minibatches": 4,
-        "eval_every": 2,
-        "keep_every": 1,
-    },
-    "evaluate.py": {"num_prompts": 6, "select_every": 9},
-    "sample.py": {"num_prompts": 40, "num_responses": [4]},
+FAST = {
+    "data.tiny.make": "--pretrain_tokens 20000 --heldout_tokens 3000 --train_demonstrations 64 "
+    "--valid_demonstrations 24 --train_rm_prompts 60 --valid_rm_prompts 30 --train_ppo_prompts 60 "
+    "--valid_ppo_prompts 24 --test_prompts 24 --balanced_prompts 2",
+    "train_sft.py": "--max_steps 8 --batch_size 8",
+    "train_rm.py": "--max_steps 3 --batch_size 6",
+    "train_ppo.py": "--max_steps 3 --batch_size 16 --num_minibatches 4 --eval_every 2",
+    "evaluate.py": "--num_prompts 6 --select_every 9",
+    "sample.py": "--num_prompts 40 --num_responses 4",
 }
 
 
@@ -85,20 +70,8 @@ class Stage:
 @lru_cache(maxsize=8)
 def recipes(folder: Path, seed: int) -> dict[str, tuple[str, ...]]:
     """The Makefile's command for each file of a demo in `folder`: file below it -> command."""
-    dry = [
-        "make",
-        "--dry-run",
-        "--always-make",
-        "--no-print-directory",
-        f"SEED={seed}",
-        f"OUT={folder}",
-        "demo",
-    ]
-    text = subprocess.run(
-        dry, cwd=ROOT, env=clean_environment(), check=True, capture_output=True, text=True
-    ).stdout.replace("\\\n", " ")
     found = {}
-    for line in text.splitlines():
+    for line in dry_run("demo", SEED=seed, OUT=folder):
         words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
         if "--out" in words:
             made = Path(words[words.index("--out") + 1]).relative_to(folder).as_posix()
@@ -108,21 +81,12 @@ def recipes(folder: Path, seed: int) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def edit(command: Iterable[str], **flags: object) -> tuple[str, ...]:
-    """The command with other flags: a list or a string of words, True for a flag without a value,
-    None to take the flag away."""
-    words = list(command)
-    for name, value in flags.items():
-        if (flag := f"--{name}") in words:
-            start = end = words.index(flag)
-            end += 1
-            while end < len(words) and not words[end].startswith("--"):
-                end += 1
-            del words[start:end]
-        if value is not None:
-            more = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
-            words += [flag, *map(str, more)]
-    return tuple(words)
+def in_small(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command with the flags of --fast."""
+    flags = re.findall(r"--(\w+) (\S+)", FAST.get(script_of(command), ""))
+    if "--keep_every" in command:
+        flags.append(("keep_every", "1"))
+    return edit(command, **dict(flags))
 
 
 def output_of(file: Path) -> Path:
@@ -134,11 +98,6 @@ def script_of(command: Iterable[str]) -> str:
     """ "train_ppo.py", or "data.label" for a module."""
     words = list(command)
     return words[2] if words[1] == "-m" else words[1]
-
-
-def clean_environment(**more: str) -> dict[str, str]:
-    """The environment without what an outer make hands down."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))} | more
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,40 +148,21 @@ class Seed:
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
 
-    def run(
-        self, name: str, like: str, after: Iterable[str], minutes: float, **flags: object
-    ) -> str:
+    def run(self, name: str, like: str, after: str, minutes: float, **flags: object) -> str:
         """A stage of the demo with other flags, into a folder or file of its own."""
         command = edit(self.recipes[like], out=self.path(name), **flags)
         return self.command(name, command, after, minutes)
 
-    def command(
-        self, name: str, command: tuple[str, ...], after: Iterable[str], minutes: float
-    ) -> str:
+    def command(self, name: str, command: tuple[str, ...], after: str, minutes: float) -> str:
+        """A stage that runs after the stages which make the models or files in `after`."""
         script = script_of(command)
         if self.graph.fast:
-            small = FAST.get(script, {})
-            if "keep_every" in small and "--keep_every" not in command:
-                small = {k: v for k, v in small.items() if k != "keep_every"}
-            command = edit(command, **small)
-        file = self.path(name)
-        output = output_of(file)
-        source = ROOT / (
-            script.replace(".", "/") + ".py"
-            if "/" not in script and not script.endswith(".py")
-            else script
-        )
-        after = tuple(self.graph.maker(self.seed, a) for a in after)
-        return self.graph.add(
-            Stage(
-                f"seed_{self.seed}/{name}",
-                command,
-                output,
-                tuple(dict.fromkeys(after)),
-                minutes,
-                reads=(source,),
-            )
-        )
+            command = in_small(command)
+        source = ROOT / (script if script.endswith(".py") else script.replace(".", "/") + ".py")
+        before = dict.fromkeys(self.graph.maker(self.seed, a) for a in after.split())
+        name, output = f"seed_{self.seed}/{name}", output_of(self.path(name))
+        stage = Stage(name, command, output, tuple(before), minutes, reads=(source,))
+        return self.graph.add(stage)
 
     def demo(self) -> None:
         """`make demo`; with --fast its stages one by one, in small, under the name of the last."""
@@ -238,13 +178,9 @@ class Seed:
         for made, recipe in self.recipes.items():
             if made.startswith("report"):
                 continue
-            command = recipe if made != "data" else edit(recipe, **FAST["data.tiny.make"])
-            command = edit(command, **FAST.get(script_of(command), {}))
-            command = edit(command, keep_every=None)
-            file = self.path(made)
+            command, file = edit(in_small(recipe), keep_every=None), self.path(made)
             output = file / "card.md" if made == "data" else output_of(file)
-            stage = Stage(f"{name}/{made}", command, output, before, 0.1)
-            before = (self.graph.add(stage),)
+            before = (self.graph.add(Stage(f"{name}/{made}", command, output, before, 0.1)),)
         last = self.path("ppo_ptx", "model.safetensors")
         self.graph.add(Stage(name, (sys.executable, "-c", "pass"), last, before, 0.0))
 
@@ -252,65 +188,39 @@ class Seed:
 
     def sizes(self) -> None:
         """Smaller policies, whole pipelines but for the reward model, and a larger base model."""
-        for size, (width, layers) in (SIZES | LARGE).items():
+        for size, (width, layers, cost) in (SIZES | LARGE).items():
+            base, sft, init = (f"{size}/{name}" for name in ("base", "sft", "init"))
             shape: dict[str, float] = {"n_embd": width, "n_layer": layers}
             if size in LARGE:  # the demo's rate is too high for it
                 shape["lr"] = LARGE_LR
-            cost = {"64x2": 0.35, "96x2": 0.5, "192x4": 2.4}[size]
-            base = f"{size}/base"
-            self.run(base, "base", ["demo"], 4.0 * cost, **shape)
+            self.run(base, "base", "demo", 4.0 * cost, **shape)
             if size in LARGE:
                 continue
-            start = {"init": self.path(base)}
-            self.run(f"{size}/sft", "sft", [base], 2.2 * cost, **start)
-            self.run(
-                f"{size}/sft_selected",
-                "sft_selected",
-                [f"{size}/sft"],
-                0.4,
-                run=self.path(size, "sft"),
-            )
-            self.run(f"{size}/init", "init", [base], 2.0 * cost, **start)
+            self.run(sft, "sft", base, 2.2 * cost, init=self.path(base))
+            self.run(f"{size}/sft_selected", "sft_selected", sft, 0.4, run=self.path(sft))
+            self.run(init, "init", base, 2.0 * cost, init=self.path(base))
             for like in ("ppo", "ppo_ptx"):
-                self.run(
-                    f"{size}/{like}",
-                    like,
-                    [f"{size}/init"],
-                    3.0 * cost + 0.8,
-                    init=self.path(size, "init"),
-                )
+                self.run(f"{size}/{like}", like, init, 3.0 * cost + 0.8, init=self.path(init))
 
     def public(self) -> None:
         """A model tuned on public tasks as instructions, chosen by reward model as SFT is."""
         data = self.path("data", "train", "public_demonstrations.jsonl")
-        self.run("public", "sft", ["demo"], 1.2, data=data)
-        self.run("public_selected", "sft_selected", ["public"], 0.6, run=self.path("public"))
+        self.run("public", "sft", "demo", 1.2, data=data)
+        self.run("public_selected", "sft_selected", "public", 0.6, run=self.path("public"))
 
     def coefficients(self) -> None:
         """The sweeps of E.6 and E.7; one flag differs from the demo's PPO-ptx or PPO."""
-        demo = {run: train_ppo.get_args(list(self.recipes[run][2:])) for run in ("ppo", "ppo_ptx")}
+        ppo, ptx = (train_ppo.get_args(list(self.recipes[run][2:])) for run in ("ppo", "ppo_ptx"))
         for factor in PTX_FACTORS:
-            self.run(
-                f"ptx_x{factor:g}",
-                "ppo_ptx",
-                ["demo"],
-                3.5,
-                ptx_coef=factor * demo["ppo_ptx"].ptx_coef,
-            )
+            coefficient = factor * ptx.ptx_coef
+            self.run(f"ptx_x{factor:g}", "ppo_ptx", "demo", 3.5, ptx_coef=coefficient)
         for factor in KL_FACTORS:
-            self.run(f"kl_x{factor:g}", "ppo", ["demo"], 2.2, kl_coef=factor * demo["ppo"].kl_coef)
+            self.run(f"kl_x{factor:g}", "ppo", "demo", 2.2, kl_coef=factor * ppo.kl_coef)
 
     def overoptimised(self) -> None:
         """PPO without KL penalty, its averaged model kept along the way."""
-        self.run(
-            "overopt",
-            "ppo",
-            ["demo"],
-            3.3,
-            kl_coef=0.0,
-            max_steps=OVEROPT_STEPS,
-            keep_every=OVEROPT_KEEP,
-        )
+        how = {"kl_coef": 0.0, "max_steps": OVEROPT_STEPS, "keep_every": OVEROPT_KEEP}
+        self.run("overopt", "ppo", "demo", 3.3, **how)
 
     def reward_models(self) -> None:
         """Five folds over labeler groups (4.1), and pairs one by one against grouped (3.5)."""
@@ -324,83 +234,51 @@ class Seed:
 
     def variant(self, name: str, what: str, after: str = "demo", data: str = "", **more) -> str:
         """A data set of variants.py; the training comparisons unless `data` says otherwise."""
-        source = data or "data/train/comparisons.jsonl"
+        sources = [self.path(file) for file in (data or "data/train/comparisons.jsonl").split()]
         command = (sys.executable, "-m", "tests.claims.variants", what)
-        command = edit(
-            command,
-            data=[self.path(s) for s in source.split()],
-            out=self.path(name),
-            seed=self.seed,
-            **more,
-        )
-        self.command(name, command, [after], 0.2)
+        command = edit(command, data=sources, out=self.path(name), seed=self.seed, **more)
+        self.command(name, command, after, 0.2)
         return name
 
     def rm(self, name: str, data: str, minutes: float, **flags: object) -> None:
-        self.run(
-            name,
-            "rm",
-            [data],
-            minutes,
-            data=self.path(data),
-            val_data=None,
-            held_out_data=None,
-            **flags,
-        )
+        flags = {"data": self.path(data), "val_data": None, "held_out_data": None} | flags
+        self.run(name, "rm", data, minutes, **flags)
 
     def second_round(self) -> None:
         """Comparisons of PPO-ptx's responses, a reward model on old and new ones, PPO-ptx again."""
-        policy, label = f"new={self.path('ppo_ptx')}", "data/{}/comparisons.jsonl"
-        for split, source, num in (
-            ("train", "train/ppo_prompts", ROUND_PROMPTS),
-            ("valid", "valid/rm_prompts", 0),
+        policy, sft = f"new={self.path('ppo_ptx')}", f"sft={self.path('sft_selected')}"
+        for split, source, models, shares, num in (
+            ("train", "train/ppo_prompts", [policy, sft], [0.7, 0.3], ROUND_PROMPTS),
+            ("valid", "valid/rm_prompts", [policy], [0.7], 0),
         ):
             made = f"round_2/{split}_candidates.jsonl"
-            sft = [f"sft={self.path('sft_selected')}"] if split == "train" else []
-            self.run(
-                made,
-                "data/train/candidates_1.jsonl",
-                ["demo"],
-                1.0,
-                num_prompts=num,
-                data=self.path("data", f"{source}.jsonl"),
-                checkpoints=[policy, *sft],
-                shares=[0.7, 0.3][: 1 + len(sft)],
-                part=None,
-            )
-            self.run(
-                f"round_2/{split}.jsonl", label.format(split), [made], 0.3, data=self.path(made)
-            )
+            flags = {"num_prompts": num, "data": self.path("data", f"{source}.jsonl")}
+            flags |= {"checkpoints": models, "shares": shares, "part": None}
+            self.run(made, "data/train/candidates_1.jsonl", "demo", 1.0, **flags)
+            like = f"data/{split}/comparisons.jsonl"
+            self.run(f"round_2/{split}.jsonl", like, made, 0.3, data=self.path(made))
         both = "data/train/comparisons.jsonl round_2/train.jsonl"
         data = self.variant("round_2/comparisons.jsonl", "merge", "round_2/train.jsonl", both)
         self.rm("round_2/rm", data, 6.5)
-        self.run(
-            "round_2/ppo_ptx",
-            "ppo_ptx",
-            ["round_2/rm"],
-            3.5,
-            reward_model=self.path("round_2", "rm"),
-        )
+        judge = self.path("round_2", "rm")
+        self.run("round_2/ppo_ptx", "ppo_ptx", "round_2/rm", 3.5, reward_model=judge)
 
     def controls(self) -> None:
         """Runs that must refute: a reward model of shuffled labels, ptx on shuffled text."""
         data = self.variant("control/labels.jsonl", "shuffle_labels")
         self.rm("control/rm", data, 4.5)
-        self.run("control/ppo", "ppo", ["control/rm"], 2.2, reward_model=self.path("control", "rm"))
+        self.run("control/ppo", "ppo", "control/rm", 2.2, reward_model=self.path("control", "rm"))
         text = self.variant("control/text.txt", "shuffle_text", data="data/train/pretrain.txt")
-        self.run("control/ppo_ptx", "ppo_ptx", [text], 3.5, pretrain_data=self.path(text))
+        self.run("control/ppo_ptx", "ppo_ptx", text, 3.5, pretrain_data=self.path(text))
 
     def sweeps(self) -> None:
-        for add in (
-            self.sizes,
-            self.public,
-            self.coefficients,
-            self.overoptimised,
-            self.reward_models,
-            self.second_round,
-            self.controls,
-        ):
-            add()
+        self.sizes()
+        self.public()
+        self.coefficients()
+        self.overoptimised()
+        self.reward_models()
+        self.second_round()
+        self.controls()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -430,11 +308,9 @@ class Runner:
 
     def is_done(self, stage: Stage) -> bool:
         stamp = self.file(stage, ".json")
-        return (
-            stage.output.exists()
-            and stamp.exists()
-            and stamp.read_text(encoding="utf-8") == stamp_of(stage, self.stages)
-        )
+        if not (stage.output.exists() and stamp.exists()):
+            return False
+        return stamp.read_text(encoding="utf-8") == stamp_of(stage, self.stages)
 
     def run(self) -> list[str]:
         """Run everything that is not done; the names of the stages that failed.
@@ -481,14 +357,9 @@ class Runner:
         with self.file(stage, ".log").open("a", encoding="utf-8") as log:
             log.write(f"\n$ {shlex.join(command)}\n")
             log.flush()
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=clean_environment(TQDM_MININTERVAL="30", **threads),
-                start_new_session=True,
-            )
+            how = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT}
+            how["env"] = clean_environment(TQDM_MININTERVAL="30", **threads)
+            process = subprocess.Popen(command, **how, start_new_session=True)
         self.running[stage.name] = process, time.monotonic(), stamp
 
     def collect(self) -> None:

@@ -9,26 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.report import Estimate, estimate, resamples
-from tests.claims.lab import Lab, accuracy
+from tests.claims.lab import FOUR, GPT, HOW, NAMES, PPO, PROMPTED, PTX, SFT, Lab, accuracy, right
 from tests.claims.pipeline import KL_FACTORS, LARGE, PTX_FACTORS, SIZES
 from tests.claims.variants import group_of
-from tests.claims.verdict import (
-    FOUR,
-    GPT,
-    NAMES,
-    PPO,
-    PROMPTED,
-    PTX,
-    SFT,
-    Panel,
-    Result,
-    Row,
-    bars,
-    claim,
-    exact,
-    minus,
-    triple,
-)
+from tests.claims.verdict import Panel, Result, Row, chart, claim, exact, minus, triple
 
 # ------------------------------------------------------------------------------------------------
 # Preference
@@ -55,23 +39,17 @@ def preference_by_size(lab: Lab) -> Result:
     Refuted by: an interval that reaches one half.
     """
     sizes, rows = [*SIZES, "128x3"], []
-    series: dict[str, list] = {name: [] for name in NAMES.values()}
     for size in sizes:
-        for model, name in NAMES.items():
-            e = lab.win(of_size(size, model), SFT)
-            series[name].append(triple(e) if of_size(size, model) != SFT else (0.5, 0.5, 0.5))
-        own = {model: of_size(size, model) for model in NAMES}
-        gate = "above 0.5" if size in SIZES else ""
         for a, b in ((PTX, SFT), (PPO, SFT), (SFT, PROMPTED)):
-            rows.append(
-                Row(
-                    f"{size}: {NAMES[a]} against {NAMES[b]}",
-                    lab.win(own[a], own[b]),
-                    gate if a != PPO else "",
-                )
-            )
-    panel = Panel("", "win rate against SFT 128x3", groups=sizes, series=series, levels={"": 0.5})
-    return Result(rows, [panel])
+            gate = "above 0.5" if size in SIZES and a != PPO else ""
+            win = lab.win(of_size(size, a), of_size(size, b))
+            rows.append(Row(f"{size}: {NAMES[a]} against {NAMES[b]}", win, gate))
+
+    def win(model: str) -> Estimate:
+        return exact(0.5) if model == SFT else lab.win(model, SFT)
+
+    series = {name: [win(of_size(size, model)) for size in sizes] for model, name in NAMES.items()}
+    return Result(rows, [chart("win rate against SFT 128x3", sizes, series, 0.5)])
 
 
 @claim("preference", "abstract", [*SMALL, BIG])
@@ -84,36 +62,21 @@ def small_beats_large(lab: Lab) -> Result:
     Refuted by: an interval that reaches one half.
     """
     small = next(iter(SIZES))
-    params = [lab.speaker(m).model.num_parameters for m in (BIG, f"{small}/base")]
-    rows = [
-        Row(
-            "parameters, largest base over smallest policy",
-            exact(params[0] / params[1]),
-            "above 10",
-            "135",
-        )
-    ]
-    rivals = {BIG: "base", BIG + "+prefix": "prompted base"}
-    series: dict[str, list] = {}
+    large, least = (lab.speaker(m).model.num_parameters for m in (BIG, f"{small}/base"))
+    ratio = exact(large / least)
+    rows = [Row("parameters, largest base over smallest policy", ratio, "above 10", "135")]
+    rivals = {BIG: f"base {BIG[:5]}", BIG + "+prefix": f"prompted base {BIG[:5]}"}
+    series: dict[str, list[Estimate]] = {}
     for model in (SFT, PTX):
-        series[f"{NAMES[model]} {small}"] = []
+        ours = f"{NAMES[model]} {small}"
         for rival, name in rivals.items():
-            for t, how in ((1.0, "sampled"), (0.0, "greedy")):
-                e = lab.win(f"{small}/{model}", rival, t=t)
-                gated = model == PTX and (t or rival == BIG)
-                rows.append(
-                    Row(
-                        f"{NAMES[model]} {small} against {name} {BIG[:5]}, {how}",
-                        e,
-                        "above 0.5" if gated else "",
-                    )
-                )
-                if t:
-                    series[f"{NAMES[model]} {small}"].append(triple(e))
-    groups = [f"against {name} {BIG[:5]}" for name in rivals.values()]
-    return Result(
-        rows, [Panel("", "win rate, sampled", groups=groups, series=series, levels={"": 0.5})]
-    )
+            for t, how in HOW:
+                win = lab.win(f"{small}/{model}", rival, t=t)
+                gate = "above 0.5" if model == PTX and (t or rival == BIG) else ""
+                rows.append(Row(f"{ours} against {name}, {how}", win, gate))
+        series[ours] = [lab.win(f"{small}/{model}", rival) for rival in rivals]
+    groups = [f"against {name}" for name in rivals.values()]
+    return Result(rows, [chart("win rate, sampled", groups, series, 0.5)])
 
 
 BASES = [f"{size}/base" for size in (*SIZES, *LARGE)]
@@ -137,33 +100,18 @@ def size_alone(lab: Lab) -> Result:
     ]
     small, large = (lab.values(m, "utility") for m in (base[0], base[-1]))
     aligned = lab.values(of_size(sizes[0], PTX), "utility")
-    rows += [
-        Row(f"utility, base {sizes[-1]} minus base {sizes[0]}", lab.average(large - small)),
-        Row(f"utility, PPO-ptx {sizes[0]} minus base {sizes[0]}", lab.average(aligned - small)),
-        Row(
-            "the first minus a quarter of the second",
-            lab.average(large - small - 0.25 * (aligned - small)),
-            "below 0",
-        ),
-    ]
-    return Result(
-        rows,
-        [
-            Panel(
-                "language modelling",
-                "loss, nats a token",
-                groups=sizes,
-                series={"base": [triple(estimate(loss)) for loss in losses]},
-            ),
-            Panel(
-                "following instructions",
-                "win rate against SFT 128x3",
-                groups=sizes,
-                series={"base": [triple(lab.win(m, SFT)) for m in base]},
-                levels={"": 0.5},
-            ),
-        ],
-    )
+    bigger, better = large - small, aligned - small
+    for name, gap, gate in (
+        (f"utility, base {sizes[-1]} minus base {sizes[0]}", bigger, ""),
+        (f"utility, PPO-ptx {sizes[0]} minus base {sizes[0]}", better, ""),
+        ("the first minus a quarter of the second", bigger - 0.25 * better, "below 0"),
+    ):
+        rows.append(Row(name, lab.average(gap), gate))
+    loss = {"base": [estimate(loss) for loss in losses]}
+    wins = {"base": [lab.win(m, SFT) for m in base]}
+    panels = [chart("loss, nats a token", sizes, loss, title="language modelling")]
+    panels += [chart("win rate against SFT 128x3", sizes, wins, 0.5, "following instructions")]
+    return Result(rows, panels)
 
 
 @claim("preference", "Fig. 5, FLAN and T0", ["public_selected"])
@@ -177,33 +125,17 @@ def public_tasks_baseline(lab: Lab) -> Result:
     Refuted by: public tasks that do as well as demonstrations of what users ask.
     """
     public, rows = "public_selected", []
-    for t, how in ((1.0, "sampled"), (0.0, "greedy")):
-        rows.append(
-            Row(
-                f"PPO-ptx against public tasks, {how}",
-                lab.win(PTX, public, t=t),
-                "above 0.5",
-                "0.78 ±0.04",
-            )
-        )
-        rows.append(
-            Row(
-                f"public tasks against SFT, {how}",
-                lab.win(public, SFT, t=t),
-                "below 0.5",
-                "0.298 ±0.02",
-            )
-        )
+    for t, how in HOW:
+        ours, theirs = lab.win(PTX, public, t=t), lab.win(public, SFT, t=t)
+        rows += [
+            Row(f"PPO-ptx against public tasks, {how}", ours, "above 0.5", "0.78 ±0.04"),
+            Row(f"public tasks against SFT, {how}", theirs, "below 0.5", "0.298 ±0.02"),
+        ]
     rows.append(Row("Likert, public tasks minus GPT", lab.gap(public, GPT, "likert"), "above 0"))
-    order = {
-        GPT: "GPT",
-        PROMPTED: "GPT\n(prompted)",
-        public: "public\ntasks",
-        SFT: "SFT",
-        PPO: "PPO",
-        PTX: "PPO-ptx",
-    }
-    return Result(rows, [bars(lab, "likert", order, "")])
+    order = (GPT, PROMPTED, public, SFT, PPO, PTX)
+    groups = ["GPT", "GPT\n(prompted)", "public\ntasks", "SFT", "PPO", "PPO-ptx"]
+    series = {"likert": [lab.mean(model, "likert") for model in order]}
+    return Result(rows, [chart("Likert, 1 to 7", groups, series)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -221,37 +153,22 @@ def reward_model_folds(lab: Lab) -> Result:
     interval included.
     Refuted by: a reward model that has learned its labelers rather than the task.
     """
-    held: list[tuple] = []
-    own: dict[str, list] = {}
-    records: dict[str, tuple] = {}
-    for group in range(5):
-        for i, (record, margin) in enumerate(
-            lab.margins(f"folds/rm_{group}", "data/valid/comparisons.jsonl")
-        ):
-            right = float(((margin > 0) + 0.5 * (margin == 0)).mean())
-            if group_of(record) == group:
-                held.append((record, margin))
-                records[str(i)] = (right, len(margin))
-            else:
-                own.setdefault(str(i), []).append(right)
-    n = [records[i][1] for i in records]
-    mine = [float(np.mean(own[i])) for i in records]
-    theirs = [records[i][0] for i in records]
-    a, b = estimate(mine, weights=n), accuracy(held)
-    gap = estimate(np.array(mine) - np.array(theirs), weights=n)
+    path, held = "data/valid/comparisons.jsonl", {}
+    judged = [lab.margins(f"folds/rm_{group}", path) for group in range(5)]
+    for group, rows in enumerate(judged):
+        held |= {i: row for i, row in enumerate(rows) if group_of(row[0]) == group}
+    own = {i: [rows[i] for rows in judged if rows[i] is not held[i]] for i in held}
+    n = [len(margin) for _, margin in held.values()]
+    mine = np.array([np.mean(right(rows)) for rows in own.values()])
+    a, b = estimate(mine, weights=n), accuracy(list(held.values()))
+    gap = estimate(mine - right(held.values()), weights=n)
     rows = [
         Row("accuracy, own groups", a, "", "0.724 ±0.004"),
         Row("accuracy, held-out group", b, "above 0.5", "0.696 ±0.009"),
         Row("own minus held-out", gap, "below 0.05", "0.028"),
     ]
-    panel = Panel(
-        "",
-        "accuracy on pairs",
-        groups=["own groups", "held-out group"],
-        series={"reward models": [triple(a), triple(b)]},
-        levels={"": 0.5},
-    )
-    return Result(rows, [panel])
+    groups, series = ["own groups", "held-out group"], {"reward models": [a, b]}
+    return Result(rows, [chart("accuracy on pairs", groups, series, 0.5)])
 
 
 @claim("pairs", "3.5, C.2", ["pairs/grouped", "pairs/shuffled"])
@@ -266,37 +183,24 @@ def shuffled_pairs(lab: Lab) -> Result:
     exceeds the training loss by, shuffled minus grouped.
     Refuted by: an interval that reaches 0.
     """
-    loss, right, panel = {}, {}, {"training": [], "validation": []}
+    loss, told = {}, []
     files = {"training": "pairs/first.jsonl", "validation": "data/valid/comparisons.jsonl"}
-    for arm in ("grouped", "shuffled"):
+    arms = ("grouped", "shuffled")
+    for arm in arms:
         for split, file in files.items():
-            rows = lab.margins(f"pairs/{arm}", file)
-            loss[arm, split] = np.array([np.logaddexp(0, -m).mean() for _, m in rows])
-            right[arm, split] = accuracy(rows)
-            panel[split].append(triple(estimate(loss[arm, split])))
+            judged = lab.margins(f"pairs/{arm}", file)
+            loss[arm, split] = np.array([np.logaddexp(0, -m).mean() for _, m in judged])
+            told.append(Row(f"accuracy, {arm} pairs, {split}", accuracy(judged)))
     excess = {split: estimate(loss["shuffled", split] - loss["grouped", split]) for split in files}
+    gap = minus(excess["validation"], excess["training"])
     rows = [
         Row("validation loss, shuffled minus grouped", excess["validation"], "above 0"),
-        Row(
-            "validation minus training loss, shuffled minus grouped",
-            minus(excess["validation"], excess["training"]),
-            "above 0",
-        ),
+        Row("validation minus training loss, shuffled minus grouped", gap, "above 0"),
     ]
-    for (arm, split), e in right.items():
-        rows.append(Row(f"accuracy, {arm} pairs, {split}", e))
-    return Result(
-        rows,
-        [
-            Panel(
-                "",
-                "pair loss after one pass",
-                groups=["grouped", "shuffled"],
-                series=panel,
-                levels={"chance": float(np.log(2))},
-            )
-        ],
-    )
+    series = {split: [estimate(loss[arm, split]) for arm in arms] for split in files}
+    panel = chart("pair loss after one pass", arms, series)
+    panel.levels = {"chance": float(np.log(2))}
+    return Result(rows + told, [panel])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -314,35 +218,22 @@ def by_setting(lab: Lab, models: list[str], flag: str) -> dict[float, str]:
 
 def sweep_panels(lab: Lab, runs: dict[float, str], flag: str) -> list[Panel]:
     """Public tasks and pretraining loss, and validation score, over a coefficient (Fig. 33, 34)."""
-    text = {x: lab.text(model) for x, model in runs.items()}
-    base = lab.text(GPT)
-    tasks = {
+    text, base = {x: lab.text(model) for x, model in runs.items()}, lab.text(GPT)
+    shots = {"zero-shot": "zero_shot", "few-shot": "few_shot"}
+    points = {
         name: [(x, *triple(estimate(text[x][key]))) for x in runs]
-        for name, key in (("zero-shot", "zero_shot"), ("few-shot", "few_shot"))
+        for name, key in (*shots.items(), ("loss", "loss"))
     }
-    loss = [(x, *triple(estimate(text[x]["loss"]))) for x in runs]
+    level = {f"GPT, {name}": float(base[key].mean()) for name, key in shots.items()}
     score = [(x, *triple(lab.mean(m, "score", "valid/ppo_prompts"))) for x, m in runs.items()]
-    shared = {"kind": "lines", "xlabel": flag, "xscale": "log"}
-    return [
-        Panel(
-            "public tasks",
-            "exact match",
-            series=tasks,
-            **shared,
-            levels={
-                "GPT, zero-shot": float(base["zero_shot"].mean()),
-                "GPT, few-shot": float(base["few_shot"].mean()),
-            },
-        ),
-        Panel(
-            "pretraining text",
-            "loss, nats a token",
-            series={"loss": loss},
-            **shared,
-            levels={"GPT": float(base["loss"].mean())},
-        ),
-        Panel("validation prompts", "reward-model score", series={"score": score}, **shared),
-    ]
+    tasks = Panel("public tasks", "exact match", levels=level)
+    tasks.series = {name: points[name] for name in shots}
+    loss = Panel("pretraining text", "loss, nats a token", series={"loss": points["loss"]})
+    loss.levels = {"GPT": float(base["loss"].mean())}
+    scores = Panel("validation prompts", "reward-model score", series={"score": score})
+    for panel in (tasks, loss, scores):
+        panel.kind, panel.xlabel, panel.xscale = "lines", flag, "log"
+    return [tasks, loss, scores]
 
 
 @claim("tax", "Fig. 33", PTX_RUNS)
@@ -356,25 +247,17 @@ def ptx_coefficient(lab: Lab) -> Result:
     Refuted by: tasks that stay lost, or a reward that does not fall.
     """
     runs = by_setting(lab, [*PTX_RUNS, PTX], "ptx_coef")
-    most, least = runs[max(runs)], runs[min(runs)]
-    tasks = {m: lab.text(m)["zero_shot"] for m in (most, least, GPT)}
-    gap = lab.gap(most, least, "score", "valid/ppo_prompts")
+    high, low = max(runs), min(runs)
+    text = {m: lab.text(m) for m in (runs[high], runs[low], GPT)}
+    most, least, base = (each["zero_shot"] for each in text.values())
+    score = lab.gap(runs[high], runs[low], "score", "valid/ppo_prompts")
+    loss = estimate(text[runs[high]]["loss"] - text[GPT]["loss"])
+    kept, name = estimate(most - 0.9 * base), f"zero-shot, coefficient {high:g} minus"
     rows = [
-        Row(
-            f"zero-shot, coefficient {max(runs):g} minus {min(runs):g}",
-            estimate(tasks[most] - tasks[least]),
-            "above 0",
-        ),
-        Row(
-            f"zero-shot, coefficient {max(runs):g} minus 0.9 GPT",
-            estimate(tasks[most] - 0.9 * tasks[GPT]),
-            "above 0",
-        ),
-        Row(f"score, coefficient {max(runs):g} minus {min(runs):g}", gap, "below 0"),
-        Row(
-            "pretraining loss, the largest minus GPT",
-            estimate(lab.text(most)["loss"] - lab.text(GPT)["loss"]),
-        ),
+        Row(f"{name} {low:g}", estimate(most - least), "above 0"),
+        Row(f"{name} 0.9 GPT", kept, "above 0"),
+        Row(f"score, coefficient {high:g} minus {low:g}", score, "below 0"),
+        Row("pretraining loss, the largest minus GPT", loss),
     ]
     return Result(rows, sweep_panels(lab, runs, "ptx_coef"))
 
@@ -392,20 +275,14 @@ def kl_coefficient(lab: Lab) -> Result:
     demo, runs = float(lab.setting(PPO, "kl_coef")), by_setting(lab, [*KL_RUNS, PPO], "kl_coef")
     tasks = {m: lab.text(m)["zero_shot"] for m in (*runs.values(), PTX)}
     best = max(runs, key=lambda coef: tasks[runs[coef]].mean())
-    most = max(runs)
+    most, prompts = max(runs), "valid/ppo_prompts"
+    gap = estimate(tasks[runs[best]] - tasks[PTX])
+    score = lab.gap(runs[most], PPO, "score", prompts)
     rows = [
-        Row(
-            f"zero-shot, coefficient {best:g} (the best) minus PPO-ptx",
-            estimate(tasks[runs[best]] - tasks[PTX]),
-            "below 0",
-        ),
-        Row(
-            f"score, coefficient {most:g} minus {demo:g}",
-            lab.gap(runs[most], PPO, "score", "valid/ppo_prompts"),
-            "below 0",
-        ),
-        Row(f"KL at coefficient {most:g}, nats", lab.kl(runs[most], "valid/ppo_prompts")),
-        Row(f"KL at coefficient {demo:g}, nats", lab.kl(PPO, "valid/ppo_prompts")),
+        Row(f"zero-shot, coefficient {best:g} (the best) minus PPO-ptx", gap, "below 0"),
+        Row(f"score, coefficient {most:g} minus {demo:g}", score, "below 0"),
+        Row(f"KL at coefficient {most:g}, nats", lab.kl(runs[most], prompts)),
+        Row(f"KL at coefficient {demo:g}, nats", lab.kl(PPO, prompts)),
     ]
     return Result(rows, sweep_panels(lab, runs, "kl_coef"))
 
@@ -493,39 +370,26 @@ def overoptimisation(lab: Lab) -> Result:
     folders = sorted((lab.folder / "overopt" / "steps").glob("[0-9]*"))
     models = ["init", *(f"overopt/steps/{folder.name}" for folder in folders)]
     root = [0.0, *(max(lab.kl(m, prompts).value, 1e-4) ** 0.5 for m in models[1:])]
-    points = {
-        metric: [
-            (d, *triple(lab.mean(m, metric, prompts))) for d, m in zip(root, models, strict=True)
-        ]
-        for metric in ("score", "utility")
-    }
-    bon = best_of_n_points(lab, prompts, 4 if lab.fast else 32)
+    truth = {m: lab.values(m, "utility", prompts) for m in models}
     users = np.array(lab.groups(prompts))
     half = np.isin(users, np.unique(users)[::2])
-    peak = max(models, key=lambda m: lab.values(m, "utility", prompts)[half].mean())
-    fall = lab.values(models[-1], "utility", prompts) - lab.values(peak, "utility", prompts)
-    truth = np.stack([lab.values(m, "utility", prompts) for m in models])
+    peak = max(models, key=lambda m: truth[m][half].mean())
+    fall = lab.average(np.where(half, np.nan, truth[models[-1]] - truth[peak]), prompts)
+    top = fitted_peak(np.array(root), np.stack(list(truth.values())), users)
     rows = [
         Row("score, end minus start", lab.gap(models[-1], "init", "score", prompts), "above 0"),
-        Row(
-            "utility, end minus peak", lab.average(np.where(half, np.nan, fall), prompts), "below 0"
-        ),
-        Row(
-            "fitted peak of utility, sqrt(KL), over the run's end",
-            fitted_peak(np.array(root), truth, users),
-            "below 1",
-        ),
+        Row("utility, end minus peak", fall, "below 0"),
+        Row("fitted peak of utility, sqrt(KL), over the run's end", top, "below 1"),
         Row("KL at the end, nats", lab.kl(models[-1], prompts)),
     ]
-    panels = []
+    bon, panels = best_of_n_points(lab, prompts, 4 if lab.fast else 32), []
     for metric, title in (("utility", "true quality"), ("score", "what is optimised")):
+        means = [triple(lab.mean(m, metric, prompts)) for m in models]
+        points = [(d, *mean) for d, mean in zip(root, means, strict=True)]
         panel = Panel(title, metric, "lines", xlabel="square root of the KL, nats")
-        panel.series = {
-            "PPO": points[metric],
-            "best of n": bon[metric],
-            "fit PPO": gao_curve(points[metric], "rl"),
-            "fit best of n": gao_curve(bon[metric], "bon"),
-        }
+        panel.series = {"PPO": points, "best of n": bon[metric]}
+        panel.series |= {"fit PPO": gao_curve(points, "rl")}
+        panel.series |= {"fit best of n": gao_curve(bon[metric], "bon")}
         panels.append(panel)
     return Result(rows, panels)
 
@@ -543,35 +407,21 @@ def second_round(lab: Lab) -> Result:
     Refuted by: intervals that reach 0.
     """
     again = "round_2/ppo_ptx"
-    rows = [
-        Row(
-            f"utility, round 2 minus round 1, {how}", lab.gap(again, PTX, "utility", t=t), "above 0"
-        )
-        for t, how in ((1.0, "sampled"), (0.0, "greedy"))
-    ]
-    for t, how in ((1.0, "sampled"), (0.0, "greedy")):
-        rows.append(Row(f"round 2 against SFT, {how}", lab.win(again, SFT, t=t)))
-    judged = {rm: lab.margins(rm, "round_2/valid.jsonl") for rm in ("rm", "round_2/rm")}
-    right = {
-        rm: np.array([((m > 0) + 0.5 * (m == 0)).mean() for _, m in rows_])
-        for rm, rows_ in judged.items()
-    }
-    pairs = [len(m) for _, m in judged["rm"]]
-    rows.append(
-        Row(
-            "accuracy on the newest policy, new reward model minus old",
-            estimate(right["round_2/rm"] - right["rm"], weights=pairs),
-            "above 0",
-        )
-    )
-    rows.append(Row("accuracy on the newest policy, old", accuracy(judged["rm"])))
-    rounds = ["start", "round 1", "round 2"]
+    rows, told = [], []
+    for t, how in HOW:
+        gap = lab.gap(again, PTX, "utility", t=t)
+        rows.append(Row(f"utility, round 2 minus round 1, {how}", gap, "above 0"))
+        told.append(Row(f"round 2 against SFT, {how}", lab.win(again, SFT, t=t)))
+    old, new = (lab.margins(rm, "round_2/valid.jsonl") for rm in ("rm", "round_2/rm"))
+    gain = estimate(right(new) - right(old), weights=[len(m) for _, m in old])
+    name = "accuracy on the newest policy"
+    rows += [*told, Row(f"{name}, new reward model minus old", gain, "above 0")]
+    rows.append(Row(f"{name}, old", accuracy(old)))
+    models = {"start": "init", "round 1": PTX, "round 2": again}
     series = {
-        how: [triple(lab.mean(m, "utility", temperature=t)) for m in ("init", PTX, again)]
-        for t, how in ((1.0, "sampled"), (0.0, "greedy"))
+        how: [lab.mean(m, "utility", temperature=t) for m in models.values()] for t, how in HOW
     }
-    panel = Panel("", "utility, test users", groups=rounds, series=series)
-    return Result(rows, [panel])
+    return Result(rows, [chart("utility, test users", models, series)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -589,35 +439,19 @@ def control_labels(lab: Lab) -> Result:
     is above it in utility.
     Refuted by: a gain without information, which would mean that the claim measures something else.
     """
-    told = accuracy(lab.margins("control/rm", "data/valid/comparisons.jsonl"))
-    real = accuracy(lab.margins("rm", "data/valid/comparisons.jsonl"))
-    rows = [
-        Row("accuracy of the reward model", told, "not above 0.5"),
-        Row("accuracy with real labels", real),
-    ]
-    series: dict[str, list] = {"real labels": [], "shuffled labels": []}
-    for t, how in ((1.0, "sampled"), (0.0, "greedy")):
-        e = lab.win("control/ppo", SFT, t=t)
-        rows.append(Row(f"PPO on shuffled labels against SFT, {how}", e, "not above 0.5"))
-        series["shuffled labels"].append(triple(e))
-        series["real labels"].append(triple(lab.win(PPO, SFT, t=t)))
-    rows.append(
-        Row(
-            "utility, real minus shuffled labels", lab.gap(PPO, "control/ppo", "utility"), "above 0"
-        )
-    )
-    return Result(
-        rows,
-        [
-            Panel(
-                "",
-                "win rate of PPO against SFT",
-                groups=["sampled", "greedy"],
-                series=series,
-                levels={"": 0.5},
-            )
-        ],
-    )
+    control, path = "control/ppo", "data/valid/comparisons.jsonl"
+    told, real = (accuracy(lab.margins(rm, path)) for rm in ("control/rm", "rm"))
+    rows = [Row("accuracy of the reward model", told, "not above 0.5")]
+    rows.append(Row("accuracy with real labels", real))
+    for t, how in HOW:
+        name = f"PPO on shuffled labels against SFT, {how}"
+        rows.append(Row(name, lab.win(control, SFT, t=t), "not above 0.5"))
+    gap = lab.gap(PPO, control, "utility")
+    rows.append(Row("utility, real minus shuffled labels", gap, "above 0"))
+    runs = {"real labels": PPO, "shuffled labels": control}
+    series = {name: [lab.win(m, SFT, t=t) for t, _ in HOW] for name, m in runs.items()}
+    groups = [how for _, how in HOW]
+    return Result(rows, [chart("win rate of PPO against SFT", groups, series, 0.5)])
 
 
 @claim("controls", "of Fig. 29", ["control/ppo_ptx", "ptx_x0"])
@@ -630,30 +464,14 @@ def control_text(lab: Lab) -> Result:
     text above it.
     Refuted by: a repair by text that teaches nothing, which would mean that ptx is only a brake.
     """
-    control, without = "control/ppo_ptx", "ptx_x0"
-    text = {m: lab.text(m) for m in (GPT, without, PTX, control)}
-    rows = []
-    for key in ("zero_shot", "few_shot"):
-        name = key.replace("_", "-")
-        rows.append(
-            Row(
-                f"{name}: ptx on shuffled text minus without ptx",
-                estimate(text[control][key] - text[without][key]),
-                "not above 0",
-            )
-        )
-        rows.append(
-            Row(
-                f"{name}: PPO-ptx minus ptx on shuffled text",
-                estimate(text[PTX][key] - text[control][key]),
-                "above 0",
-            )
-        )
-    names = {GPT: "GPT", without: "without ptx", PTX: "PPO-ptx", control: "ptx on\nshuffled text"}
-    series = {
-        key.replace("_", "-"): [triple(estimate(text[m][key])) for m in names]
-        for key in ("zero_shot", "few_shot")
-    }
-    return Result(
-        rows, [Panel("", "public tasks, exact match", groups=list(names.values()), series=series)]
-    )
+    names = ["GPT", "without ptx", "PPO-ptx", "ptx on\nshuffled text"]
+    text = {m: lab.text(m) for m in (GPT, "ptx_x0", PTX, "control/ppo_ptx")}
+    rows, series = [], {}
+    for shots in ("zero_shot", "few_shot"):
+        name = shots.replace("_", "-")
+        _, without, real, shuffled = (each[shots] for each in text.values())
+        gain, gap = estimate(shuffled - without), estimate(real - shuffled)
+        rows.append(Row(f"{name}: ptx on shuffled text minus without ptx", gain, "not above 0"))
+        rows.append(Row(f"{name}: PPO-ptx minus ptx on shuffled text", gap, "above 0"))
+        series[name] = [estimate(each[shots]) for each in text.values()]
+    return Result(rows, [chart("public tasks, exact match", names, series)])

@@ -13,7 +13,7 @@ A row without a gate is told, and judged by nothing. A number that could not be 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from evaluation.report import Estimate
@@ -96,6 +96,19 @@ def triple(e: Estimate) -> tuple[float, float, float]:
     return e.value, e.low, e.high
 
 
+def chart(
+    ylabel: str,
+    groups: Iterable[str],
+    series: dict[str, list[Estimate]],
+    level: float | None = None,
+    title: str = "",
+) -> Panel:
+    """A panel of bars: for each label of `series` one in each group; a dashed line at `level`."""
+    bars = {label: [triple(e) for e in estimates] for label, estimates in series.items()}
+    levels = {} if level is None else {"": level}
+    return Panel(title, ylabel, groups=list(groups), series=bars, levels=levels)
+
+
 def exact(value: float) -> Estimate:
     """A number that was counted, not sampled."""
     return Estimate(value, value, value)
@@ -120,10 +133,6 @@ def _combined(value: float, parts: list[Estimate], weights: list[float]) -> Esti
 
 # ------------------------------------------------------------------------------------------------
 # The register of claims
-
-GPT, PROMPTED, SFT, PPO, PTX = "base", "base+prefix", "sft_selected", "ppo", "ppo_ptx"
-NAMES = {GPT: "GPT", PROMPTED: "GPT (prompted)", SFT: "SFT", PPO: "PPO", PTX: "PPO-ptx"}
-FOUR = (GPT, SFT, PPO, PTX)
 
 
 @dataclass(frozen=True)
@@ -172,12 +181,3 @@ def claim(topic: str, figure: str, needs: Sequence[str] = ()) -> Callable:
         return measure
 
     return register
-
-
-def bars(
-    lab: Lab, metric: str, models: dict[str, str], title: str, prompts: str = "prompts"
-) -> Panel:
-    """A panel of one metric, a bar for each model."""
-    values = [triple(lab.mean(model, metric, prompts)) for model in models]
-    ylabel = "Likert, 1 to 7" if metric == "likert" else metric
-    return Panel(title, ylabel, groups=list(models.values()), series={metric: values})
