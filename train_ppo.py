@@ -1,38 +1,39 @@
-"""Step 3: reinforcement learning against the reward model with PPO, and PPO-ptx (InstructGPT 3.5).
+"""Step 3: reinforcement learning against the reward model: PPO and PPO-ptx (section 3.5, C.4).
 
 The objective (Eq. 2) is, over responses y to customer prompts x and pretraining text z,
 
     E[ r(x, y) - kl_coef log(pi(y | x) / pi_ref(y | x)) ]  +  ptx_coef E[ log pi(z) ]
 
-PPO has ptx_coef 0; with ptx_coef > 0 it is PPO-ptx, the model the paper calls InstructGPT. An
-iteration draws prompts, samples a response to each (or several, --responses_per_prompt), scores it
-once, charges the KL term token by token, and makes one pass of clipped policy-gradient updates over
-random minibatches.
+PPO has ptx_coef 0; with ptx_coef > 0 it is PPO-ptx, the model the paper calls InstructGPT. A step
+of this script, the paper's iteration, draws prompts, samples a response to each (or several,
+--responses_per_prompt), scores it once, charges the KL term token by token, and makes one pass of
+clipped policy-gradient updates over random minibatches.
 
-Four models: the policy pi; the reference pi_ref, a frozen copy of its start; the reward model,
-frozen; the value network, a copy of the reward model with an optimizer of its own. Four names, one
-set of weights: the C.3 model, the "RL start", `init` (of --init and out/init), the reference. The
-result is the exponential moving average of the policy's weights.
+Four models: the policy pi starts from --init, which the paper calls the RL start (C.3); the
+reference pi_ref is the same weights, frozen; the reward model, frozen; the value network, a copy of
+the reward model with an optimizer of its own. The result is the exponential moving average of the
+policy's weights.
 
 Every per-token quantity is (B, T) and indexed by the token it is about. For the row
-"p0 p1 | r2 r3 end" (two prompt tokens, a response of three with its end token, then padding):
+"p0 p1 | r2 r3 end" (two prompt tokens, a response of three with its end token, then padding; the
+row's length is 5):
 
-    t                 0     1     2      3      4      5
-    tokens            p0    p1    r2     r3     end    (end)
-    response_mask     0     0     1      1      1      0
-    logprobs[t]       0     .     log pi(tokens[t] | tokens[:t]): from the hidden state at t - 1
-    values[t]         0     .     V before token t: the scalar output at t - 1
-    rewards[t]        0     0     -kl    -kl    -kl + score   0       kl = kl_coef * log-ratio[t]
-    advantages[t]     0     0     A(2)   A(3)   A(4)   0
+    t                 0     1     2      3      4             5
+    tokens            p0    p1    r2     r3     end           (end)
+    mask              0     0     1      1      1             0
+    logprobs[t]       0     0     log pi(tokens[t] | tokens[:t])    from the hidden state at t - 1
+    values[t]         0     0     V before token t                  the scalar output at t - 1
+    rewards[t]        0     0     -c     -c     -c + score    0     c = kl_coef log(pi / pi_ref)[t]
+    advantages[t]     0     0     A(2)   A(3)   A(4)          0
 
-From the paper: sampling at temperature 1, no discount, clip 0.2, one inner epoch over 8
-minibatches, constant learning rates after a warm-up of 10 iterations from a tenth, EMA 0.992,
-pretraining gradients times ptx_coef accumulated before the same optimizer step, value network from
-the reward model. Where the paper is silent, its parents decide: lambda 0.95, advantages whitened
-over response tokens, clipped value loss (Ziegler et al. 2019), gradient clip 1, no entropy bonus, a
-fixed low score where the end token is missing (here --missing_eos_score). The miniature's own:
-kl_coef, ptx_coef with a *mean* token cross-entropy (the paper's 27.8 belongs to another scale of
-loss and batch), learning rates, sizes; the paper's values are in the help.
+From the paper: sampling at temperature 1, no discount, clip 0.2, one pass over 8 minibatches,
+constant learning rates after a warm-up of 10 iterations from a tenth, EMA 0.992, pretraining
+gradients added before the same optimizer step, the value network's start.
+Where the paper is silent, as in Ziegler et al. 2019 and Stiennon et al. 2020: lambda 0.95,
+advantages whitened over response tokens, clipped value loss, no entropy bonus, a fixed low score
+for a response without end token. Gradient clip 1 as in GPT-3.
+Chosen for the tiny models here: kl_coef, learning rates, sizes, and ptx_coef, which multiplies a
+*mean* token loss (the paper's 27.8 belongs to another scale). The paper's values are in the help.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init", default="out/init", help="checkpoint folder: the policy's start and reference")
     add("--reward_model", default="out/rm", help="checkpoint folder of train_rm.py")
     # The objective.
-    add("--kl_coef", type=nonnegative, default=0.2, help="beta of Eq. 2 (paper: 0.02)")
-    add("--ptx_coef", type=nonnegative, default=0.0, help="gamma of Eq. 2; 0: PPO (paper: 27.8)")
+    add("--kl_coef", type=nonnegative, default=0.2, help="price of the KL (paper's beta: 0.02)")
+    add("--ptx_coef", type=nonnegative, default=0.0, help="0: PPO (paper's gamma: 27.8)")
     add("--ptx_ratio", type=nonnegative, default=0.5, help="text sequences an episode (paper: 8)")
     add("--ptx_tokens", type=natural, default=128, help="tokens of such a sequence (paper: 2048)")
     add("--ptx_anywhere", type=fraction, default=0.25, help="share cut anywhere (paper: 1)")
@@ -125,21 +126,21 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
     torch.manual_seed(args.seed)
     policy, reward_model, encoding = load_models(args)
-    value_network = copy.deepcopy(reward_model)  # starts as the reward model, learns on its own
+    value_network = copy.deepcopy(reward_model)  # starts as the reward model, then learns
     ema = copy.deepcopy(policy).requires_grad_(False)
     reference, reward_model = policy.frozen(), reward_model.frozen()
     four_models = policy, reference, reward_model, value_network
 
     # Data: customers' prompts, and pretraining text.
-    longest = args.max_prompt_tokens
-    prompts = load_prompts(args.data, encoding, longest)
-    val_prompts = load_prompts(args.val_data, encoding, longest) if args.val_data else []
+    max_tokens = args.max_prompt_tokens
+    prompts = load_prompts(args.data, encoding, max_tokens)
+    val_prompts = load_prompts(args.val_data, encoding, max_tokens) if args.val_data else []
     text = load_text(args.pretrain_data, encoding, args.ptx_tokens) if args.ptx_coef else None
-    num_sequences = round(args.ptx_ratio * args.batch_size / args.num_minibatches)
+    num_ptx = round(args.ptx_ratio * args.batch_size / args.num_minibatches)
 
-    how = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
-    adam = torch.optim.AdamW(policy.parameters(), **how)
-    value_adam = torch.optim.AdamW(value_network.parameters(), **how)
+    options = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
+    adam = torch.optim.AdamW(policy.parameters(), **options)
+    value_adam = torch.optim.AdamW(value_network.parameters(), **options)
     networks = {"policy": policy, "value_network": value_network, "ema": ema}
     run = Run(
         args,
@@ -152,29 +153,26 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     for step in run.steps(args.max_steps):
-        rng = np.random.default_rng([args.seed, 1, step])  # of all draws but the sampling
+        rng = np.random.default_rng([args.seed, 1, step])  # of minibatches and pretraining text
         warm_up = learning_rate_factor(step, args.warmup_steps)
         for optimizer, lr in ((adam, args.lr), (value_adam, args.value_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = warm_up * lr
 
-        # 1. Rollout: responses to this iteration's prompts.
+        # 1. Rollout: a response to each of this step's prompts.
         batch = prompts_of_step(prompts, step, args)
         seed = args.seed * 1_000_003 + step
         tokens, prompt_lengths, lengths = sample(policy, batch, seed, args)
         run.lap("rollout_s", int((lengths - prompt_lengths).sum()))
 
-        # 2. Score. Minibatches are drawn first and cut into micro-batches of similar length. All
-        #    that follows is computed on those very tensors, so the first ratio is exactly 1.
-        minibatches = [
-            [
-                make_episodes(tokens[rows], prompt_lengths[rows], lengths[rows], *four_models, args)
-                for rows in minibatch
-            ]
-            for minibatch in draw_minibatches(lengths, rng, args)
-        ]
+        # 2. Score. Minibatches are drawn first and cut into micro-batches. Old log-probs are
+        #    computed on the tensors that the update will use, so the first ratio is exactly 1.
+        minibatches = []
+        for micro_batches in draw_minibatches(lengths, rng, args):
+            parts = [(tokens[rows], prompt_lengths[rows], lengths[rows]) for rows in micro_batches]
+            minibatches.append([make_episodes(*part, *four_models, args) for part in parts])
         episodes = [e for minibatch in minibatches for e in minibatch]
-        whiten(episodes)
+        whiten(episodes)  # after the returns, which keep the scale of the scores
         run.lap("score_s")
 
         # 3. Update: one optimizer step a minibatch.
@@ -182,22 +180,25 @@ def main(argv: list[str] | None = None) -> int:
         for minibatch in args.inner_epochs * minibatches:
             count = sum(e.mask.sum() for e in minibatch)  # response tokens
             for e in minibatch:
+                # The policy: old log-probs and advantages stay, its log-probs move.
                 logprobs, _ = policy.logprobs(e.tokens, e.lengths, mask=e.mask)
                 loss, metrics = policy_loss(logprobs, e, args.cliprange)
                 (loss / count).backward()
+                # The value network, towards the returns.
                 values = values_before(value_network, e.tokens, e.lengths)
-                error, clipped = value_loss(values, e, args.cliprange_value)
-                (error / count).backward()
+                v_loss, num_clipped = value_loss(values, e, args.cliprange_value)
+                (v_loss / count).backward()
                 run.max({"ratio_max": metrics.pop("ratio_max")})
-                metrics |= {"policy_loss": loss, "value_loss": error, "vf_clipfrac": clipped}
-                run.add(metrics, 1 / (count * num_updates))
-            if text:  # the gamma term of Eq. 2: into the same gradients, before the same step (C.4)
-                drawn = draw_text(*text, num_sequences, args.ptx_anywhere, rng).to(args.device)
+                metrics |= {"policy_loss": loss, "value_loss": v_loss, "vf_clipfrac": num_clipped}
+                run.add(metrics, 1 / (count * num_updates))  # sums -> means a token, then an update
+            if text:  # the ptx term: into the policy's same gradients, before the same step (C.4)
+                drawn = draw_text(*text, num_ptx, args.ptx_anywhere, rng).to(args.device)
                 for part in drawn.split(args.micro_batch_size):
                     nll = -policy.logprobs(part)[0].sum()
                     ptx_loss = nll / (drawn.numel() - len(drawn))  # a first token has no context
                     (args.ptx_coef * ptx_loss).backward()
                     run.add({"ptx_loss": ptx_loss}, 1 / num_updates)
+            # One step of each; the policy's clip acts on the sum of its two gradients.
             limit = args.grad_clip or math.inf
             norm = clip_grad_norm_(policy.parameters(), limit)
             value_norm = clip_grad_norm_(value_network.parameters(), limit)
@@ -229,9 +230,9 @@ def load_models(args: argparse.Namespace) -> tuple[GPT, ScalarModel, tiktoken.En
 
     No dropout anywhere in RL: it would make old and new log-probs differ.
     """
-    how = {"impl": args.kernels, "dtype": args.dtype}
-    policy = GPT.from_pretrained(args.init, **how)
-    reward_model = ScalarModel.from_pretrained(args.reward_model, **how)
+    options = {"impl": args.kernels, "dtype": args.dtype}
+    policy = GPT.from_pretrained(args.init, **options)
+    reward_model = ScalarModel.from_pretrained(args.reward_model, **options)
     encoding = read_tokenizer(args.init, policy, reward_model)
     check_same_tokenizer(args.init, args.reward_model)
     check_context(args, policy, reward_model)
@@ -242,7 +243,7 @@ def load_models(args: argparse.Namespace) -> tuple[GPT, ScalarModel, tiktoken.En
         )
     for trunk in (policy, reward_model.trunk):
         trunk.gradient_checkpointing = args.grad_checkpointing
-        trunk.packs = args.responses_per_prompt > 1
+        trunk.packs = args.responses_per_prompt > 1  # see `Packing`
     return policy.to(args.device).eval(), reward_model.to(args.device).eval(), encoding
 
 
@@ -250,14 +251,14 @@ def load_models(args: argparse.Namespace) -> tuple[GPT, ScalarModel, tiktoken.En
 # Data
 
 
-def load_prompts(path: str, encoding: tiktoken.Encoding, longest: int) -> list[list[int]]:
-    """Prompts as tokens, those of at most `longest`. Says what was dropped."""
+def load_prompts(path: str, encoding: tiktoken.Encoding, max_tokens: int) -> list[list[int]]:
+    """Prompts as tokens; drops those of more than `max_tokens`, and says how many."""
     every = [encode_prompt(encoding, record["prompt"]) for record in read_jsonl(path, "prompts")]
-    prompts = [prompt for prompt in every if len(prompt) <= longest]
+    prompts = [prompt for prompt in every if len(prompt) <= max_tokens]
     dropped = len(every) - len(prompts)
-    print(f"{path}: {len(prompts)} prompts; dropped {dropped} over {longest} tokens")
+    print(f"{path}: {len(prompts)} prompts; dropped {dropped} over {max_tokens} tokens")
     if not prompts:
-        raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {longest}")
+        raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {max_tokens}")
     return prompts
 
 
@@ -280,19 +281,13 @@ def load_text(path: str, encoding: tiktoken.Encoding, length: int) -> tuple[Tens
     return sequences, torch.tensor([start for start in starts if start < len(sequences)])
 
 
-def draw_text(
-    sequences: Tensor, starts: Tensor, count: int, share: float, rng: np.random.Generator
-) -> Tensor:
-    """Pretraining sequences (count, ptx_tokens), each with probability `share` cut anywhere.
+# ------------------------------------------------------------------------------------------------
+# Rollout
 
-    The rest start at a document; long documents are drawn more often. Prompts are at a sequence's
-    start, so PPO changes the model most there, and documents must start there too. But with these
-    sequences alone the model forgets how to continue from the middle of a text.
-    """
-    anywhere = torch.from_numpy(rng.integers(int(starts[-1]) + 1, size=count))
-    beginnings = starts[torch.searchsorted(starts, anywhere, right=True) - 1]
-    cut_anywhere = torch.from_numpy(rng.random(count) < share)
-    return sequences[torch.where(cut_anywhere, anywhere, beginnings)]
+
+def learning_rate_factor(step: int, warmup_steps: int) -> float:
+    """Of iteration 1, 2, ...: from a tenth to 1 over the warm-up, then constant (C.4)."""
+    return min(1.0, 0.1 + 0.9 * (step - 1) / warmup_steps) if warmup_steps else 1.0
 
 
 def prompts_of_step(
@@ -310,20 +305,12 @@ def prompts_of_step(
     return [prompt for prompt in chosen for _ in range(args.responses_per_prompt)]
 
 
-# ------------------------------------------------------------------------------------------------
-# Rollout
-
-
-def learning_rate_factor(step: int, warmup_steps: int) -> float:
-    """Of iteration 1, 2, ...: from a tenth to 1 over the warm-up, then constant (C.4)."""
-    return min(1.0, 0.1 + 0.9 * (step - 1) / warmup_steps) if warmup_steps else 1.0
-
-
 @torch.no_grad()
 def sample(
     policy: GPT, prompts: list[list[int]], seed: int, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A response to each prompt: tokens (B, T), prompt_lengths (B,), lengths (B,).
+    """A response to each prompt: tokens (B, T), prompt_lengths (B,), and lengths (B,), which count
+    prompt, response and end token.
 
     With --rollout_size, that many at a time, those with prompts of similar length together.
     """
@@ -349,17 +336,18 @@ def draw_minibatches(
 ) -> list[tuple[Tensor, ...]]:
     """An iteration's minibatches, each a tuple of micro-batches: the numbers of their rows.
 
-    A minibatch has random prompts, each with all its responses. Within it, prompts whose responses
-    are of similar length are neighbours, so a micro-batch has little padding.
+    A minibatch has random prompts. Within it, those whose rows are of similar length are
+    neighbours, so a micro-batch has little padding. The responses to a prompt stay together.
     """
     R = args.responses_per_prompt
-    longest = lengths.view(-1, R).amax(dim=1)  # of each prompt's responses
+    micro_batch_size = max(R, args.micro_batch_size // R * R)
+    longest = lengths.view(-1, R).amax(dim=1)  # (prompts,): prompt and its longest response
     order = torch.from_numpy(rng.permutation(len(longest))).to(lengths.device)
     minibatches = []
     for prompts in order.split(args.batch_size // args.num_minibatches // R):
         prompts = prompts[longest[prompts].argsort(stable=True)]
         rows = (prompts[:, None] * R + torch.arange(R, device=lengths.device)).flatten()
-        minibatches.append(rows.split(args.micro_batch_size))
+        minibatches.append(rows.split(micro_batch_size))
     return minibatches
 
 
@@ -369,8 +357,8 @@ def draw_minibatches(
 
 @dataclass
 class Episodes:
-    """A micro-batch of B prompts with a response each, and all that stays fixed in the update:
-    (B, T) each, but `lengths`, `scores` and `ended`, which are (B,)."""
+    """A micro-batch of B prompts with a response each, and what the update takes as given: (B, T)
+    each, but `lengths`, `scores` and `ended`, which are (B,)."""
 
     tokens: Tensor
     lengths: Tensor
@@ -399,8 +387,8 @@ def make_episodes(
 ) -> Episodes:
     """Score responses and turn the scores into advantages.
 
-    The log-probs of the policy are recomputed here by the forward pass that training uses, on the
-    very tensors of the micro-batch: so the ratio of the first update is exactly 1.
+    Sampling uses a cache and rounds differently. So the policy's log-probs are recomputed here by
+    the forward pass of the update, on the same tensors: the first update's ratio is exactly 1.
     """
     tokens = tokens[:, : int(lengths.max())]
     mask = response_mask(tokens, prompt_lengths, lengths)
@@ -435,8 +423,8 @@ def response_mask(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Te
 def response_scores(
     reward_model: ScalarModel, tokens: Tensor, lengths: Tensor, missing_eos_score: float
 ) -> tuple[Tensor, Tensor]:
-    """The reward model's score of each response, or the fixed one of a response without its end
-    token; and whether it ended: (B,) each."""
+    """The reward model's score of each response, or `missing_eos_score` where it was cut off; and
+    whether it ended: (B,) each."""
     last = tokens.gather(1, lengths[:, None].long() - 1).squeeze(1)
     ended = last == reward_model.config.eos_token_id
     return torch.where(ended, reward_model.scores(tokens, lengths), missing_eos_score), ended
@@ -500,7 +488,7 @@ def policy_loss(
 
         -min(ratio A, clip(ratio, 1 - cliprange, 1 + cliprange) A),   ratio = pi / pi_old
 
-    and, summed over the same tokens, metrics for the log.
+    and for the log sums over the same tokens, and the largest ratio.
     """
     log_ratio = torch.where(e.mask, logprobs - e.logprobs, 0.0)
     ratio = log_ratio.exp()
@@ -524,6 +512,22 @@ def value_loss(values: Tensor, e: Episodes, cliprange_value: float) -> tuple[Ten
     return loss, ((clipped_error > plain_error) & e.mask).float().sum()
 
 
+def draw_text(
+    sequences: Tensor, starts: Tensor, count: int, share: float, rng: np.random.Generator
+) -> Tensor:
+    """Pretraining sequences (count, ptx_tokens), each with probability `share` cut anywhere.
+
+    The rest start at one of `starts`, the last before a random token: long documents are drawn more
+    often. Prompts are at a sequence's start, so PPO changes the model most there, and documents
+    must start there too, so that ptx protects those positions. But with these sequences alone the
+    model forgets how to continue from the middle of a text.
+    """
+    anywhere = torch.from_numpy(rng.integers(len(sequences), size=count))
+    beginnings = starts[torch.searchsorted(starts, anywhere, right=True) - 1]
+    cut_anywhere = torch.from_numpy(rng.random(count) < share)
+    return sequences[torch.where(cut_anywhere, anywhere, beginnings)]
+
+
 @torch.no_grad()
 def update_ema(ema: GPT, policy: GPT, decay: float) -> None:
     """ema <- decay ema + (1 - decay) policy."""
@@ -536,7 +540,8 @@ def update_ema(ema: GPT, policy: GPT, decay: float) -> None:
 
 
 def rollout_metrics(episodes: list[Episodes]) -> dict[str, float]:
-    """Statistics of the iteration's episodes: KL in nats, reward in score units, per response."""
+    """What the step's responses were like: score, KL (nats) and reward a response; entropy (nats)
+    and explained variance over their tokens."""
     scores = torch.cat([e.scores for e in episodes])
     kl = torch.cat([(e.logprobs - e.ref_logprobs).sum(1) for e in episodes])
     reward = torch.cat([e.rewards.sum(1) for e in episodes])
@@ -558,33 +563,34 @@ def rollout_metrics(episodes: list[Episodes]) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(
-    policy: GPT,
+    model: GPT,
     reference: GPT,
     reward_model: ScalarModel,
     prompts: list[list[int]],
     encoding: tiktoken.Encoding,
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Mean score and KL to the reference of `policy` on validation prompts, and a few samples.
+    """Mean score of `model` and its KL to the reference on validation prompts, and a few samples.
 
-    The random numbers are the same each time, so that differences are the policy's; each batch of
+    The random numbers are the same each time, so that differences are the model's; each batch of
     prompts has its own.
     """
     scores, kls = [], []
     for first in range(0, len(prompts), args.batch_size):
         part = prompts[first : first + args.batch_size]
         seed = int(np.random.default_rng([args.seed, 2, first]).integers(2**62))
-        tokens, prompt_lengths, lengths = sample(policy, part, seed, args)
+        tokens, prompt_lengths, lengths = sample(model, part, seed, args)
         for rows in torch.arange(len(part)).split(args.micro_batch_size):
             y, n = tokens[rows, : int(lengths[rows].max())], lengths[rows]
             mask = response_mask(y, prompt_lengths[rows], n)
-            log_ratio = policy.logprobs(y, n, mask=mask)[0] - reference.logprobs(y, n, mask=mask)[0]
-            kls.append(log_ratio.sum(1))
+            logprobs, _ = model.logprobs(y, n, mask=mask)
+            ref_logprobs, _ = reference.logprobs(y, n, mask=mask)
+            kls.append((logprobs - ref_logprobs).sum(1))
             scores.append(response_scores(reward_model, y, n, args.missing_eos_score)[0])
         for row in range(min(len(part), args.print_samples) if first == 0 else 0):
             response = tokens[row, prompt_lengths[row] : lengths[row]].tolist()
-            text = decode_response(encoding, response)
-            print(f"    {encoding.decode(part[row]).strip()!r} -> {text!r}", flush=True)
+            answer = decode_response(encoding, response)
+            print(f"    {encoding.decode(part[row]).strip()!r} -> {answer!r}", flush=True)
     return {"val_score": torch.cat(scores).mean().item(), "val_kl": torch.cat(kls).mean().item()}
 
 

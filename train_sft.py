@@ -153,20 +153,20 @@ def main(argv: list[str] | None = None) -> int:
             group["lr"] = lr
 
         # Gradients: demonstrations, then the mixed-in pretraining text, into the same buffers.
-        losses = {"loss": (batch, 1.0)}
+        parts = {"loss": (batch, 1.0)}
         if mixing:
             rng = np.random.default_rng([args.seed, 1, step])
             drawn = np.searchsorted(ends, rng.integers(ends[-1], size=num_mixed), "right")
             mixed = [text[i] for i in drawn]
-            losses = {
+            parts = {
                 "loss": (batch, 1 - args.pretrain_fraction),
                 "pretrain_loss": (mixed, args.pretrain_fraction),
             }
-        for name, (part, weight) in losses.items():
-            counted = sum(len(tokens) - skipped for tokens, skipped in part)
+        for name, (part, weight) in parts.items():
+            num_counted = sum(len(tokens) - skipped for tokens, skipped in part)
             for first in range(0, len(part), args.micro_batch_size):
                 micro_batch = collate(part[first : first + args.micro_batch_size], model)
-                loss = sft_loss(model, *micro_batch) / counted
+                loss = sft_loss(model, *micro_batch) / num_counted
                 (weight * loss).backward()
                 run.add({name: loss})
         norm = clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
@@ -194,9 +194,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_model(args: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
     """The checkpoint of --init, or a new model that fits the tokenizer; and the tokenizer."""
-    how = {"impl": args.kernels, "dtype": args.dtype}
+    options = {"impl": args.kernels, "dtype": args.dtype}
     if args.init:
-        model = GPT.from_pretrained(args.init, resid_pdrop=args.resid_pdrop, **how)
+        model = GPT.from_pretrained(args.init, resid_pdrop=args.resid_pdrop, **options)
         encoding = read_tokenizer(args.init, model)
     else:
         encoding = read_tokenizer(args.tokenizer)
@@ -209,7 +209,7 @@ def make_model(args: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
             score_mod=args.score_mod,
             **shape,
         )
-        model = GPT(config, **how)
+        model = GPT(config, **options)
         if args.sinusoidal_start:
             model.start_from_sinusoids()
     model.gradient_checkpointing = args.grad_checkpointing
@@ -318,15 +318,6 @@ def pretraining_batches(
     return batches
 
 
-def collate(examples: list[Example], model: GPT) -> tuple[Tensor, Tensor, Tensor]:
-    """-> tokens (B, T) int64, lengths (B,) int32, loss_mask (B, T) bool."""
-    device = model.unembedding.device
-    tokens, lengths = pad_right([e[0] for e in examples], model.config.eos_token_id, device)
-    skipped = torch.tensor([skip for _, skip in examples], device=device)
-    places = torch.arange(tokens.shape[1], device=device)
-    return tokens, lengths, (places >= skipped[:, None]) & (places < lengths[:, None])
-
-
 # ------------------------------------------------------------------------------------------------
 # Loss
 
@@ -337,6 +328,15 @@ def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> floa
         return args.lr * step / args.warmup_steps
     progress = (step - 1 - args.warmup_steps) / max(1, total_steps - 1 - args.warmup_steps)
     return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def collate(examples: list[Example], model: GPT) -> tuple[Tensor, Tensor, Tensor]:
+    """-> tokens (B, T) int64, lengths (B,) int32, loss_mask (B, T) bool."""
+    device = model.unembedding.device
+    tokens, lengths = pad_right([e[0] for e in examples], model.config.eos_token_id, device)
+    skipped = torch.tensor([skip for _, skip in examples], device=device)
+    places = torch.arange(tokens.shape[1], device=device)
+    return tokens, lengths, (places >= skipped[:, None]) & (places < lengths[:, None])
 
 
 def sft_loss(model: GPT, tokens: Tensor, lengths: Tensor, loss_mask: Tensor) -> Tensor:
