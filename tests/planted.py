@@ -92,12 +92,18 @@ def call(check: Callable, run: Runner) -> None:
 class Bugs(list):
     """(target, bug, check). A bug gets the original function, then what that would get."""
 
-    def plant(self, target: str, *checks: Callable, **bugs: Callable) -> None:
-        """Each of `bugs` in the function `target` must make each of `checks` fail."""
+    def __init__(self, checks: list[Callable]):
+        super().__init__()
+        self.checks = {check.__name__.removeprefix("check_"): check for check in checks}
+
+    def plant(self, target: str, checks: str, **bugs: Callable) -> Callable:
+        """Each of `bugs`, or the function that this decorates, planted in the function `target`,
+        must make each of `checks` fail."""
         for name, bug in bugs.items():
             bug = functools.partial(bug)
             bug.__name__ = name
-            self.extend((target, bug, check) for check in checks)
+            self += [(target, bug, self.checks[check]) for check in checks.split()]
+        return lambda bug: self.plant(target, checks, **{bug.__name__: bug})
 
 
 def is_caught(check: Callable, target: str, bug: Callable, script: ModuleType, run: Runner) -> None:

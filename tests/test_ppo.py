@@ -574,12 +574,11 @@ def test_property(check: Callable, run: Runner) -> None:
 # Planted bugs: each must make its checks fail. A bug gets the original function `f`, then what the
 # function would get.
 
-BUGS = Bugs()
+BUGS = Bugs(CHECKS)
 plant = BUGS.plant
 plant(
     "response_mask",
-    check_response_mask,
-    check_logprobs_of_the_rollout,
+    "response_mask logprobs_of_the_rollout",
     with_one_more=lambda f, y, p, n: f(y, p, n + 1),
     without_end=lambda f, y, p, n: f(y, p, n - 1),
     with_last_prompt_token=lambda f, y, p, n: f(y, p - 1, n),
@@ -590,6 +589,7 @@ def in_update() -> bool:
     return torch.is_grad_enabled()
 
 
+@plant("load_models", "first_ratio kl_before_first_update")
 def dropout_in_rl(f: Callable, args: argparse.Namespace) -> tuple:
     policy, *others = f(args)
     for module in policy.modules():
@@ -598,38 +598,30 @@ def dropout_in_rl(f: Callable, args: argparse.Namespace) -> tuple:
     return policy.train(), *others
 
 
+@plant("model.GPT.logprobs", "first_ratio")
 def seven_digits(f: Callable, *args: Any, **how: Any) -> tuple[Tensor, Tensor]:
     """Another kernel, an inference engine: nearly right, and not the training forward."""
     logprobs, entropy = f(*args, **how)
     return logprobs * (1 if in_update() else 1 + 3e-7), entropy
 
 
+@plant("model.GPT.logprobs", "first_ratio logprobs_of_the_rollout")
 def other_temperature(f: Callable, *args: Any, **how: Any) -> tuple[Tensor, Tensor]:
     return f(*args, **how) if in_update() else f(*args, **how, temperature=0.7)
 
 
+@plant("model.GPT.logprobs", "kl_before_first_update")
 def other_reference(f: Callable, gpt: GPT, *args: Any, **how: Any) -> tuple[Tensor, Tensor]:
     return f(gpt, *args, **how, temperature=1.0 if gpt.wte.weight.requires_grad else 0.7)
 
 
+@plant("model._freeze", "kl_before_first_update")
 def rounded_embeddings(f: Callable, model: nn.Module, dtype: str) -> nn.Module:
     """In the frozen copies, which autocast does not round."""
     frozen = f(model, dtype)
     if isinstance(frozen, GPT):
         frozen.wte.weight.data = frozen.wte.weight.data.to(getattr(torch, dtype)).float()
     return frozen
-
-
-plant("load_models", check_first_ratio, check_kl_before_first_update, dropout_in_rl=dropout_in_rl)
-plant("model.GPT.logprobs", check_first_ratio, seven_digits=seven_digits)
-plant(
-    "model.GPT.logprobs",
-    check_first_ratio,
-    check_logprobs_of_the_rollout,
-    other_temperature=other_temperature,
-)
-plant("model.GPT.logprobs", check_kl_before_first_update, other_reference=other_reference)
-plant("model._freeze", check_kl_before_first_update, rounded_embeddings=rounded_embeddings)
 
 
 def sharing(f: Callable, tokens: Tensor, n: Tensor, share: bool, *, row: int, longer: int) -> Any:
@@ -646,12 +638,13 @@ def sharing(f: Callable, tokens: Tensor, n: Tensor, share: bool, *, row: int, lo
 
 plant(
     "model.Packing.make",
-    check_shared_prompts,
+    "shared_prompts",
     one_token_too_long=functools.partial(sharing, row=1, longer=1),
     of_the_first_row=functools.partial(sharing, row=0, longer=0),
 )
 
 
+@plant("response_scores", "scores")
 def missing_end_ignored(f: Callable, model: ScalarModel, y: Tensor, n: Tensor, low: float) -> tuple:
     return model.scores(y, n), f(model, y, n, low)[1]
 
@@ -662,11 +655,10 @@ def v_past_the_end(f: Callable, rewards: Tensor, v: Tensor, mask: Tensor, *how: 
     return f(rewards + 0.1 * last, v, mask, *how)
 
 
-plant("values_before", check_values, values_after=lambda f, network, y, n: network(y, n))
-plant("response_scores", check_scores, missing_end_ignored=missing_end_ignored)
+plant("values_before", "values", values_after=lambda f, network, y, n: network(y, n))
 plant(
     "shape_rewards",
-    check_rewards,
+    "rewards",
     score_past_the_end=lambda f, s, a, b, mask, n, kl: f(s, a, b, mask, (n + 1).clamp(max=6), kl),
     score_in_the_last_column=lambda f, s, a, b, mask, n, kl: f(s, a, b, mask, 0 * n + 6, kl),
     kl_not_on_the_end_token=lambda f, s, a, b, mask, n, kl: f(
@@ -677,20 +669,21 @@ plant(
 )
 plant(
     "gae",
-    check_gae,
-    check_gae_limits,
+    "gae gae_limits",
     gae_without_mask=lambda f, r, v, mask, gamma, lam: f(r, v, mask | True, gamma, lam),
     gae_without_lambda=lambda f, r, v, mask, gamma, lam: f(r, v, mask, gamma, 1.0),
     gae_bootstraps_past_the_end=v_past_the_end,
 )
 
 
+@plant("whiten", "whitening")
 def whiten_with_padding(f: Callable, episodes: list[Episodes]) -> None:
     everything = torch.cat([e.advantages.flatten() for e in episodes])
     for e in episodes:
         e.advantages = (e.advantages - everything.mean()) / everything.std(correction=0)
 
 
+@plant("whiten", "whitening")
 def with_sample_variance(f: Callable, episodes: list[Episodes]) -> None:
     f(episodes)
     n = sum(e.mask.sum() for e in episodes)
@@ -698,18 +691,12 @@ def with_sample_variance(f: Callable, episodes: list[Episodes]) -> None:
         e.advantages = e.advantages * ((n - 1) / n).sqrt()
 
 
+@plant("rollout_metrics", "rollout_metrics")
 def entropy_over_padding(f: Callable, episodes: list[Episodes]) -> dict[str, float]:
     return f(episodes) | {"entropy": torch.cat([e.entropy.flatten() for e in episodes]).mean()}
 
 
-plant(
-    "whiten",
-    check_whitening,
-    whiten_with_padding=whiten_with_padding,
-    whiten_each_minibatch=lambda f, episodes: [f([e]) for e in episodes],
-    with_sample_variance=with_sample_variance,
-)
-plant("rollout_metrics", check_rollout_metrics, entropy_over_padding=entropy_over_padding)
+plant("whiten", "whitening", whiten_each_minibatch=lambda f, episodes: [f([e]) for e in episodes])
 
 
 def surrogate(formula: Callable) -> Callable:
@@ -732,11 +719,13 @@ def approx_kl(formula: Callable) -> Callable:
     return loss
 
 
+@plant("policy_loss", "micro_batches")
 def mean_of_means(f: Callable, logprobs: Tensor, e: Episodes, clip: float) -> tuple[Tensor, dict]:
     loss, metrics = f(logprobs, e, clip)
     return 10 * loss / e.mask.sum(), metrics
 
 
+@plant("value_loss", "value_loss")
 def smaller_error(f: Callable, values: Tensor, e: Episodes, clip: float) -> tuple[Tensor, Tensor]:
     clipped = e.values + (values - e.values).clamp(-clip, clip)
     smaller = torch.min((values - e.returns) ** 2, (clipped - e.returns) ** 2)
@@ -744,35 +733,31 @@ def smaller_error(f: Callable, values: Tensor, e: Episodes, clip: float) -> tupl
 
 
 wrong_sign = surrogate(lambda plain, clipped: torch.min(plain, clipped))
-plant("policy_loss", check_policy_loss, check_sign, loss_of_wrong_sign=wrong_sign)
+plant("policy_loss", "policy_loss sign", loss_of_wrong_sign=wrong_sign)
 plant(
     "policy_loss",
-    check_policy_loss,
+    "policy_loss",
     loss_with_the_larger_term=surrogate(lambda plain, clipped: -torch.max(plain, clipped)),
     loss_clipped_always=surrogate(lambda plain, clipped: -clipped),
     loss_never_clipped=surrogate(lambda plain, clipped: -plain),
 )
 plant(
     "policy_loss",
-    check_kl_estimator,
+    "kl_estimator",
     k3_reversed=approx_kl(lambda x: (-x).exp() - 1 + x),
     k2=approx_kl(lambda x: 0.5 * x**2),
 )
 plant(
     "policy_loss",
-    check_padding_is_not_in_the_losses,
+    "padding_is_not_in_the_losses",
     loss_without_mask=lambda f, new, e, clip: f(new, replace(e, mask=e.mask | True), clip),
 )
-plant("policy_loss", check_micro_batches, mean_of_means=mean_of_means)
 plant(
-    "value_loss",
-    check_value_loss,
-    value_loss_without_clip=lambda f, values, e, clip: f(values, e, 1e9),
-    smaller_error=smaller_error,
+    "value_loss", "value_loss", value_loss_without_clip=lambda f, values, e, clip: f(values, e, 1e9)
 )
 plant(
     "value_loss",
-    check_value_step,
+    "value_step",
     sign_lost_on_the_way_to_the_returns=lambda f, values, e, clip: f(
         values, replace(e, returns=2 * e.values - e.returns), clip
     ),
@@ -795,7 +780,7 @@ def of_text(factor: float, before: Callable = id) -> Callable:
 
 plant(
     "model.GPT.logprobs",
-    check_ptx_gradient,
+    "ptx_gradient",
     ptx_sum_of_tokens=of_text(4 * 11),
     ptx_counts_the_first_token=of_text(11 / 12),
     ptx_without_coefficient=of_text(1 / 2.5),
@@ -804,50 +789,54 @@ plant(
 )
 
 
+@plant("torch.optim.AdamW.step", "sign value_step")
 def ascent(f: Callable, adam: torch.optim.Optimizer, *args: Any) -> None:
     for parameter in (p for group in adam.param_groups for p in group["params"]):
         parameter.grad.neg_()
     f(adam, *args)
 
 
+@plant("torch.optim.AdamW.step", "learning_rates")
 def one_rate_for_both(f: Callable, adam: torch.optim.Optimizer, *args: Any) -> None:
     adam.param_groups[0]["lr"] = 1e-4
     f(adam, *args)
 
 
-plant("torch.optim.AdamW.step", check_sign, check_value_step, ascent=ascent)
-plant("torch.optim.AdamW.step", check_learning_rates, one_rate_for_both=one_rate_for_both)
-plant("learning_rate_factor", check_learning_rates, no_warmup=lambda f, step, warmup_steps: 1.0)
+plant("learning_rate_factor", "learning_rates", no_warmup=lambda f, step, warmup_steps: 1.0)
 plant(
     "learning_rate_factor",
-    check_warmup,
+    "warmup",
     warmup_from_zero=lambda f, step, warmup_steps: min(1.0, step / max(1, warmup_steps)),
 )
 plant(
     "torch.optim.Optimizer.zero_grad",
-    check_gradients_are_gone,
+    "gradients_are_gone",
     gradients_stay=lambda f, adam, set_to_none: None,
     gradients_are_zeros=lambda f, adam, set_to_none: f(adam, set_to_none=False),
 )
-plant("clip_grad_norm_", check_gradient_clip, no_clip=lambda f, p, limit: f(p, float("inf")))
-plant("update_ema", check_ema, ema_swapped=lambda f, ema, policy, decay: f(ema, policy, 1 - decay))
+plant("clip_grad_norm_", "gradient_clip", no_clip=lambda f, p, limit: f(p, float("inf")))
+plant("update_ema", "ema", ema_swapped=lambda f, ema, policy, decay: f(ema, policy, 1 - decay))
 
 
+@plant("prompts_of_step", "prompts")
 def with_replacement(f: Callable, prompts: list, step: int, args: argparse.Namespace) -> list:
     rng = np.random.default_rng([args.seed, step])
     return [prompts[i] for i in rng.integers(len(prompts), size=args.batch_size)]
 
 
+@plant("prompts_of_step", "prompts")
 def in_one_order(f: Callable, prompts: list, step: int, args: argparse.Namespace) -> list:
     places = range((step - 1) * args.batch_size, step * args.batch_size)
     return [prompts[place % len(prompts)] for place in places]
 
 
+@plant("draw_minibatches", "minibatches")
 def responses_apart(f: Callable, lengths: Tensor, rng: Any, args: argparse.Namespace) -> list:
     minibatches = torch.from_numpy(rng.permutation(len(lengths))).split(12)
     return [m[lengths[m].argsort()].split(args.micro_batch_size) for m in minibatches]
 
 
+@plant("draw_text", "text_is_drawn_by_length")
 def documents_alike(
     f: Callable, sequences: Tensor, starts: Tensor, count: int, *how: Any
 ) -> Tensor:
@@ -857,29 +846,24 @@ def documents_alike(
     return sequences[starts[drawn]]
 
 
+@plant("model.GPT.generate", "sampling_in_parts")
 def generator_anew(f: Callable, *args: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Every part draws the same random numbers."""
     return f(*args, generator=generator.manual_seed(3))
 
 
 plant(
-    "prompts_of_step", check_prompts, with_replacement=with_replacement, in_one_order=in_one_order
-)
-plant(
     "draw_minibatches",
-    check_minibatches,
+    "minibatches",
     not_sorted=lambda f, lengths, rng, args: f(0 * lengths, rng, args),
     the_same_each_time=lambda f, lengths, rng, args: f(lengths, np.random.default_rng(0), args),
     some_rows_twice=lambda f, *args: [(a, a, c) for a, _, c in f(*args)],
-    responses_apart=responses_apart,
 )
-plant("draw_text", check_text_is_drawn_by_length, documents_alike=documents_alike)
 plant(
     "torch.Tensor.argsort",
-    check_sampling_in_parts,
+    "sampling_in_parts",
     parts_put_back_elsewhere=lambda f, tensor, stable: f(tensor, stable=stable).flip(0),
 )
-plant("model.GPT.generate", check_sampling_in_parts, generator_anew=generator_anew)
 
 
 @pytest.mark.parametrize(("target", "bug", "check"), BUGS, ids=lambda x: getattr(x, "__name__", x))

@@ -176,20 +176,23 @@ def test_property(check: Callable, run: Runner) -> None:
 # ------------------------------------------------------------------------------------------------
 # Planted bugs: each must make its checks fail
 
-BUGS = Bugs()
+BUGS = Bugs(CHECKS)
 plant = BUGS.plant
 
 
+@plant("collate", "mask loss")
 def padding_in_the_loss(f: Callable, examples: list, model: GPT) -> tuple[Tensor, Tensor, Tensor]:
     tokens, lengths, mask = f(examples, model)
     return tokens, lengths, mask | (torch.arange(tokens.shape[1]) >= lengths[:, None])
 
 
+@plant("collate", "mask loss")
 def end_token_not_in_the_loss(f: Callable, examples: list, model: GPT) -> tuple:
     tokens, lengths, mask = f(examples, model)
     return tokens, lengths, mask & (tokens != model.config.eos_token_id)
 
 
+@plant("sft_loss", "mix_weights")
 def weight_ignored(
     f: Callable, model: GPT, tokens: Tensor, lengths: Tensor, mask: Tensor
 ) -> Tensor:
@@ -198,6 +201,7 @@ def weight_ignored(
     return loss.detach() + factor * (loss - loss.detach())
 
 
+@plant("epoch_batches", "epochs")
 def drawn_with_replacement(f: Callable, lengths: np.ndarray, size: int, *seeds: int) -> list:
     order = np.random.default_rng(seeds).integers(len(lengths), size=len(lengths))
     return np.split(np.sort(order), range(size, len(order), size))
@@ -205,48 +209,36 @@ def drawn_with_replacement(f: Callable, lengths: np.ndarray, size: int, *seeds: 
 
 plant(
     "collate",
-    check_mask,
-    check_loss,
-    check_prompt_is_context_only,
+    "mask loss prompt_is_context_only",
     prompt_in_the_loss=lambda f, examples, model: f([(y, 1) for y, _ in examples], model),
 )
 plant(
-    "collate",
-    check_mask,
-    check_loss,
-    padding_in_the_loss=padding_in_the_loss,
-    end_token_not_in_the_loss=end_token_not_in_the_loss,
-)
-plant(
     "sft_loss",
-    check_micro_batches,
+    "micro_batches",
     mean_of_means=lambda f, model, y, n, mask: 10 * f(model, y, n, mask) / mask.sum(),
 )
-plant("sft_loss", check_mix_weights, weight_ignored=weight_ignored)
 plant(
     "sft_loss",
-    check_mix_weights,
-    check_loss,
+    "mix_weights loss",
     gradient_of_the_sum=lambda f, model, *batch: 10 * f(model, *batch),
 )
 plant(
     "learning_rate",
-    check_schedule,
+    "schedule",
     cosine_to_zero=lambda f, step, total, args: (f(step, total, args) - 0.1 * args.lr) / 0.9,
     linear=lambda f, step, n, args: args.lr * (1 - 0.9 * (step - 1) / max(1, n - 1)),
     from_step_0=lambda f, step, total, args: f(step + 1, total, args),
 )
 plant(
     "epoch_batches",
-    check_epochs,
-    drawn_with_replacement=drawn_with_replacement,
+    "epochs",
     sorted_by_length=lambda f, n, size, *_: np.split(np.argsort(n), range(size, len(n), size)),
     same_order_each_epoch=lambda f, lengths, size, seed, epoch: f(lengths, size, seed, 0),
     not_bucketed=lambda f, lengths, *rest: f(0 * lengths, *rest),
 )
 plant(
     "pretraining_batches",
-    check_pretraining_batches,
+    "pretraining_batches",
     long_ones_first=lambda f, lengths, *rest: f(lengths, *rest)[::-1],
     as_many_sequences=lambda f, lengths, *rest: [
         part for batch in f(lengths, *rest) for part in np.split(batch, range(4, len(batch), 4))
