@@ -6,6 +6,7 @@ each bug planted that it must catch; it takes a `Runner` where it looks into a r
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import pkgutil
@@ -83,6 +84,31 @@ class Runner:
         (*_, last) = sorted((seen.out / "checkpoints").iterdir())
         seen.state = torch.load(last / "state.pt", weights_only=True)["state"]
         return seen
+
+
+def keep_start(result: tuple, args: Any) -> tuple:
+    """A hook for make_model: the model as it is before the first step stays beside the result."""
+    result[0].start = [copy.deepcopy(result[0])]  # in a list: no part of the model
+    return result
+
+
+def check_step(run: Runner) -> None:
+    """Of SFT and the reward model: Adam's first step moves a weight by the learning rate; matrices
+    decay by it, vectors do not; gradients are scaled down to the limit of their norm."""
+    flags = "--warmup_steps 10 --lr 1e-2"
+    free = run(flags, make_model=keep_start)
+    decayed, clipped = run(f"{flags} --weight_decay 0.5"), run(f"{flags} --grad_clip 0.01")
+    (start,) = free.results["make_model"][0][0].start
+    weights = start.state_dict()
+    assert (
+        abs(max((free.state["model"][k] - w).abs().max() for k, w in weights.items()) - 1e-3) < 1e-5
+    )
+    for k, w in weights.items():
+        decay = decayed.state["model"][k] - free.state["model"][k]
+        assert (decay + 1e-3 * 0.5 * w * (w.dim() >= 2)).abs().max() < 1e-6
+    norm = float(free.log[0]["grad_norm"])
+    assert norm == float(clipped.log[0]["grad_norm"]) > 0.02
+    assert close(clipped.gradients[0], [g * 0.01 / norm for g in free.gradients[0]], 1e-3)
 
 
 def call(check: Callable, run: Runner) -> None:

@@ -92,8 +92,9 @@ def policy_of(run: Runner, state: dict | None = None) -> GPT:
 
 
 def old_policy_elsewhere(e: Episodes, *_: Any) -> Episodes:
-    """Episodes as of another policy: ratios on both sides of the clip."""
+    """Episodes as of another policy and other values, on both sides of the clip."""
     e.logprobs = e.logprobs + 0.4 * torch.sin(7.0 * e.tokens) * e.mask
+    e.values = e.values + 0.4 * torch.sin(9.0 * e.tokens) * e.mask
     return e
 
 
@@ -117,7 +118,9 @@ def check_first_ratio(run: Runner) -> None:
         (row,) = run(flags).log
         assert float(row["ratio_max"]) == 1.0, flags
         assert float(row["approx_kl"]) == float(row["clipfrac"]) == 0.0
-    (row,) = run("--inner_epochs 2 --lr 1e-2").log
+    seen = run("--inner_epochs 2 --lr 1e-2")
+    (row,) = seen.log
+    assert len(seen.gradients) == 4  # of two networks, two passes
     assert float(row["ratio_max"]) > 1.0 and float(row["approx_kl"]) > 0
 
 
@@ -306,7 +309,7 @@ def check_padding_is_not_in_the_losses() -> None:
         error, clipped = train_ppo.value_loss(values, e, 0.2)
         (loss + error).backward()
         assert not new.grad[~MASK].any() and not values.grad[~MASK].any()
-        return [float(v) for v in (loss, error, clipped, *metrics.values())]
+        return [v.item() for v in (loss, error, clipped, *metrics.values())]
 
     assert losses(0.0) == losses(3.0) == losses(500.0)
 
@@ -422,12 +425,30 @@ def check_gradients_are_gone(run: Runner) -> None:
         held.append(any(p.grad is not None for p in network.parameters()))
         return result
 
-    seen = run("--max_steps 2 --num_minibatches 2 --lr 0 --value_lr 0", sample=look)
+    seen = run("--max_steps 2", sample=look)
     assert held == [False, False]
-    second, policy = seen.results["make_episodes"][1], policy_of(run)
-    logprobs, _ = policy.logprobs(second.tokens, second.lengths, mask=second.mask)
-    (train_ppo.policy_loss(logprobs, second, 0.2)[0] / second.mask.sum()).backward()
-    assert close(seen.gradients[2], [p.grad for p in policy.parameters()])
+    assert len({seed for _, _, seed, _ in seen.arguments["sample"]}) == 2  # one for each rollout
+
+
+def check_second_update(run: Runner) -> None:
+    """It has the gradients of its own minibatch alone, with advantages whitened over both; the log
+    has means over both."""
+    flags = "--num_minibatches 2 --lr 0 --value_lr 0 --cliprange 0.1 --cliprange_value 0.3"
+    seen, policy = run(flags, make_episodes=old_policy_elsewhere), policy_of(run)
+    network, e = ScalarModel.from_pretrained(run.tiny.rm), seen.results["make_episodes"]
+    advantages = torch.cat([each.advantages[each.mask] for each in e])
+    assert abs(advantages.mean()) < 1e-6 and abs(advantages.std(correction=0) - 1) < 1e-5
+    means = []
+    for i, each in enumerate(e):
+        logprobs, _ = policy.logprobs(each.tokens, each.lengths, mask=each.mask)
+        values = train_ppo.values_before(network, each.tokens, each.lengths)
+        losses = train_ppo.policy_loss(logprobs, each, 0.1), train_ppo.value_loss(values, each, 0.3)
+        for k, ((loss, _), model) in enumerate(zip(losses, (policy, network), strict=True)):
+            means.append(loss / each.mask.sum())
+            gradients = torch.autograd.grad(means[-1], [*model.parameters()])
+            assert close(seen.gradients[2 * i + k], gradients)
+    for k, column in enumerate(("policy_loss", "value_loss")):
+        assert abs(float(seen.log[0][column]) - (means[k] + means[2 + k]) / 2) < 1e-5
 
 
 def check_ema() -> None:
@@ -814,6 +835,8 @@ plant(
     gradients_stay=lambda f, adam, set_to_none: None,
     gradients_are_zeros=lambda f, adam, set_to_none: f(adam, set_to_none=False),
 )
+plant("torch.optim.Optimizer.zero_grad", "second_update", stay=lambda f, adam, set_to_none: None)
+plant("whiten", "second_update", no_whitening=lambda f, episodes: None)
 plant("clip_grad_norm_", "gradient_clip", no_clip=lambda f, p, limit: f(p, float("inf")))
 plant("update_ema", "ema", ema_swapped=lambda f, ema, policy, decay: f(ema, policy, 1 - decay))
 
@@ -938,6 +961,8 @@ def test_the_result_is_the_average_of_the_weights(tiny: Tiny, tmp_path: Path) ->
         policies.append(state["policy"])
     start = GPT.from_pretrained(tiny.base).state_dict()
     results = [GPT.from_pretrained(tmp_path / decay).state_dict() for decay in ("0", "1")]
+    validated = [row["val_kl"] for row in read_log(tmp_path / "1/log.csv") if row["val_kl"]]
+    assert [float(kl) for kl in validated] == [0, 0]  # of the average
     for name, last in policies[0].items():
         assert torch.equal(last, policies[1][name])  # the average has no influence on the run
         assert torch.equal(last, results[0][name]) and torch.equal(start[name], results[1][name])

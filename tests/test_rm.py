@@ -1,7 +1,6 @@
 """train_rm.py: the grouped K-way loss against the naive pairwise one, metrics, bias, learning."""
 
 import argparse
-import copy
 import itertools
 import json
 import math
@@ -19,7 +18,8 @@ from checkpoint import read_info
 from data.files import BadInput, read_jsonl, read_log, write_jsonl
 from data.tokenizer import encode_prompt, encode_response
 from model import GPT, MLP, ScalarModel
-from tests.planted import Bugs, Runner, call, close, is_caught
+from tests import planted
+from tests.planted import Bugs, Runner, call, close, is_caught, keep_start
 from tests.tiny import Tiny
 from train_rm import Comparison
 
@@ -144,33 +144,36 @@ def check_one_forward_per_response(run: Runner) -> None:
 def check_micro_batches(run: Runner) -> None:
     """Loss, metrics and gradient are those of the whole batch, whatever the micro-batches; the
     loss is the naive one of scores made one response at a time."""
-    start = []
-
-    def keep(result: tuple, _: argparse.Namespace) -> tuple:
-        start.append(copy.deepcopy(result[0]))
-        return result
-
-    whole, *others = (run(f"--micro_batch_size {n}", make_model=keep) for n in (0, 3, 1))
+    flags = "--max_steps 2 --lr 0 --micro_batch_size"
+    whole, *others = (run(f"{flags} {n}", make_model=keep_start) for n in (0, 3, 1))
     for other in others:
-        for name, value in whole.log[0].items():
-            change = abs(float(value) - float(other.log[0][name]))
+        for name, value in whole.log[1].items():
+            change = abs(float(value) - float(other.log[1][name]))
             assert change < 1e-6 * max(1, abs(float(value))), name
-        assert close(other.gradients[0], whole.gradients[0])
-    model, end = start[0], run.tiny.encoding.eot_token
-    ((_, elements),) = whole.arguments["score_all"]
-    scores = [
-        torch.stack(
+        assert close(other.gradients[1], whole.gradients[1])
+    (model,), end = whole.results["make_model"][0][0].start, run.tiny.encoding.eot_token
+    for step, (_, elements) in enumerate(whole.arguments["score_all"]):
+        last = [
             [model(torch.tensor([s]))[0, -1 - (s[-1] == end)] for s in e.sequences]
-        ).double()
-        for e in elements
-    ]
-    expected = naive_loss(scores, [e.pairs for e in elements]) / len(elements)
-    assert abs(float(whole.log[0]["loss"]) - expected) < 1e-5
-    gradients = torch.autograd.grad(expected, parameters_of(model))
-    assert close(whole.gradients[0], gradients)
+            for e in elements
+        ]
+        scores, pairs = [torch.stack(r).double() for r in last], [e.pairs for e in elements]
+        expected = {"loss": naive_loss(scores, pairs) / len(elements)}
+        assert close(
+            whole.gradients[step], torch.autograd.grad(expected["loss"], parameters_of(model))
+        )
+        both = [
+            (r[i], r[j]) for r, of_prompt in zip(scores, pairs, strict=True) for i, j in of_prompt
+        ]
+        chosen, rejected = torch.tensor(both).T
+        expected |= {"accuracy": (chosen > rejected).double().mean()}  # no scores are equal
+        expected |= {"chosen_score": chosen.mean(), "rejected_score": rejected.mean()}
+        for name, value in expected.items():
+            assert abs(float(whole.log[step][name]) - value) < 1e-5, name
 
 
 CHECKS = [value for name, value in globals().items() if name.startswith("check_")]
+CHECKS.append(planted.check_step)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -183,6 +186,8 @@ def test_property(check: Callable, run: Runner) -> None:
 
 BUGS = Bugs(CHECKS)
 plant = BUGS.plant
+plant("learning_rate", "step", constant=lambda f, step, total, args: args.lr)
+plant("clip_grad_norm_", "step", no_clip=lambda f, p, limit: f(p, math.inf))
 Loss = tuple[Tensor, Tensor, Tensor]
 
 

@@ -18,6 +18,7 @@ from checkpoint import read_info
 from data.files import BadInput, read_log, run_command, write_documents, write_jsonl
 from data.tokenizer import encode_prompt, encode_response
 from model import GPT, GPTConfig
+from tests import planted
 from tests.planted import Bugs, Runner, Seen, call, close, is_caught
 from tests.tiny import Tiny
 
@@ -79,12 +80,13 @@ def check_mask() -> None:
 
 def check_loss(run: Runner) -> None:
     """The loss of a step and its gradient equal a loop over tokens in float64."""
-    seen, model = run(), GPT.from_pretrained(run.tiny.base)
+    seen, model = run("--max_steps 2 --lr 0"), GPT.from_pretrained(run.tiny.base)
     examples = examples_of(seen)
-    assert len(examples) == 7 and len({skipped for _, skipped in examples}) > 1
-    expected = reference_loss(model, examples)
-    assert abs(float(seen.log[0]["loss"]) - expected.item()) < 1e-5
-    assert close(seen.gradients[0], gradients(model, expected))
+    assert len(examples) == 14 and len({skipped for _, skipped in examples}) > 1
+    for step, batch in enumerate((examples[:7], examples[7:])):
+        expected = reference_loss(model, batch)
+        assert abs(float(seen.log[step]["loss"]) - expected.item()) < 1e-5
+        assert close(seen.gradients[step], gradients(model, expected))
 
 
 def check_prompt_is_context_only() -> None:
@@ -166,6 +168,7 @@ def check_pretraining_batches() -> None:
 
 
 CHECKS = [value for name, value in globals().items() if name.startswith("check_")]
+CHECKS.append(planted.check_step)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -178,6 +181,9 @@ def test_property(check: Callable, run: Runner) -> None:
 
 BUGS = Bugs(CHECKS)
 plant = BUGS.plant
+plant("learning_rate", "step", constant=lambda f, step, total, args: args.lr)
+plant("clip_grad_norm_", "step", no_clip=lambda f, p, limit: f(p, math.inf))
+plant("torch.optim.Optimizer.zero_grad", "loss", gradients_stay=lambda f, adam, set_to_none: None)
 
 
 @plant("collate", "mask loss")
