@@ -134,10 +134,15 @@ def main(argv: list[str] | None = None) -> int:
             micro_batch = batch[first : first + args.micro_batch_size]
             loss, chosen, rejected = rm_loss(score_all(model, micro_batch), micro_batch)
             (loss / len(batch)).backward()
+            margin = chosen - rejected
+            metrics = {
+                "accuracy": correctness(margin).sum(),
+                "margin": margin.sum(),
+                "chosen_score": chosen.sum(),
+                "rejected_score": rejected.sum(),
+            }
             run.add({"loss": loss}, 1 / len(batch))
-            run.add({"accuracy": correctness(chosen - rejected).sum()}, 1 / num_pairs)
-            run.add({"margin": (chosen - rejected).sum()}, 1 / num_pairs)
-            run.add({"chosen_score": chosen.sum(), "rejected_score": rejected.sum()}, 1 / num_pairs)
+            run.add(metrics, 1 / num_pairs)
         norm = clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         adam.step()
         adam.zero_grad(set_to_none=True)
