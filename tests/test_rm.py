@@ -159,11 +159,10 @@ def check_micro_batches(run: Runner) -> None:
         ]
         scores, pairs = [torch.stack(r).double() for r in last], [e.pairs for e in elements]
         expected = {"loss": naive_loss(scores, pairs) / len(elements)}
-        assert close(
-            whole.gradients[step], torch.autograd.grad(expected["loss"], parameters_of(model))
-        )
+        gradients = torch.autograd.grad(expected["loss"], parameters_of(model))
+        assert close(whole.gradients[step], gradients)
         both = [
-            (r[i], r[j]) for r, of_prompt in zip(scores, pairs, strict=True) for i, j in of_prompt
+            (r[i].item(), r[j].item()) for r, two in zip(scores, pairs, strict=True) for i, j in two
         ]
         chosen, rejected = torch.tensor(both).T
         expected |= {"accuracy": (chosen > rejected).double().mean()}  # no scores are equal
