@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import tiktoken
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data import files
@@ -106,31 +105,21 @@ def check_config(config: Any) -> None:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             raise BadInput(f"{name} is {value!r}; expected a whole number from 1")
-    if config.n_embd % config.n_head:
-        raise BadInput(
-            f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}; change either"
-        )
-    if not 0 <= config.resid_pdrop < 1:
-        raise BadInput(f"resid_pdrop is {config.resid_pdrop}; expected 0 or more, below 1")
-    epsilon, std = config.layer_norm_epsilon, config.initializer_range
-    if type(epsilon) is not float or not 0 < epsilon < 1:
-        raise BadInput(f"layer_norm_epsilon is {epsilon!r}; expected a number like 1e-5")
-    if type(std) not in (float, int) or not 0 <= std < math.inf:
-        raise BadInput(f"initializer_range is {std!r}; expected a number from 0")
-    if not isinstance(config.score_mod, str):
-        raise BadInput(f"score_mod is {config.score_mod!r}; expected a name")
-    C = config.n_embd
-    size = C * (config.vocab_size + config.n_positions + 12 * config.n_layer * C)
-    if size > MAX_PARAMETERS:
-        raise BadInput(
-            f"n_layer {config.n_layer}, n_embd {C}, n_positions {config.n_positions} and "
-            f"vocab_size {config.vocab_size} come to {size:.0e} parameters, over "
-            f"{MAX_PARAMETERS:.0e}: lower one"
-        )
-    if not 0 <= config.eos_token_id < config.vocab_size:
-        raise BadInput(
-            f"eos_token_id {config.eos_token_id} is not below vocab_size {config.vocab_size}"
-        )
+    C, vocabulary, std = config.n_embd, config.vocab_size, config.initializer_range
+    epsilon, end = config.layer_norm_epsilon, config.eos_token_id
+    size = C * (vocabulary + config.n_positions + 12 * config.n_layer * C)
+    sizes = ", ".join(f"{name} {getattr(config, name)}" for name in SIZES)
+    for holds, problem in (
+        (C % config.n_head == 0, f"n_embd {C} is not a multiple of n_head {config.n_head}"),
+        (0 <= config.resid_pdrop < 1, f"resid_pdrop is {config.resid_pdrop}; expected 0 to 1"),
+        (type(epsilon) is float and 0 < epsilon < 1, f"layer_norm_epsilon is {epsilon!r}"),
+        (type(std) in (float, int) and 0 <= std < math.inf, f"initializer_range is {std!r}"),
+        (isinstance(config.score_mod, str), f"score_mod is {config.score_mod!r}; expected a name"),
+        (size <= MAX_PARAMETERS, f"{size:.0e} parameters, over {MAX_PARAMETERS:.0e}: {sizes}"),
+        (0 <= end < vocabulary, f"eos_token_id {end} is not below vocab_size {vocabulary}"),
+    ):
+        if not holds:
+            raise BadInput(f"{problem}; change it")
 
 
 def load_model(
@@ -267,19 +256,8 @@ def save_model(
         name.removeprefix("trunk."): tensor.detach().float().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    # In a folder aside: safetensors first writes a temporary file, which a killed process would
-    # leave behind, and it makes that file private.
-    aside = folder / f".model.safetensors.{os.getpid()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", aside / "model.safetensors")
-        files.flush_to_disk(aside / "model.safetensors")
-        os.replace(aside / "model.safetensors", folder / "model.safetensors")
-        files.flush_to_disk(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    content = safetensors.torch.save(weights, metadata={"format": "pt"})
+    files.write_atomic(folder / "model.safetensors", content)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -398,20 +398,8 @@ def make_episodes(
     values = values_before(value_network, tokens, lengths) * mask
     rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, lengths, args.kl_coef)
     advantages = gae(rewards, values, mask, args.gamma, args.lam)
-    return Episodes(
-        tokens,
-        lengths,
-        mask,
-        logprobs,
-        ref_logprobs,
-        entropy,
-        values,
-        scores,
-        ended,
-        rewards,
-        advantages,
-        returns=advantages + values,
-    )
+    fixed = tokens, lengths, mask, logprobs, ref_logprobs, entropy, values, scores, ended
+    return Episodes(*fixed, rewards, advantages, returns=advantages + values)
 
 
 def response_mask(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         run.log(row)
 
     report = {}
-    if val_elements:  # a run that was killed after its last step has not validated
+    if val_elements:  # a resume after the last step has not validated
         report["val"] = validation or evaluate(model, val_elements, args)
     if held_out:
         report["held_out"] = evaluate(model, held_out, args)
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: " + " | ".join(f"{k} {v:.4g}" for k, v in result.items()))
     if demonstrations:  # they score 0 from here on; margins of pairs stay
         shift = center_on_demonstrations(model, demonstrations)
-        print(f"shifted by {-shift:+.3f}: {args.demonstrations} scores 0 on average")
+        print(f"shifted by {shift:+.3f}: {args.demonstrations} scores 0 on average")
     write_atomic(Path(args.out) / "metrics.json", json.dumps(report, indent=2) + "\n")
     return run.finish(metrics=report)
 
@@ -205,10 +205,12 @@ def load_comparisons(
     """
     elements, too_long, all_tied, cut, ties = [], 0, 0, 0, 0
 
-    def ranked(record: dict) -> tuple:
+    def same_responses(record: dict) -> tuple:
         return record["prompt"], record["responses"], record.get("ended")
 
-    for (text, responses, ended), views in groupby(read_jsonl(path, "comparisons"), key=ranked):
+    for (text, responses, ended), rankings in groupby(
+        read_jsonl(path, "comparisons"), key=same_responses
+    ):
         prompt = encode_prompt(encoding, text)
         if len(prompt) > args.max_prompt_tokens:
             too_long += 1
@@ -218,7 +220,7 @@ def load_comparisons(
             response = encode_response(encoding, response, ended=end)
             cut += len(response) > args.max_new_tokens
             sequences.append(prompt + response[: args.max_new_tokens])
-        untied = [untied_pairs(view["ranks"]) for view in views]
+        untied = [untied_pairs(view["ranks"]) for view in rankings]
         pairs = [pair for view in untied for pair in view]
         ties += len(untied) * math.comb(len(sequences), 2) - len(pairs)
         all_tied += not pairs
@@ -357,8 +359,8 @@ def evaluate(
 @torch.no_grad()
 def center_on_demonstrations(model: ScalarModel, demonstrations: list[Comparison]) -> float:
     """Shift the head's bias so that demonstrations score 0 on average (3.5); return the shift."""
-    shift = torch.cat([score_all(model, [batch]) for batch in demonstrations]).mean()
-    model.score.bias -= shift
+    shift = -torch.cat([score_all(model, [batch]) for batch in demonstrations]).mean()
+    model.score.bias += shift
     return shift.item()
 
 

@@ -534,7 +534,7 @@ def check_minibatches() -> None:
         return train_ppo.draw_minibatches(lengths, np.random.default_rng(seed), args)
 
     minibatches = draw(0)
-    assert [[len(rows) for rows in m] for m in minibatches] == [[5, 5, 2]] * 4
+    assert [[len(rows) for rows in m] for m in minibatches] == [[3] * 4] * 4  # whole prompts
     rows = torch.cat([torch.cat(m) for m in minibatches])
     assert rows.sort().values.tolist() == list(range(48))
     prompts = rows.view(4, 4, 3) // 3
@@ -547,17 +547,16 @@ def check_text_is_drawn_by_length() -> None:
     """A start as often as there is text up to the next: else short documents would be too many;
     and the share that is cut anywhere begins at any place as often as at another."""
     sequences, starts = torch.arange(100).unfold(0, 4, 1), torch.tensor([0, 10, 14, 44, 74])
-    # Places are drawn up to the last start, which stands for itself alone.
-    by_length = np.array([10, 4, 30, 30, 1]) / 75
+    by_length = np.array([10, 4, 30, 30, 23]) / 97  # of 97 sequences
     for share in (0, 0.25):
         rng = np.random.default_rng(0)
         drawn = train_ppo.draw_text(sequences, starts, 30_000, share, rng)
         assert drawn.shape == (30_000, 4) and (drawn.diff(dim=1) == 1).all()
-        found = drawn[:, 0].bincount(minlength=75).double().numpy() / 30_000
-        expected = np.full(75, share / 75)
+        found = drawn[:, 0].bincount(minlength=97).double().numpy() / 30_000
+        expected = np.full(97, share / 97)
         expected[starts.numpy()] += (1 - share) * by_length
         assert np.abs(found - expected).max() < 0.01
-        assert abs(found[np.setdiff1d(np.arange(75), starts)].sum() - share * 70 / 75) < 0.01
+        assert abs(found[np.setdiff1d(np.arange(97), starts)].sum() - share * 92 / 97) < 0.01
 
 
 def check_sampling_in_parts(run: Runner) -> None:
