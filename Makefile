@@ -146,7 +146,7 @@ $(OUT)/report/ppo.json: $(call weights,ppo)
 $(OUT)/report/ppo_ptx.json: $(call weights,ppo_ptx)
 	$(measure) --name ppo_ptx --checkpoint $(OUT)/ppo_ptx
 
-$(OUT)/report/report.md: $(call weights,ppo_ptx) evaluation/report.py data/tiny/labelers.py $(measured)
+$(OUT)/report/report.md: $(call weights,ppo_ptx) evaluation/report.py evaluation/figures.py data/tiny/labelers.py $(measured)
 	$(py) evaluate.py report --measured $(measured) --baseline sft --out $(OUT)/report
 
 # ------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ $(R)/report/sft.json: $(R)/sft/model.safetensors
 $(R)/report/ppo_ptx.json: $(R)/ppo_ptx/model.safetensors
 	$(real_measure) --name ppo_ptx --checkpoint $(R)/ppo_ptx
 
-$(R)/report/report.md: $(R)/ppo_ptx/model.safetensors evaluation/report.py $(real_measured)
+$(R)/report/report.md: $(R)/ppo_ptx/model.safetensors evaluation/report.py evaluation/figures.py $(real_measured)
 	$(py) evaluate.py report --measured $(real_measured) --baseline sft --out $(R)/report
 
 # Human comparisons, five folds by prompt: the reward model beside two simple rules.

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from evaluation.report import PALETTE, Estimate
+from evaluation.figures import PALETTE
+from evaluation.report import Estimate
 from tests.claims.verdict import NAMES, Panel, together, triple
 
 COLOURS = dict(zip(NAMES.values(), PALETTE, strict=False))
