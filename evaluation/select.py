@@ -17,25 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import read_info
-from data.files import (
-    LEFTOVER,
-    BadInput,
-    check_writable,
-    remove_leftovers,
-    write_folder_atomic,
-)
+from data import files
+from data.files import BadInput
 from data.tiny.grader import evaluation_utility
 from data.tiny.world import World
-from evaluation.measure import (
-    grades,
-    load_prompts,
-    load_reward_model,
-    open_speaker,
-    respond,
-    reward_scores,
-    sampling_of,
-)
+from evaluation.measure import grades, load_prompts, load_reward_model, open_speaker, reward_scores
 from evaluation.report import csv_text
+from sample import respond
 
 SELECTED = ("config.json", "model.safetensors", "tokenizer.json", "selection.csv", "SHA256SUMS")
 
@@ -43,10 +31,10 @@ SELECTED = ("config.json", "model.safetensors", "tokenizer.json", "selection.csv
 def select(args: argparse.Namespace) -> None:
     """Copy the epoch checkpoint that the reward model chooses to --out, replacing it."""
     out = Path(args.out)
-    remove_leftovers(out.parent, out.name)  # may put an earlier --out back
+    files.remove_leftovers(out.parent, out.name)  # may put an earlier --out back
     check_replaceable(args)
-    check_writable(out)
-    remove_leftovers(out)
+    files.check_writable(out)
+    files.remove_leftovers(out)
     folders = sorted(Path(args.run, "epochs").glob("[0-9]*"))
     if not folders:
         raise BadInput(
@@ -62,7 +50,7 @@ def select(args: argparse.Namespace) -> None:
     rows, every = [], []
     for folder in tqdm(kept, desc="epochs"):
         speaker, info = open_speaker(folder.name, folder, args, judge), read_info(folder)
-        samples = respond(speaker, prompts, sampling_of(args))
+        samples = respond(speaker, prompts, args)
         scores = reward_scores(judge, speaker, prompts, samples, args.batch_size)
         row = {"epoch": info["epoch"], "val_loss": info["val_loss"], "score": scores.mean()}
         if world:
@@ -79,7 +67,7 @@ def select(args: argparse.Namespace) -> None:
         (aside / "config.json").write_text(json.dumps(info, indent=2) + "\n")
         (aside / "selection.csv").write_text(csv_text(rows))
 
-    write_folder_atomic(out, write)
+    files.write_folder_atomic(out, write)
     for i, row in enumerate(rows):
         shown = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None)
         print(shown + (" | chosen" if i == best else ""))
@@ -128,7 +116,7 @@ def check_replaceable(args: argparse.Namespace) -> None:
     there = {path.name for path in out.iterdir()} if out.is_dir() else set()
     # A model without selection.csv is a training's.
     earlier = SELECTED if "selection.csv" in there else ()
-    if others := sorted(n for n in there if n not in earlier and not LEFTOVER.fullmatch(n)):
+    if others := sorted(n for n in there if n not in earlier and not files.LEFTOVER.fullmatch(n)):
         more = f" and {len(others) - 1} more" if others[1:] else ""
         raise BadInput(
             f"{refused}is replaced as a whole, but holds {others[0]!r}{more}, which no earlier "
