@@ -108,13 +108,8 @@ def rows_of(path: Path, column: str) -> list[dict[str, str]]:
 
 def measure_model(speaker: Speaker, bench: Bench) -> Record:
     """All measurements of a model, with its prefix if it has one."""
-    samples, sampled = bench.answers(speaker, 1.0)
-    _, greedy = bench.answers(speaker, 0.0)
-    said = {"sampled": sampled.to_json(), "greedy": greedy.to_json()}
-    if bench.args.resample and not speaker.prefix:  # so that a baseline can be compared with itself
-        again = bench.answers(speaker, 1.0, resampled(speaker.name))[1]
-        said["resampled"] = again.to_json()
-    row, left_out = measure_responses(speaker, samples, sampled, greedy, bench), []
+    said, row = measure_responses(speaker, bench)
+    left_out = []
     if not speaker.prefix:  # a prefix is for prompts; raw text goes without
         more, left_out = measure_text(speaker, bench.world, bench.args)
         row |= more
@@ -281,11 +276,14 @@ def total_logprobs(
     return totals
 
 
-def measure_responses(
-    speaker: Speaker, samples: list[Sample], sampled: Answers, greedy: Answers, bench: Bench
-) -> dict[str, Estimate]:
-    """Quality of one model's responses, sampled at temperature 1 unless the name says otherwise."""
-    row = {}
+def measure_responses(speaker: Speaker, bench: Bench) -> tuple[Record, dict[str, Estimate]]:
+    """A model's responses to the prompts, and their quality: at temperature 1 unless the name says
+    otherwise."""
+    samples, sampled = bench.answers(speaker, 1.0)
+    _, greedy = bench.answers(speaker, 0.0)
+    said, row = {"sampled": sampled.to_json(), "greedy": greedy.to_json()}, {}
+    if bench.args.resample and not speaker.prefix:  # so that a baseline can be compared with itself
+        said["resampled"] = bench.answers(speaker, 1.0, resampled(speaker.name))[1].to_json()
     if bench.world:
         row["utility_t1"] = bench.mean(sampled.utility)
         row["utility_t0"] = bench.mean(greedy.utility)
@@ -295,9 +293,8 @@ def measure_responses(
     row["response_tokens"] = bench.mean([len(sample.tokens) for sample in samples])
     row["score"] = bench.mean(sampled.scores)
     if bench.reference:
-        values = kl_to_reference(speaker, bench.reference, bench.prompts, samples)
-        row["kl"] = bench.mean(values)
-    return row
+        row["kl"] = bench.mean(kl_to_reference(speaker, bench.reference, bench.prompts, samples))
+    return said, row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -447,7 +444,8 @@ def measure_probes(speaker: Speaker, bench: Bench, num_samples=200) -> dict[str,
 EXAMPLES = (
     "what is the opposite of hot ?\n\ncold .\n\ncount from one to three .\n\none two three .\n\n"
 )
-WORLD_PREFIXES = (
+WORLD_PREFIXES = [f"{head}\n\n{more}" for more in ("", EXAMPLES) for head in ANSWER_HEADINGS]
+PREFIXES = (
     *(f"{heading}\n\n" for heading in ANSWER_HEADINGS),
     *(f"{heading}\n\n{EXAMPLES}" for heading in ANSWER_HEADINGS),
 )

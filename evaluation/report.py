@@ -339,9 +339,10 @@ class Report:
             wins, labels = labelers_win_scores(self.sampled, self.baseline, pool, seed)
             for name in others:
                 table[name][f"win_{pool}_labelers"] = estimate(wins[name], users)
+            who, share = pool.replace("_", "-"), f"{labels.agreement:.1%}"
             agreement.append(
-                f"The {pool.replace('_', '-')} labelers agree with one another on "
-                f"{labels.agreement:.1%} of the pairs of these models' responses."
+                f"The {who} labelers agree with one another on {share} of the pairs of these "
+                "models' responses."
             )
         for model in self.models:
             table[model["name"]] |= {k: Estimate(*e) for k, e in model["metrics"].items()}
@@ -525,26 +526,21 @@ def lowest_loss(selection: Rows) -> str:
     known = [row for row in selection if not math.isnan(row["val_loss"])]
     if not known:
         return "The run has no validation loss." if selection else ""
-    lowest = min(known, key=lambda row: row["val_loss"])
-    return (
-        f"The validation loss is lowest at epoch {lowest['epoch']:.0f} ({lowest['val_loss']:.3f}, "
-        f"against {known[-1]['val_loss']:.3f} at the last)."
+    lowest, last = min(known, key=lambda row: row["val_loss"]), known[-1]["val_loss"]
+    where = (
+        f"epoch {lowest['epoch']:.0f} ({lowest['val_loss']:.3f}, against {last:.3f} at the last)"
     )
+    return f"The validation loss is lowest at {where}."
 
 
 def course(run: str, rows: Rows) -> str:
     """A PPO run in one sentence."""
     first, last = rows[0], rows[-1]
-    line = (
-        f"**{run}**: {last['step']:.0f} iterations; the mean score of the rollouts goes from "
-        f"{first['score']:+.3f} to {last['score']:+.3f}, at a KL of {last['kl']:.2f} nats"
-    )
-    looks = [row for row in rows if not math.isnan(row.get("val_score", math.nan))]
-    if looks:
-        line += (
-            f"; the averaged weights score {looks[-1]['val_score']:+.3f} on validation prompts, at "
-            f"{looks[-1]['val_kl']:.2f} nats"
-        )
+    line = f"**{run}**: {last['step']:.0f} iterations; the mean score of the rollouts goes from "
+    line += f"{first['score']:+.3f} to {last['score']:+.3f}, at a KL of {last['kl']:.2f} nats"
+    if looks := [row for row in rows if not math.isnan(row.get("val_score", math.nan))]:
+        score, kl = looks[-1]["val_score"], looks[-1]["val_kl"]
+        line += f"; the averaged weights score {score:+.3f} on validation prompts, at {kl:.2f} nats"
     return line + "."
 
 

@@ -37,10 +37,8 @@ def select(args: argparse.Namespace) -> None:
     files.remove_leftovers(out)
     folders = sorted(Path(args.run, "epochs").glob("[0-9]*"))
     if not folders:
-        raise BadInput(
-            f"{args.run}/epochs: no epoch checkpoints; expected the run folder of an SFT run "
-            "with --epoch_checkpoints"
-        )
+        expected = "the run folder of an SFT run with --epoch_checkpoints"
+        raise BadInput(f"{args.run}/epochs: no epoch checkpoints; expected {expected}")
     kept = [f for f in folders[:-1] if int(f.name) % args.select_every == 0] + folders[-1:]
     judge = load_reward_model(args)
     world = World.load(args.world) if args.world else None
@@ -96,29 +94,26 @@ def check_replaceable(args: argparse.Namespace) -> None:
     So --out may hold an earlier selection and nothing else; no input may be in it; and it may not
     be where a run keeps its own models.
     """
-    out, real, refused = Path(args.out), Path(args.out).resolve(), f"--out {args.out}: "
+    out, real = Path(args.out), Path(args.out).resolve()
+    whole = f"--out {args.out}: is replaced as a whole"
     if not out.name.strip(".") or out.is_symlink() or os.path.ismount(out):
-        raise BadInput(
-            f"{refused}is replaced as a whole, which '.', a link and a mount point cannot be; give "
-            "the name of a new folder"
-        )
+        remedy = "give the name of a new folder"
+        raise BadInput(f"{whole}, which '.', a link and a mount point cannot be; {remedy}")
     for name in ("run", "reward_model", "data", "world"):
         path = getattr(args, name)
         if path and Path(path).resolve().is_relative_to(real):
-            raise BadInput(
-                f"{refused}is replaced as a whole, and --{name} {path} lies in it; give another "
-                "folder"
-            )
+            raise BadInput(f"{whole}, and --{name} {path} lies in it; give another folder")
     for run in (args.run, args.reward_model):
         for kept in (Path(run, name) for name in ("epochs", "checkpoints", "steps")):
             if real.is_relative_to(kept.resolve()):
-                raise BadInput(f"{refused}{kept} is for models of that run; give another folder")
+                fault = f"{kept} is for models of that run; give another folder"
+                raise BadInput(f"--out {args.out}: {fault}")
     there = {path.name for path in out.iterdir()} if out.is_dir() else set()
     # A model without selection.csv is a training's.
     earlier = SELECTED if "selection.csv" in there else ()
     if others := sorted(n for n in there if n not in earlier and not files.LEFTOVER.fullmatch(n)):
         more = f" and {len(others) - 1} more" if others[1:] else ""
         raise BadInput(
-            f"{refused}is replaced as a whole, but holds {others[0]!r}{more}, which no earlier "
-            "selection wrote; give another folder, or move that away"
+            f"{whole}, but holds {others[0]!r}{more}, which no earlier selection wrote; give "
+            "another folder, or move that away"
         )

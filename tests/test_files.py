@@ -36,8 +36,7 @@ def write_lines(path: Path, *lines: dict | str | bytes) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------
-# Records
+# ----------------------------------------------------------------------- Records
 
 
 @pytest.mark.parametrize("kind", files.KINDS)
@@ -62,17 +61,14 @@ def test_unknown_keys_may_have_the_names_of_other_kinds(kind):
 CHANGES = [
     ("prompts", {"prompt": None}, 'key "prompt": expected a string that is not blank, found null'),
     ("prompts", {"prompt": " \n"}, 'key "prompt": expected a string that is not blank, found " '),
-    ("prompts", {"prompt": 3}, 'key "prompt": expected a string that is not blank, found 3'),
     ("prompts", {"user": ""}, 'key "user": expected a string that is not blank'),
     ("prompts", {"source": "web"}, 'key "source": expected "labeler" or "customer", found "web"'),
     ("prompts", {"source": []}, 'key "source": expected "labeler" or "customer"'),
     ("prompts", {"use_case": 1}, 'key "use_case": expected a string, found 1'),
     ("demonstrations", {"response": ""}, 'key "response": expected a string that is not blank'),
-    ("demonstrations", {"response": "  "}, 'key "response": expected a string that is not blank'),
     ("candidates", {"responses": "red"}, 'key "responses": expected a list of strings'),
     ("candidates", {"responses": ["a", 1]}, 'key "responses": expected a list of strings'),
     ("candidates", {"responses": ["a"]}, 'key "responses": expected at least 2, found 1'),
-    ("candidates", {"responses": []}, 'key "responses": expected at least 2, found 0'),
     ("candidates", {"ended": [True]}, 'key "ended": expected one entry for each of the 2'),
     ("candidates", {"ended": [1, 0]}, 'key "ended": expected a list of true and false'),
     ("candidates", {"models": ["a"] * 3}, 'key "models": expected one entry for each of the 2'),
@@ -190,8 +186,7 @@ def test_what_is_not_json_is_not_written(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------
-# Any input at all
+# -------------------------------------------------------------- Any input at all
 
 
 @pytest.fixture
@@ -298,8 +293,7 @@ def test_any_text_parses_as_the_standard_parser_has_it(line):
     assert value == json.loads(line)
 
 
-# ------------------------------------------------------------------------------------------------
-# The end token in text
+# --------------------------------------------------------- The end token in text
 
 
 def test_a_literal_end_token_is_text(tiny, tmp_path):
@@ -326,8 +320,7 @@ def test_a_literal_end_token_inside_a_line_does_not_split_a_document(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
-# ------------------------------------------------------------------------------------------------
-# Writing
+# ----------------------------------------------------------------------- Writing
 
 
 @pytest.mark.parametrize("broken", ["replace", "fsync", "open"])
@@ -460,22 +453,17 @@ def test_a_folder_is_the_old_one_or_the_new_one_wherever_its_writer_is_killed(tm
     assert found == sorted(found) and set(found) == {"x", "y"}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda f: (f / "a").write_bytes(b"abd"),
-        lambda f: (f / "a").write_bytes(b"ab"),
-        lambda f: (f / "a").unlink(),
-        lambda f: (f / "SHA256SUMS").unlink(),
-        lambda f: (f / "SHA256SUMS").write_bytes(b""),
-        lambda f: (f / "SHA256SUMS").write_bytes(b"\xff\xfe  a"),
-        lambda f: (f / "SHA256SUMS").write_bytes(b"one two three"),
-    ],
-)
-def test_a_damaged_folder_is_noticed(damage, tmp_path):
+DAMAGES = [("a", b"abd"), ("a", b"ab"), ("a", None), ("SHA256SUMS", None), ("SHA256SUMS", b"")]
+DAMAGES += [("SHA256SUMS", b"\xff\xfe  a"), ("SHA256SUMS", b"one two three")]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGES)
+def test_a_damaged_folder_is_noticed(name, content, tmp_path):
     files.write_folder_atomic(tmp_path / "f", lambda aside: (aside / "a").write_bytes(b"abc"))
     assert files.folder_is_intact(tmp_path / "f")
-    damage(tmp_path / "f")
+    (tmp_path / "f" / name).unlink()
+    if content is not None:
+        (tmp_path / "f" / name).write_bytes(content)
     assert not files.folder_is_intact(tmp_path / "f")
 
 
@@ -497,8 +485,7 @@ def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
     files.remove_leftovers(tmp_path / "absent")
 
 
-# ------------------------------------------------------------------------------------------------
-# Logs
+# -------------------------------------------------------------------------- Logs
 
 
 def test_a_log_is_flushed_by_row_and_strict_about_keys(tmp_path):
@@ -551,8 +538,7 @@ def test_a_resumed_log_is_the_checkpoints(tmp_path):
         log.write({"step": 4, "loss": 1.0})
 
 
-# ------------------------------------------------------------------------------------------------
-# Exit codes
+# -------------------------------------------------------------------- Exit codes
 
 
 def raising(error: BaseException) -> Callable[[], int]:
@@ -591,8 +577,7 @@ def test_success_and_bugs_pass_through():
         files.run_command(lambda: sys.exit(2))
 
 
-# ------------------------------------------------------------------------------------------------
-# Planted bugs: each must make the named test fail
+# ------------------------------ Planted bugs: each must make the named test fail
 
 
 def replaced_in_place(path: Path | str, content: str | bytes) -> None:

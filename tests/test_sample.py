@@ -46,9 +46,8 @@ def test_samples_equal_a_naive_sampler(tiny, temperature, batch_size):
     """One row at a time, without a cache, in float64, from the same uniform numbers."""
     speaker = sample.load_speaker("base", tiny.base)
     prompts = [speaker.encode("say red" + " red" * n, 8) for n in (5, 0, 3, 1, 4, 2, 0, 6)]
-    samples = sample.sample_responses(
-        speaker, prompts, 8, temperature=temperature, seed=7, batch_size=batch_size
-    )
+    flags = {"temperature": temperature, "seed": 7, "batch_size": batch_size}
+    samples = sample.sample_responses(speaker, prompts, 8, **flags)
 
     generator = torch.Generator().manual_seed(7)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -71,9 +70,8 @@ def test_samples_equal_a_naive_sampler(tiny, temperature, batch_size):
         assert samples[i].prompt == prompt
         assert samples[i].tokens == response
         assert samples[i].ended == (response[-1] == tiny.encoding.eot_token)
-        assert samples[i].text == tiny.encoding.decode(
-            [token for token in response if token != tiny.encoding.eot_token]
-        )
+        said = [token for token in response if token != tiny.encoding.eot_token]
+        assert samples[i].text == tiny.encoding.decode(said)
     assert {s.ended for s in samples} == {True, False} or temperature == 0
 
 
@@ -120,12 +118,10 @@ def test_each_response_is_of_the_model_that_is_named(tiny, tmp_path):
     spoken = {name: tiny.encoding.decode([token] * 8) for name, token in says.items()}
     spoken["nothing"] = ""
     for record in records:
-        assert 4 <= len(record["responses"]) == len(record["models"]) <= 9
-        for text, name, ended in zip(
-            record["responses"], record["models"], record["ended"], strict=True
-        ):
-            assert text == spoken[name]
-            assert ended == (name == "nothing")
+        texts, models = record["responses"], record["models"]
+        assert 4 <= len(texts) == len(models) <= 9
+        assert texts == [spoken[name] for name in models]
+        assert record["ended"] == [name == "nothing" for name in models]
     assert {name for record in records for name in record["models"]} == set(says)
     assert {len(record["models"]) for record in records} >= {4, 6, 9}
 
@@ -230,27 +226,25 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, capsys, line, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "a",
-        "a=x a=y",
-        "a=x --prefix b=text",
-        "a=x --data prompts.jsonl",
-        "a=x --data d --out o --num_responses 1",
-        "a=x --data d --out o --num_responses 9 4",
-        "a=x --data d --out o --num_responses 1 2 3",
-        "a=x --data d --out o --prompt p",
-        "a=x --data d --out o --part 3/2",
-        "a=x --data d --out o --part 0/2",
-        "a=x --data d --out o --part 2",
-        "a=x --shares 0.5 0.5",
-        "a=x --shares 0",
-        "a=x b=y --shares 1e308 1e308",
-        "a=x --temperature -1",
-        "a=x --batch_size 0",
-    ],
-)
+BAD = """a
+a=x a=y
+a=x --prefix b=text
+a=x --data prompts.jsonl
+a=x --data d --out o --num_responses 1
+a=x --data d --out o --num_responses 9 4
+a=x --data d --out o --num_responses 1 2 3
+a=x --data d --out o --prompt p
+a=x --data d --out o --part 3/2
+a=x --data d --out o --part 0/2
+a=x --data d --out o --part 2
+a=x --shares 0.5 0.5
+a=x --shares 0
+a=x b=y --shares 1e308 1e308
+a=x --temperature -1
+a=x --batch_size 0"""
+
+
+@pytest.mark.parametrize("line", BAD.split("\n"))
 def test_bad_arguments_exit_with_2(line):
     for argv in (["--checkpoints", *line.split()], ["--checkpoints", "a=x", "--prompt", " "]):
         with pytest.raises(SystemExit) as stopped:
