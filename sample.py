@@ -6,9 +6,9 @@
         --checkpoints sft=out/sft init=out/init base=out/base --shares 0.7 0.2 0.1 \\
         --num_responses 4 9 --prefix base="good answers :\\n"
 
-The last writes candidates.jsonl: to each prompt K responses, K drawn evenly from the range
-(InstructGPT 3.5: K = 4..9), each response from a model drawn by the shares. Which models a prompt
-gets depends on --seed and the prompt's line alone. On a CPU the responses do not depend on
+The last writes candidates.jsonl: K responses to each prompt, K drawn uniformly from the range
+(InstructGPT 3.5: K = 4..9), each from a model drawn by the shares. Which models a prompt gets
+depends only on --seed and the prompt's line. On a CPU the responses do not depend on
 --batch_size either, up to rounding; a GPU draws other random numbers for another batch size.
 
 --part 1/2 and --part 2/2, two processes side by side, each write half of the prompts; the two files

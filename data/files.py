@@ -48,7 +48,7 @@ def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(good, value))
 
 
-# what a value may be: the test, and the words for it
+# What a value may be: the test, and the words for it.
 _Check = tuple[Callable[[Any], bool], str]
 _STRING: _Check = (lambda v: isinstance(v, str), "a string")
 _FILLED: _Check = (lambda v: isinstance(v, str) and v.strip() != "", "a string that is not blank")
@@ -62,7 +62,7 @@ _RANKS: _Check = (
 _PROMPT = {"prompt": _FILLED, "user": _FILLED, "source": _SOURCE, "use_case": _STRING}
 _MADE = {"ended": _BOOLS, "models": _STRINGS}
 _RANKED = {"responses": _STRINGS, "ranks": _RANKS, "labeler": _FILLED}
-# kind -> (required keys, optional keys), each key with its check
+# kind -> (required keys, optional keys), each key with its check.
 KINDS: dict[str, tuple[dict[str, _Check], dict[str, _Check]]] = {
     "demonstrations": (_PROMPT | {"response": _FILLED}, {}),
     "prompts": (_PROMPT, {}),

@@ -3,12 +3,12 @@
     python evaluate.py folds --folds 5 --comparisons FILE ... --init out/sft --out out/folds \\
         --rm_flags "--lr 3e-4 --batch_size 8"
 
-Prompts are dealt into folds. For each fold, train_rm.py trains on the others and is asked about
-the pairs of this one: did it score the preferred response higher? Beside it stand two judges that
-cannot read: the longer response wins, and a logistic regression on the differences of a few simple
-features, fitted on the same training folds. A reward model that is not above them has learned
-nothing but form. Accuracy is stated for each data set (key "data_set", else the file's name), over
-all pairs that the labeler did not tie, an equal score counting one half.
+Prompts are dealt into folds. For each fold, train_rm.py trains on the others, and the reward model
+scores the pairs of this one: is the preferred response higher? Two judges that cannot read are
+measured beside it: "the longer response wins", and a logistic regression on differences of a few
+simple features, fitted on the same training folds. A reward model that does not beat them has
+learned only form. Accuracy is given for each data set (key "data_set", else the file's name), over
+all pairs that the labeler did not tie; an equal score counts one half.
 """
 
 from __future__ import annotations

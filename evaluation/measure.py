@@ -1,17 +1,17 @@
-"""Measurements of one checkpoint: a function of a model for each, and `measure`, which writes all.
+"""Measure one checkpoint: a function for each measurement, and `measure`, which runs them all.
 
-A measurement is one number for each prompt (or item, or sequence), from which `estimate` makes a
-mean and an interval. `measure` writes one JSON file, from which evaluation/report.py works:
+A measurement gives one number per prompt (or item, or sequence); `estimate` makes a mean and an
+interval of them. `measure` writes one JSON file, which evaluation/report.py reads:
 
     name        of the model in a report
-    settings    flags and fingerprints of files that the files of a report must share
-    prompts     that were answered, and the user of each
-    models      the model, and where asked for the same one after a prefix: what it is (about), its
-                responses (sampled, greedy, resampled), its metrics, what was left out and why
-    prefixes    that were tried, with their scores; and of the run: selection, epoch, log
+    settings    flags and fingerprints of files, equal in all files of a report
+    prompts     the prompts, and the user of each
+    models      the model, and with --best_prefix the same one after a prefix: what it is (about),
+                responses (sampled, greedy, resampled), metrics, what was left out and why
+    prefixes    all prefixes tried, with their scores; and of the run: selection, epoch, log
 
-Everything that concerns the tiny world's truth needs --world; without it the reward model is the
-judge, and the report says so.
+Only with --world are answers checked against the tiny world's truth. Without it the reward model is
+the judge, and the report says so.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_prem
 
 
 def measure(args: Namespace) -> None:
-    """Measure --checkpoint, and where asked for the same model after a prefix; write --out."""
+    """Measure --checkpoint, with --best_prefix also after a prefix; write --out."""
     out = Path(args.out)
     files.check_writable(out.parent)
     files.remove_leftovers(out.parent, out.name)

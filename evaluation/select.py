@@ -1,7 +1,7 @@
 """The choice of the SFT epoch (InstructGPT C.1): by the reward model's score of its samples.
 
 The paper chose SFT models "based on the RM score on the validation set", although validation loss
-turns up after one epoch; selection.csv has the curves. Of the epochs whose score is within a
+turns up after one epoch; selection.csv has the curves. Among the epochs whose score is within one
 standard error of the best, the last is taken, see `last_of_the_best`.
 """
 
