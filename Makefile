@@ -225,7 +225,7 @@ public: $(R)/public/report.md
 
 $(R)/public/report.md: evaluate.py evaluation/public.py data/real/public_sets.py data/real/public_items.py \
                        data/real/text_metrics.py data/real/toxicity.py data/real/raw.py data/files.py \
-                       model.py checkpoint.py sample.py evaluation/report.py evaluation/measure.py \
+                       model.py checkpoint.py sample.py evaluation/report.py evaluation/figures.py evaluation/measure.py \
                        $(R)/ppo/model.safetensors $(R)/ppo_ptx/model.safetensors
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(half) $(py) evaluate.py public --data $(DATA) --out $(R)/public --seed $(SEED) \
