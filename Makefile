@@ -147,7 +147,7 @@ $(OUT)/report/ppo.json: $(call weights,ppo)
 $(OUT)/report/ppo_ptx.json: $(call weights,ppo_ptx)
 	$(measure) --name ppo_ptx --checkpoint $(OUT)/ppo_ptx
 
-$(OUT)/report/report.md: $(call weights,ppo_ptx) evaluation/report.py data/tiny/labelers.py $(measured)
+$(OUT)/report/report.md: $(call weights,ppo_ptx) evaluation/report.py evaluation/figures.py data/tiny/labelers.py $(measured)
 	$(py) evaluate.py report --measured $(measured) --baseline sft --out $(OUT)/report
 
 # ------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ $(R)/report/sft.json: $(R)/sft/model.safetensors
 $(R)/report/ppo_ptx.json: $(R)/ppo_ptx/model.safetensors
 	$(real_measure) --name ppo_ptx --checkpoint $(R)/ppo_ptx
 
-$(R)/report/report.md: $(R)/ppo_ptx/model.safetensors evaluation/report.py $(real_measured)
+$(R)/report/report.md: $(R)/ppo_ptx/model.safetensors evaluation/report.py evaluation/figures.py $(real_measured)
 	$(py) evaluate.py report --measured $(real_measured) --baseline sft --out $(R)/report
 
 # Human comparisons, five folds by prompt: the reward model beside two simple rules.
@@ -226,7 +226,7 @@ public: $(R)/public/report.md
 
 $(R)/public/report.md: evaluate.py evaluation/public.py data/real/public_sets.py data/real/public_items.py \
                        data/real/text_metrics.py data/real/toxicity.py data/real/raw.py data/files.py \
-                       model.py checkpoint.py sample.py evaluation/report.py evaluation/measure.py \
+                       model.py checkpoint.py sample.py evaluation/report.py evaluation/figures.py evaluation/measure.py \
                        $(R)/ppo/model.safetensors $(R)/ppo_ptx/model.safetensors
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(half) $(py) evaluate.py public --data $(DATA) --out $(R)/public --seed $(SEED) \

@@ -2,15 +2,15 @@
 
     python evaluate.py select --run out/sft --reward_model out/rm --data PROMPTS \\
         --out out/sft_selected
-        of the epochs of an SFT run whose samples the reward model scores highest, within a standard
-        error, the last (InstructGPT C.1)
+        choose an SFT epoch: the last one whose samples score within one standard error of the best
+        by the reward model (InstructGPT C.1)
     python evaluate.py measure --name sft --checkpoint out/sft_selected --reward_model out/rm \\
         --reference out/init --world out/data/world.json --data PROMPTS --pretrain_data FILE \\
         --out out/report/sft.json
-        every measurement that needs the model, of one checkpoint: one file for each
+        run all measurements on one checkpoint and write one file
     python evaluate.py report --measured out/report/base.json out/report/sft.json --baseline sft \\
         --out out/report
-        from those files: report.md, table.csv, table.txt, figures (paper 3.6, 4)
+        turn those files into report.md, table.csv, table.txt and figures (paper 3.6, 4)
     python evaluate.py folds --folds 5 --comparisons FILE --init out/sft --out out/folds
         reward-model accuracy on human comparisons, each prompt held out once (paper 4.1, E.2)
     python evaluate.py public --data FOLDER --checkpoints base=out/base sft=out/sft --out out/public

@@ -6,9 +6,9 @@
         --checkpoints sft=out/sft init=out/init base=out/base --shares 0.7 0.2 0.1 \\
         --num_responses 4 9 --prefix base="good answers :\\n"
 
-The last writes candidates.jsonl: to each prompt K responses, K drawn evenly from the range
-(InstructGPT 3.5: K = 4..9), each response from a model drawn by the shares. Which models a prompt
-gets depends on --seed and the prompt's line alone. On a CPU the responses do not depend on
+The last writes candidates.jsonl: K responses to each prompt, K drawn uniformly from the range
+(InstructGPT 3.5: K = 4..9), each from a model drawn by the shares. Which models a prompt gets
+depends only on --seed and the prompt's line. On a CPU the responses do not depend on
 --batch_size either, up to rounding; a GPU draws other random numbers for another batch size.
 
 --part 1/2 and --part 2/2, two processes side by side, each write half of the prompts; the two files
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +30,8 @@ from tqdm import tqdm
 
 import kernels
 from checkpoint import read_tokenizer
-from data.files import (
-    BadInput,
-    Record,
-    check_writable,
-    read_jsonl,
-    remove_leftovers,
-    run_command,
-    write_jsonl,
-)
+from data import files
+from data.files import BadInput, Record, run_command
 from data.tokenizer import decode_response, encode_prompt
 from model import GPT, pad_right
 from run import check_context, natural, nonnegative, whole
@@ -99,13 +91,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Candidates for ranking.
     add("--data", help="prompts.jsonl; write candidates to --out instead of talking")
     add("--out", help="candidates.jsonl")
-    add(
-        "--num_responses",
-        type=natural,
-        nargs="+",
-        metavar="K",
-        help="responses a prompt, or least and most; 4 9 with --data, else 1",
-    )
+    many = "responses a prompt, or least and most; 4 9 with --data, else 1"
+    add("--num_responses", type=natural, nargs="+", metavar="K", help=many)
     add("--shares", type=nonnegative, nargs="+", help="of each checkpoint; even")
     add("--num_prompts", type=whole, default=0, help="only the first; 0: all")
     add("--part", type=part, default="1/1", help="2/3: the second of three parts of the prompts")
@@ -134,11 +121,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
-    where = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
-    speakers = [
-        load_speaker(name, folder, prefix=args.prefix.get(name, ""), **where)
-        for name, folder in args.checkpoints.items()
-    ]
+    how = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
+    named = args.checkpoints.items()
+    speakers = [load_speaker(name, f, args.prefix.get(name, ""), **how) for name, f in named]
     for speaker in speakers:
         check_context(args, speaker.model)
     if args.data:
@@ -184,20 +169,21 @@ class Sample:
     ended: bool
 
 
-def load_speaker(name: str, folder: str | Path, *, prefix: str = "", **options) -> Speaker:
+def load_speaker(
+    name: str, folder: str | Path, prefix="", device="cpu", impl="auto", dtype="float32"
+) -> Speaker:
     """Open a checkpoint folder, or a downloaded GPT-2 by its name, for sampling.
 
-    Options: device, and those of `GPT.from_pretrained`. Raises `BadInput` where the folder is no
-    language model, or has another model's tokenizer.
+    Raises `BadInput` where the folder is no language model, or has another model's tokenizer.
     """
-    device = options.pop("device", "cpu")
-    model = GPT.from_pretrained(folder, **options).to(device).eval().requires_grad_(False)
+    model = GPT.from_pretrained(folder, impl=impl, dtype=dtype)
+    model = model.to(device).eval().requires_grad_(False)
     return Speaker(name, model, read_tokenizer(folder, model), prefix.replace("\\n", "\n"))
 
 
 def sample_responses(
     speaker: Speaker,
-    prompts: Sequence[list[int]],
+    prompts: list[list[int]],
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -227,35 +213,44 @@ def sample_responses(
     return [samples[i] for i in range(len(prompts))]
 
 
+def respond(
+    speaker: Speaker, prompts: list[str], args: argparse.Namespace, temperature=1.0, seed=None
+) -> list[Sample]:
+    """One response to each prompt, through the template, after the speaker's prefix, as the flags
+    say; --seed unless another is given."""
+    encoded = [speaker.encode(prompt, args.max_new_tokens) for prompt in prompts]
+    seed = args.seed if seed is None else seed
+    options = {"temperature": temperature, "seed": seed, "batch_size": args.batch_size}
+    return sample_responses(speaker, encoded, args.max_new_tokens, **options)
+
+
 # ------------------------------------------------------------------------------------------------
 # Candidates
 
 
 def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     """Sample K responses to each prompt of --data and write them to --out, all at once."""
-    out = Path(args.out)
-    check_writable(out.parent)
-    remove_leftovers(out.parent, out.name)
-    records = read_jsonl(args.data, "prompts")[: args.num_prompts or None]
+    out, limit = Path(args.out), args.max_prompt_tokens
+    files.check_writable(out.parent)
+    files.remove_leftovers(out.parent, out.name)
+    records = files.read_jsonl(args.data, "prompts")[: args.num_prompts or None]
 
-    def tokens(prompt: str) -> int:
-        return max(len(encode_prompt(speaker.encoding, prompt)) for speaker in speakers)
+    def fits(prompt: str) -> bool:
+        return all(len(encode_prompt(s.encoding, prompt)) <= limit for s in speakers)
 
-    every = list(enumerate(records))
-    prompts = [(i, r) for i, r in every if tokens(r["prompt"]) <= args.max_prompt_tokens]
+    prompts = [(i, record) for i, record in enumerate(records) if fits(record["prompt"])]
     if not prompts:
-        limit = args.max_prompt_tokens
         raise BadInput(f"{args.data}: no prompt is within --max_prompt_tokens {limit}")
     starts, (part, parts) = range(0, len(prompts), CHUNK), args.part
     mine = starts[(part - 1) * len(starts) // parts : part * len(starts) // parts]
     done: list[Record] = []
     for start in tqdm(mine, desc=out.name, unit="chunk"):
         done += sample_chunk(prompts[start : start + CHUNK], speakers, args)
-    write_jsonl(out, done, "candidates")
+    files.write_jsonl(out, done, "candidates")
     ended = [end for record in done for end in record["ended"]]
     print(
         f"wrote {out}: {len(ended)} responses to {len(done)} prompts, {sum(ended)} ended; "
-        f"dropped {len(every) - len(prompts)} prompts over {args.max_prompt_tokens} tokens"
+        f"dropped {len(records) - len(prompts)} prompts over {limit} tokens"
     )
 
 
@@ -263,34 +258,19 @@ def sample_chunk(
     chunk: list[tuple[int, Record]], speakers: list[Speaker], args: argparse.Namespace
 ) -> list[Record]:
     """Candidates for (index, prompt record) pairs, drawn from (seed, first index, model)."""
-    plans = {index: plan(index, len(speakers), args) for index, _ in chunk}
-    responses: dict[int, list[Sample | None]] = {i: [None] * len(p) for i, p in plans.items()}
+    done = []
+    for index, record in chunk:
+        models = plan(index, len(speakers), args)
+        names, K = [speakers[number].name for number in models], len(models)
+        done.append(record | {"responses": [""] * K, "ended": [False] * K, "models": names})
     for number, speaker in enumerate(speakers):
-        places = [(i, k) for i, p in plans.items() for k in range(len(p)) if p[k] == number]
-        encoded = {i: speaker.encode(record["prompt"], args.max_new_tokens) for i, record in chunk}
-        draw = np.random.default_rng([args.seed, chunk[0][0], number, 1])
-        samples = draw_samples(
-            speaker, [encoded[i] for i, _ in places], int(draw.integers(2**62)), args
-        )
-        for (i, k), sample in zip(places, samples, strict=True):
-            responses[i][k] = sample
-    return [
-        record
-        | {
-            "responses": [sample.text for sample in responses[index]],
-            "ended": [sample.ended for sample in responses[index]],
-            "models": [speakers[number].name for number in plans[index]],
-        }
-        for index, record in chunk
-    ]
-
-
-def draw_samples(
-    speaker: Speaker, prompts: list[list[int]], seed: int, args: argparse.Namespace
-) -> list[Sample]:
-    """`sample_responses` as the flags say."""
-    options = {"temperature": args.temperature, "batch_size": args.batch_size}
-    return sample_responses(speaker, prompts, args.max_new_tokens, seed=seed, **options)
+        mine = [(r, k) for r in done for k, name in enumerate(r["models"]) if name == speaker.name]
+        seed = np.random.default_rng([args.seed, chunk[0][0], number, 1]).integers(2**62)
+        prompts = [record["prompt"] for record, _ in mine]
+        samples = respond(speaker, prompts, args, args.temperature, int(seed))
+        for (record, k), sample in zip(mine, samples, strict=True):
+            record["responses"][k], record["ended"][k] = sample.text, sample.ended
+    return done
 
 
 def plan(index: int, num_models: int, args: argparse.Namespace) -> np.ndarray:
@@ -314,9 +294,8 @@ def answer(prompt: str, turn: int, speakers: list[Speaker], args: argparse.Names
                 f"the prompt has {length} tokens for {speaker.name}, over --max_prompt_tokens "
                 f"{limit}: shorten it"
             )
-        tokens = speaker.encode(prompt, args.max_new_tokens)
-        seed = args.seed * 1_000_003 + turn
-        for sample in draw_samples(speaker, [tokens] * args.num_responses[-1], seed, args):
+        prompts, seed = [prompt] * args.num_responses[-1], args.seed * 1_000_003 + turn
+        for sample in respond(speaker, prompts, args, args.temperature, seed):
             text = sample.text.strip("\n").replace("\n", "\n" + " " * (width + 3))
             print(f"{speaker.name:>{width}} | {text}{'' if sample.ended else ' ... (cut)'}")
     print(flush=True)

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
-SOURCES = ("labeler", "customer")
 MAX_LINE_BYTES = 16 * 2**20  # one record; a longer line is almost surely not JSON Lines
 
 Record = dict[str, Any]
@@ -45,44 +44,30 @@ class BadInput(ValueError):
 # JSON Lines
 
 
-def _string(value: Any) -> str | None:
-    return None if isinstance(value, str) else "a string"
+def _is_list(value: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(good, value))
 
 
-def _filled_string(value: Any) -> str | None:
-    return None if isinstance(value, str) and value.strip() else "a string that is not blank"
-
-
-def _source(value: Any) -> str | None:
-    return None if value in SOURCES else '"labeler" or "customer"'
-
-
-def _strings(value: Any) -> str | None:
-    good = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return None if good else "a list of strings"
-
-
-def _bools(value: Any) -> str | None:
-    good = isinstance(value, list) and all(isinstance(item, bool) for item in value)
-    return None if good else "a list of true and false"
-
-
-def _ranks(value: Any) -> str | None:
-    good = isinstance(value, list) and all(type(item) is int and item >= 1 for item in value)
-    return None if good else "a list of whole numbers from 1 (1 is best, equal numbers are a tie)"
-
-
-_PROMPT = {"prompt": _filled_string, "user": _filled_string, "source": _source, "use_case": _string}
-_CANDIDATES = _PROMPT | {"responses": _strings, "ended": _bools, "models": _strings}
-# kind -> (required keys, optional keys), each key with its check: None if good, else the expected
-KINDS: dict[str, tuple[dict[str, Callable], dict[str, Callable]]] = {
-    "demonstrations": (_PROMPT | {"response": _filled_string}, {}),
+# What a value may be: the test, and the words for it.
+_Check = tuple[Callable[[Any], bool], str]
+_STRING: _Check = (lambda v: isinstance(v, str), "a string")
+_FILLED: _Check = (lambda v: isinstance(v, str) and v.strip() != "", "a string that is not blank")
+_SOURCE: _Check = (lambda v: v in ("labeler", "customer"), '"labeler" or "customer"')
+_STRINGS: _Check = (lambda v: _is_list(v, _STRING[0]), "a list of strings")
+_BOOLS: _Check = (lambda v: _is_list(v, lambda x: isinstance(x, bool)), "a list of true and false")
+_RANKS: _Check = (
+    lambda v: _is_list(v, lambda x: type(x) is int and x >= 1),
+    "a list of whole numbers from 1 (1 is best, equal numbers are a tie)",
+)
+_PROMPT = {"prompt": _FILLED, "user": _FILLED, "source": _SOURCE, "use_case": _STRING}
+_MADE = {"ended": _BOOLS, "models": _STRINGS}
+_RANKED = {"responses": _STRINGS, "ranks": _RANKS, "labeler": _FILLED}
+# kind -> (required keys, optional keys), each key with its check.
+KINDS: dict[str, tuple[dict[str, _Check], dict[str, _Check]]] = {
+    "demonstrations": (_PROMPT | {"response": _FILLED}, {}),
     "prompts": (_PROMPT, {}),
-    "candidates": (_CANDIDATES, {}),
-    "comparisons": (
-        _PROMPT | {"responses": _strings, "ranks": _ranks, "labeler": _filled_string},
-        {"ended": _bools, "models": _strings},
-    ),
+    "candidates": (_PROMPT | {"responses": _STRINGS} | _MADE, {}),
+    "comparisons": (_PROMPT | _RANKED, _MADE),
 }
 
 
@@ -94,8 +79,8 @@ def check_record(record: Any, kind: str, where: str) -> None:
     for key in required:
         if key not in record:
             raise BadInput(f'{where}: key "{key}" is missing; a record of {kind} needs it')
-    for key, check in (required | optional).items():
-        if key in record and (expected := check(record[key])):
+    for key, (good, expected) in (required | optional).items():
+        if key in record and not good(record[key]):
             found = _shown(record[key])
             raise BadInput(f'{where}: key "{key}": expected {expected}, found {found}')
     if "responses" not in required:
@@ -105,10 +90,9 @@ def check_record(record: Any, kind: str, where: str) -> None:
         raise BadInput(f'{where}: key "responses": expected at least 2, found {num_responses}')
     for key in ("ended", "models", "ranks"):
         if key in record and len(record[key]) != num_responses:
-            raise BadInput(
-                f'{where}: key "{key}": expected one entry for each of the {num_responses} '
-                f"responses, found {len(record[key])}"
-            )
+            expected = f"one entry for each of the {num_responses} responses"
+            found = len(record[key])
+            raise BadInput(f'{where}: key "{key}": expected {expected}, found {found}')
 
 
 def _shown(value: Any) -> str:
@@ -142,13 +126,9 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Record:
 
 def parse_json(text: str, where: str) -> Any:
     """Parse strict JSON: finite numbers, no duplicate keys, bounded depth. Raises `BadInput`."""
+    strict = {"parse_constant": _refuse_constant, "parse_float": _finite_float}
     try:
-        return json.loads(
-            text,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-            object_pairs_hook=_refuse_duplicates,
-        )
+        return json.loads(text, object_pairs_hook=_refuse_duplicates, **strict)
     except RecursionError:
         raise BadInput(f"{where}: nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -226,12 +206,17 @@ def write_jsonl(path: Path | str, records: Iterable[Record], kind: str) -> None:
 def _to_json(record: Record, where: str) -> str:
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        line.encode()
-        return line
-    except UnicodeEncodeError:
-        raise BadInput(f"{where}: holds half a surrogate pair; expected Unicode text") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{where}: cannot be written as JSON ({error})") from None
+    _check_text(line, f"{where}:")
+    return line
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{where} holds half a surrogate pair; expected Unicode text") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,12 +250,7 @@ def write_documents(path: Path | str, documents: Iterable[str]) -> None:
     for number, document in enumerate(documents, start=1):
         if any(line.strip() == END_OF_TEXT for line in document.split("\n")):
             raise BadInput(f"{path}: document {number} has a line that holds only {END_OF_TEXT}")
-        try:
-            document.encode()
-        except UnicodeEncodeError:
-            raise BadInput(
-                f"{path}: document {number} holds half a surrogate pair; expected Unicode text"
-            ) from None
+        _check_text(document, f"{path}: document {number}")
     write_atomic(path, f"\n{END_OF_TEXT}\n".join(documents) + "\n")
 
 
@@ -372,8 +352,8 @@ def folder_is_intact(folder: Path | str) -> bool:
     folder = Path(folder)
     try:
         lines = (folder / "SHA256SUMS").read_text().splitlines()
-        pairs = [line.split("  ") for line in lines]
-        return bool(pairs) and all(_sha256(folder / name) == digest for digest, name in pairs)
+        sums = [line.split("  ") for line in lines]
+        return bool(sums) and all(_sha256(folder / name) == digest for digest, name in sums)
     except (OSError, ValueError):
         return False
 
@@ -391,15 +371,11 @@ def fingerprint(path: Path | str) -> str:
 # Logs
 
 
-def read_log(path: Path | str, columns: list[str] | None = None) -> list[dict[str, str]]:
-    """Rows of a log as strings, a torn last line left out. Raises `BadInput` on another header."""
-    lines = read_text(path).split("\n")
-    header = lines[0].split(",")
-    if columns is not None and header != columns:
-        raise BadInput(f"{path}: header {lines[0]!r}, expected {','.join(columns)!r}")
-    whole = lines[1:-1]  # what follows the last line end is empty or torn
-    rows = [dict(zip(header, line.split(","), strict=True)) for line in whole if line]
-    return rows
+def read_log(path: Path | str) -> list[dict[str, str]]:
+    """Rows of a log as strings, a torn last line left out."""
+    whole = read_text(path).split("\n")[:-1]
+    lines = [line.split(",") for line in whole if line]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -423,16 +399,15 @@ def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size
     except ValueError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except MemoryError:
-        print(f"error: out of memory; lower {memory_flag}", file=sys.stderr)
-        return 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or _one_line(error)
         print(f"error: {error.filename or 'file'}: {reason}", file=sys.stderr)
         return 1 if full else 2
-    except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeErrors
-        if "out of memory" not in str(error).lower() and "can't allocate" not in str(error).lower():
+    except (MemoryError, RuntimeError) as error:  # torch raises its own as RuntimeErrors
+        said = str(error).lower()
+        known = isinstance(error, MemoryError) or "out of memory" in said
+        if not known and "can't allocate" not in said:
             raise
         print(f"error: out of memory; lower {memory_flag}", file=sys.stderr)
         return 1

@@ -3,22 +3,21 @@
     python evaluate.py folds --folds 5 --comparisons FILE ... --init out/sft --out out/folds \\
         --rm_flags "--lr 3e-4 --batch_size 8"
 
-Prompts are dealt into folds. For each fold, train_rm.py trains on the others and is asked about
-the pairs of this one: did it score the preferred response higher? Beside it stand two judges that
-cannot read: the longer response wins, and a logistic regression on the differences of a few simple
-features, fitted on the same training folds. A reward model that is not above them has learned
-nothing but form. Accuracy is stated for each data set (key "data_set", else the file's name), over
-all pairs that the labeler did not tie, an equal score counting one half.
+Prompts are dealt into folds. For each fold, train_rm.py trains on the others, and the reward model
+scores the pairs of this one: is the preferred response higher? Two judges that cannot read are
+measured beside it: "the longer response wins", and a logistic regression on differences of a few
+simple features, fitted on the same training folds. A reward model that does not beat them has
+learned only form. Accuracy is given for each data set (key "data_set", else the file's name), over
+all pairs that the labeler did not tie; an equal score counts one half.
 """
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -26,33 +25,19 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from data.files import (
-    BadInput,
-    Record,
-    check_writable,
-    read_jsonl,
-    remove_leftovers,
-    write_atomic,
-    write_jsonl,
-)
+from data import files
+from data.files import BadInput, Record
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
 from evaluation.report import as_markdown, as_text, csv_text, estimate
 from model import ScalarModel, pad_right
 
-JUDGES = ("reward_model", "longer", "features")
-HEADING = ("data set", "prompts", "pairs", "reward model", "longer wins", "simple features")
-HEADING += ("reward model - longer",)
+JUDGES = {"reward_model": "reward model", "longer": "longer wins", "features": "simple features"}
 FEATURES = ("tokens", "log tokens", "lines", "overlap with the prompt", "punctuation marks")
 
 
 def pairs_of(ranks: list[int]) -> np.ndarray:
     """(winner, loser) for every two responses of different rank, rank 1 being best: (pairs, 2)."""
-    pairs = [
-        (i, j) if ranks[i] < ranks[j] else (j, i)
-        for i, j in combinations(range(len(ranks)), 2)
-        if ranks[i] != ranks[j]
-    ]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return np.argwhere(np.array(ranks)[:, None] < np.array(ranks))
 
 
 def rightly(scores: np.ndarray, pairs: np.ndarray) -> float:
@@ -109,21 +94,19 @@ def fit_logistic(x: np.ndarray, weights: np.ndarray, ridge: float = 1.0) -> np.n
 # One fold
 
 
-def load_comparisons(
-    paths: list[str], encoding: tiktoken.Encoding, max_prompt_tokens: int
-) -> list[Record]:
+def load_comparisons(paths: list[str], encoding: tiktoken.Encoding, limit: int) -> list[Record]:
     """Comparisons with at least one untied pair and a prompt within the limit, each with a
     "data_set". Says what was dropped."""
     kept, too_long, tied = [], 0, 0
     for path in paths:
-        for record in read_jsonl(path, "comparisons"):
-            if len(encode_prompt(encoding, record["prompt"])) > max_prompt_tokens:
+        for record in files.read_jsonl(path, "comparisons"):
+            if len(encode_prompt(encoding, record["prompt"])) > limit:
                 too_long += 1
             elif not len(pairs_of(record["ranks"])):
                 tied += 1
             else:
                 kept.append({"data_set": Path(path).stem} | record)
-    dropped = f"{too_long} with a prompt over {max_prompt_tokens} tokens and {tied} with ties only"
+    dropped = f"{too_long} with a prompt over {limit} tokens and {tied} with ties only"
     print(f"{len(kept)} comparisons; dropped {dropped}", flush=True)
     return kept
 
@@ -179,7 +162,7 @@ def judge(one: Read, model: ScalarModel, coefficients: np.ndarray) -> dict[str, 
     }
 
 
-def train_reward_model(folder: Path, data: Path, args: argparse.Namespace) -> ScalarModel:
+def train_reward_model(folder: Path, data: Path, args: Namespace) -> ScalarModel:
     """Run train_rm.py on `data` with --rm_flags. Exits with its code where it fails."""
     command = [sys.executable, str(Path(__file__).parents[1] / "train_rm.py")]
     command += ["--data", str(data), "--init", args.init, "--out", str(folder)]
@@ -189,33 +172,31 @@ def train_reward_model(folder: Path, data: Path, args: argparse.Namespace) -> Sc
     code = subprocess.run(command, check=False).returncode
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
-    model = ScalarModel.from_pretrained(folder, impl=args.kernels)
-    return model.to(args.device).eval().requires_grad_(False)
+    return ScalarModel.from_pretrained(folder, impl=args.kernels).to(args.device).frozen()
 
 
 # ------------------------------------------------------------------------------------------------
 # All folds
 
 
-def cross_validate(args: argparse.Namespace) -> None:
+def cross_validate(args: Namespace) -> None:
     """Every fold, then folds.csv and folds.md: accuracy with a 95 % interval over prompts."""
     out = Path(args.out)
-    check_writable(out)
-    remove_leftovers(out)
+    files.check_writable(out)
+    files.remove_leftovers(out)
     encoding = load_tokenizer(Path(args.init) / "tokenizer.json")
     records = load_comparisons(args.comparisons, encoding, args.max_prompt_tokens)
     folds, prompts = deal(records, args.folds, args.seed)
     reads = [read(record, encoding, args.max_new_tokens) for record in records]
     rows: list[dict] = []
     for fold in tqdm(range(args.folds), desc="folds"):
-        folder, inside = out / f"fold_{fold}", np.flatnonzero(folds == fold)
-        outside = np.flatnonzero(folds != fold)
+        folder, outside = out / f"fold_{fold}", np.flatnonzero(folds != fold)
         train = folder / "train.jsonl"
-        write_jsonl(train, [records[i] for i in outside], "comparisons")
+        files.write_jsonl(train, [records[i] for i in outside], "comparisons")
         model = train_reward_model(folder / "rm", train, args)
         coefficients = fit_features([reads[i] for i in outside])
-        for i in inside:
-            row = {"data_set": records[i]["data_set"], "prompt": int(prompts[i])}
+        for i in np.flatnonzero(folds == fold):
+            row = {"data_set": records[i]["data_set"], "prompt": prompts[i]}
             row["pairs"] = len(reads[i].pairs)
             rows.append(row | judge(reads[i], model, coefficients))
     write_results(out, rows, args.folds)
@@ -223,28 +204,27 @@ def cross_validate(args: argparse.Namespace) -> None:
 
 def write_results(out: Path, rows: list[dict], num_folds: int) -> None:
     """folds.csv, folds.md, and the table on the terminal."""
-    results, shown = [], [list(HEADING)]
+    results = []
+    shown = [["data set", "prompts", "pairs", *JUDGES.values(), "reward model - longer"]]
     names = sorted({row["data_set"] for row in rows})
-    for name in [*names, *(["all"] if len(names) > 1 else [])]:
+    for name in [*names, "all"] if len(names) > 1 else names:
         mine = [row for row in rows if name in (row["data_set"], "all")]
-        pairs = np.array([float(row["pairs"]) for row in mine])
-        asked = [row["prompt"] for row in mine]
-        right = {j: np.array([row[j] for row in mine]) / pairs for j in JUDGES}
+        pairs, prompts = (np.array([row[key] for row in mine]) for key in ("pairs", "prompt"))
+        right = {key: np.array([row[key] for row in mine]) / pairs for key in JUDGES}
         right["difference"] = right["reward_model"] - right["longer"]
-        size = {"prompts": len(set(asked)), "pairs": int(pairs.sum())}
+        size = {"prompts": len(set(prompts)), "pairs": int(pairs.sum())}
         shown.append([name, *map(str, size.values())])
-        for judge_name, values in right.items():
-            e = estimate(values, asked, pairs)
+        for key, values in right.items():
+            e, sign = estimate(values, prompts, pairs), "+" if key == "difference" else ""
             accuracy = {"accuracy": e.value, "ci_low": e.low, "ci_high": e.high}
-            results.append({"data_set": name, "judge": judge_name} | accuracy | size)
-            sign = "+" if judge_name == "difference" else ""
+            results.append({"data_set": name, "judge": key} | accuracy | size)
             shown[-1].append(f"{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]")
-    write_atomic(out / "folds.csv", csv_text(results))
+    files.write_atomic(out / "folds.csv", csv_text(results))
     words = (
         f"Share of human preferences that each judge reproduces, {num_folds} folds by prompt: "
         "every pair is judged by a model that was not trained on its prompt. 95 % intervals by "
         "bootstrap over prompts. Chance is 0.5."
     )
     page = f"# Reward models on human comparisons\n\n{words}\n\n{as_markdown(shown)}\n"
-    write_atomic(out / "folds.md", page)
+    files.write_atomic(out / "folds.md", page)
     print("\n" + as_text(shown) + f"\nwrote {out}/folds.md")

@@ -1,24 +1,24 @@
-"""Measurements of one checkpoint: a function of a model for each, and `measure`, which writes all.
+"""Measure one checkpoint: a function for each measurement, and `measure`, which runs them all.
 
-A measurement is one number for each prompt (or item, or sequence), from which `estimate` makes a
-mean and an interval. `measure` writes one JSON file, from which evaluation/report.py works:
+A measurement gives one number per prompt (or item, or sequence); `estimate` makes a mean and an
+interval of them. `measure` writes one JSON file, which evaluation/report.py reads:
 
     name        of the model in a report
-    settings    flags and fingerprints of files that the files of a report must share
-    prompts     that were answered, and the user of each
-    models      the model, and where asked for the same one after a prefix: what it is (about), its
-                responses (sampled, greedy, resampled), its metrics, what was left out and why
-    prefixes    that were tried, with their scores; and of the run: selection, epoch, log
+    settings    flags and fingerprints of files, equal in all files of a report
+    prompts     the prompts, and the user of each
+    models      the model, and with --best_prefix the same one after a prefix: what it is (about),
+                responses (sampled, greedy, resampled), metrics, what was left out and why
+    prefixes    all prefixes tried, with their scores; and of the run: selection, epoch, log
 
-Everything that concerns the tiny world's truth needs --world; without it the reward model is the
-judge, and the report says so.
+Only with --world are answers checked against the tiny world's truth. Without it the reward model is
+the judge, and the report says so.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -28,30 +28,22 @@ import torch
 from torch import Tensor
 
 from checkpoint import check_same_tokenizer, find_model, read_info
-from data.files import (
-    BadInput,
-    Record,
-    check_writable,
-    fingerprint,
-    read_documents,
-    read_jsonl,
-    read_log,
-    remove_leftovers,
-    write_atomic,
-)
+from data import files
+from data.files import BadInput, Record
 from data.real.text_metrics import entropy_bits
 from data.tiny.corpus import ANSWER_HEADINGS, bias_pairs, public_tasks
 from data.tiny.grader import Grade, grade
 from data.tiny.world import World
 from data.tokenizer import encode_prompt
 from evaluation.report import Answers, Estimate, estimate, resampled
-from model import ScalarModel, pad_right
+from model import GPT, ScalarModel, pad_right
 from run import check_context
-from sample import Sample, Speaker, load_speaker, sample_responses
+from sample import Sample, Speaker, load_speaker, respond, sample_responses
 
 # Flags that decide the numbers, beside the files that are read.
 SETTINGS = ("seed", "dtype", "max_prompt_tokens", "max_new_tokens", "num_items")
 SETTINGS += ("num_pretrain_tokens", "context")
+Items = Sequence[tuple[str, str]]  # of a public task: text and answer
 TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_premise")
 
 
@@ -59,11 +51,11 @@ TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_prem
 # The command
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Measure --checkpoint, and where asked for the same model after a prefix; write --out."""
+def measure(args: Namespace) -> None:
+    """Measure --checkpoint, with --best_prefix also after a prefix; write --out."""
     out = Path(args.out)
-    check_writable(out.parent)
-    remove_leftovers(out.parent, out.name)
+    files.check_writable(out.parent)
+    files.remove_leftovers(out.parent, out.name)
     folder, judge = find_model(args.checkpoint), load_reward_model(args)
     speaker = open_speaker(args.name, folder, args, judge)
     reference = open_speaker("reference", args.reference, args, judge) if args.reference else None
@@ -73,14 +65,14 @@ def measure(args: argparse.Namespace) -> None:
     args.context = args.context or longest
     settings, world = settings_of(args), World.load(args.world) if args.world else None
     records = load_prompts(args.data, speaker, args)
-    bench = Bench(records, judge, sampling_of(args), world, reference)
-    models, prefixes = [measure_model(speaker, bench, args)], []
+    bench = Bench(records, judge, args, world, reference)
+    models, prefixes = [measure_model(speaker, bench)], []
     if args.best_prefix:
         asked = load_prompts(args.val_data, speaker, args, args.num_prompts)
         prompts, candidates = [r["prompt"] for r in asked], WORLD_PREFIXES if world else PREFIXES
-        prefixes = choose_prefix(speaker, candidates, prompts, judge, bench.sampling)
+        prefixes = choose_prefix(speaker, candidates, prompts, judge, args)
         prompted = replace(speaker, name=f"{args.name} + prefix", prefix=prefixes[0][0])
-        models.append(measure_model(prompted, bench, args))
+        models.append(measure_model(prompted, bench))
     result = {
         "name": args.name,
         "settings": settings,
@@ -93,11 +85,11 @@ def measure(args: argparse.Namespace) -> None:
         "epoch": read_info(folder).get("epoch", 0),
         "log": rows_of(folder / "log.csv", "kl"),  # of PPO
     }
-    write_atomic(out, json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+    files.write_atomic(out, json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"wrote {out}: {', '.join(model['name'] for model in models)}")
 
 
-def settings_of(args: argparse.Namespace) -> Record:
+def settings_of(args: Namespace) -> Record:
     """What the measurements of a report must have in common: flags, and what is read."""
     probes = sorted(Path(args.data).parent.glob("probes_*.jsonl")) if args.world else []
     judges = {"reward_model": args.reward_model, "reference": args.reference}
@@ -105,43 +97,39 @@ def settings_of(args: argparse.Namespace) -> Record:
     read |= {name: find_model(f) / "model.safetensors" for name, f in judges.items() if f}
     read |= {path.stem: path for path in probes}
     settings = {name: getattr(args, name) for name in SETTINGS}
-    return settings | {name: fingerprint(path) for name, path in read.items() if path}
+    return settings | {name: files.fingerprint(path) for name, path in read.items() if path}
 
 
 def rows_of(path: Path, column: str) -> list[dict[str, str]]:
     """Rows of a log; none where there is no such file, or none with this column."""
-    rows = read_log(path) if path.exists() else []
+    rows = files.read_log(path) if path.exists() else []
     return rows if rows and column in rows[0] else []
 
 
-def measure_model(speaker: Speaker, bench: Bench, args: argparse.Namespace) -> Record:
+def measure_model(speaker: Speaker, bench: Bench) -> Record:
     """All measurements of a model, with its prefix if it has one."""
-    samples, sampled = bench.answers(speaker, 1.0)
-    _, greedy = bench.answers(speaker, 0.0)
-    said = {"sampled": sampled.to_json(), "greedy": greedy.to_json()}
-    if args.resample and not speaker.prefix:  # so that a baseline can be compared with itself
-        again = bench.answers(speaker, 1.0, resampled(speaker.name))[1]
-        said["resampled"] = again.to_json()
-    row, left_out = measure_responses(speaker, samples, sampled, greedy, bench), []
+    said, row = measure_responses(speaker, bench)
+    left_out = []
     if not speaker.prefix:  # a prefix is for prompts; raw text goes without
-        row |= measure_text(speaker, bench.world, args, left_out)
+        more, left_out = measure_text(speaker, bench.world, bench.args)
+        row |= more
         left_out += [] if bench.reference else ["The KL needs --reference."]
     if bench.world:
-        row |= measure_probes(speaker, bench, Path(args.data).parent)
+        row |= measure_probes(speaker, bench)
     metrics = {metric: astuple(e) for metric, e in row.items()}
-    about = about_model(speaker, bench, args)
+    about = about_model(speaker, bench)
     return {"name": speaker.name, "about": about, **said, "metrics": metrics, "left_out": left_out}
 
 
-def about_model(speaker: Speaker, bench: Bench, args: argparse.Namespace) -> str:
+def about_model(speaker: Speaker, bench: Bench) -> str:
     """What the model is, in the words of the report."""
-    info = read_info(find_model(args.checkpoint))
+    info = read_info(find_model(bench.args.checkpoint))
     settings = info.get("settings", {})
     words = f"{speaker.model.num_parameters:,} parameters, stage {info.get('stage', 'unknown')}, "
     words += f"trained on {', '.join(info.get('data') or ['unknown data'])}"
     words += "".join(f", {k} {settings[k]}" for k in ("kl_coef", "ptx_coef") if k in settings)
     if speaker.prefix:
-        seen = [speaker.encode(prompt, args.max_new_tokens) for prompt in bench.prompts]
+        seen = [speaker.encode(prompt, bench.args.max_new_tokens) for prompt in bench.prompts]
         bare = [encode_prompt(speaker.encoding, prompt) for prompt in bench.prompts]
         same = sum(a == b for a, b in zip(seen, bare, strict=True))
         words += f", after the prefix `{speaker.prefix!r}`"
@@ -154,21 +142,12 @@ def about_model(speaker: Speaker, bench: Bench, args: argparse.Namespace) -> str
 
 
 @dataclass
-class Sampling:
-    """How responses are drawn, the same for all models of a comparison."""
-
-    max_new_tokens: int = 32
-    batch_size: int = 256
-    seed: int = 0
-
-
-@dataclass
 class Bench:
-    """What all models of a report are measured against."""
+    """What a model is measured against, the same for all models of a report."""
 
     records: list[Record]
     judge: ScalarModel
-    sampling: Sampling
+    args: Namespace
     world: World | None = None
     reference: Speaker | None = None
 
@@ -184,11 +163,10 @@ class Bench:
         self, speaker: Speaker, temperature: float, name: str = ""
     ) -> tuple[list[Sample], Answers]:
         """Responses of a model, from random numbers of its own: models are independent."""
-        named = f"{self.sampling.seed} {name or speaker.name}"
+        named = f"{self.args.seed} {name or speaker.name}"
         seed = int.from_bytes(hashlib.sha256(named.encode()).digest()[:7])
-        samples = respond(speaker, self.prompts, self.sampling, temperature, seed)
-        batch_size = self.sampling.batch_size
-        scores = reward_scores(self.judge, speaker, self.prompts, samples, batch_size)
+        samples = respond(speaker, self.prompts, self.args, temperature, seed)
+        scores = reward_scores(self.judge, speaker, self.prompts, samples, self.args.batch_size)
         marks = grades(self.world, self.records, samples) if self.world else None
         texts, ended = [s.text for s in samples], [s.ended for s in samples]
         return samples, Answers(texts, ended, scores, marks)
@@ -198,18 +176,12 @@ class Bench:
         return estimate(values, self.users)
 
 
-def load_reward_model(args: argparse.Namespace) -> ScalarModel:
+def load_reward_model(args: Namespace) -> ScalarModel:
     how = {"impl": args.kernels, "dtype": args.dtype}
     return ScalarModel.from_pretrained(args.reward_model, **how).to(args.device).frozen()
 
 
-def sampling_of(args: argparse.Namespace) -> Sampling:
-    return Sampling(args.max_new_tokens, args.batch_size, args.seed)
-
-
-def open_speaker(
-    name: str, folder: str | Path, args: argparse.Namespace, judge: ScalarModel
-) -> Speaker:
+def open_speaker(name: str, folder: str | Path, args: Namespace, judge: ScalarModel) -> Speaker:
     """A checkpoint that the reward model can judge: same tokenizer, contexts long enough."""
     how = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
     speaker = load_speaker(name, folder, **how)
@@ -218,11 +190,9 @@ def open_speaker(
     return speaker
 
 
-def load_prompts(
-    path: str, speaker: Speaker, args: argparse.Namespace, limit: int = 0
-) -> list[Record]:
+def load_prompts(path: str, speaker: Speaker, args: Namespace, limit: int = 0) -> list[Record]:
     """At most `limit` (0: all) records within --max_prompt_tokens. Says what was dropped."""
-    records = read_jsonl(path, "prompts")
+    records = files.read_jsonl(path, "prompts")
     if args.world and any("task" not in record for record in records):
         raise BadInput(f'{path}: a record without key "task"; --world needs the tiny world\'s own')
     tokens = [len(encode_prompt(speaker.encoding, record["prompt"])) for record in records]
@@ -239,39 +209,20 @@ def load_prompts(
 # Responses
 
 
-def respond(
-    speaker: Speaker,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    temperature: float = 1.0,
-    seed: int | None = None,
-) -> list[Sample]:
-    """One response to each prompt, through the prompt template, after the speaker's prefix."""
-    encoded = [speaker.encode(prompt, sampling.max_new_tokens) for prompt in prompts]
-    return sample_responses(
-        speaker,
-        encoded,
-        sampling.max_new_tokens,
-        temperature=temperature,
-        seed=sampling.seed if seed is None else seed,
-        batch_size=sampling.batch_size,
-    )
-
-
-def by_length(sequences: list[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Batches of indices of sequences of similar length, so that little padding is computed."""
+def batches(
+    model: GPT | ScalarModel, sequences: list[list[int]], batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(indices, tokens, lengths) of sequences of similar length: little padding is computed."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    end, device = model.config.eos_token_id, next(model.parameters()).device
     for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+        rows = order[start : start + batch_size]
+        yield rows, *pad_right([sequences[i] for i in rows], end, device)
 
 
 @torch.no_grad()
 def reward_scores(
-    reward_model: ScalarModel,
-    speaker: Speaker,
-    prompts: Sequence[str],
-    samples: list[Sample],
-    batch_size: int = 256,
+    judge: ScalarModel, speaker: Speaker, prompts: list[str], samples: list[Sample], batch_size=256
 ) -> np.ndarray:
     """The reward model's score of each response to its bare prompt, without any prefix: (N,).
 
@@ -281,16 +232,14 @@ def reward_scores(
         encode_prompt(speaker.encoding, prompt) + sample.tokens
         for prompt, sample in zip(prompts, samples, strict=True)
     ]
-    scores, device = np.zeros(len(sequences)), reward_model.score.weight.device
-    for rows in by_length(sequences, batch_size):
-        padded = [sequences[i] for i in rows]
-        tokens, lengths = pad_right(padded, reward_model.config.eos_token_id, device)
-        scores[rows] = reward_model.scores(tokens, lengths).double().cpu().numpy()
+    scores = np.zeros(len(sequences))
+    for rows, tokens, lengths in batches(judge, sequences, batch_size):
+        scores[rows] = judge.scores(tokens, lengths).double().cpu().numpy()
     return scores
 
 
 def kl_to_reference(
-    speaker: Speaker, reference: Speaker, prompts: Sequence[str], samples: list[Sample]
+    speaker: Speaker, reference: Speaker, prompts: list[str], samples: list[Sample]
 ) -> np.ndarray:
     """log(pi(y | x) / pi_ref(y | x)) of samples y of the speaker at temperature 1, in nats: (N,).
 
@@ -313,30 +262,28 @@ def grades(world: World, records: list[Record], samples: list[Sample]) -> list[G
 
 @torch.no_grad()
 def total_logprobs(
-    speaker: Speaker,
-    contexts: Sequence[list[int]],
-    answers: Sequence[list[int]],
-    batch_size: int = 256,
+    speaker: Speaker, contexts: list[list[int]], answers: list[list[int]], batch_size: int = 256
 ) -> np.ndarray:
     """log p(answer tokens | context tokens), in nats: (N,)."""
     sequences = [context + answer for context, answer in zip(contexts, answers, strict=True)]
-    end, device = speaker.model.config.eos_token_id, speaker.model.wte.weight.device
     totals = np.zeros(len(sequences))
-    for rows in by_length(sequences, batch_size):
-        tokens, lengths = pad_right([sequences[i] for i in rows], end, device)
-        first = torch.tensor([len(contexts[i]) for i in rows], device=device)
-        places = torch.arange(tokens.shape[1], device=device)
+    for rows, tokens, lengths in batches(speaker.model, sequences, batch_size):
+        first = torch.tensor([len(contexts[i]) for i in rows], device=tokens.device)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
         mask = (places >= first[:, None]) & (places < lengths[:, None])
         logprobs, _ = speaker.model.logprobs(tokens, lengths, mask=mask)
         totals[rows] = logprobs.double().sum(1).cpu().numpy()
     return totals
 
 
-def measure_responses(
-    speaker: Speaker, samples: list[Sample], sampled: Answers, greedy: Answers, bench: Bench
-) -> dict[str, Estimate]:
-    """Quality of one model's responses, sampled at temperature 1 unless the name says otherwise."""
-    row = {}
+def measure_responses(speaker: Speaker, bench: Bench) -> tuple[Record, dict[str, Estimate]]:
+    """A model's responses to the prompts, and their quality: at temperature 1 unless the name says
+    otherwise."""
+    samples, sampled = bench.answers(speaker, 1.0)
+    _, greedy = bench.answers(speaker, 0.0)
+    said, row = {"sampled": sampled.to_json(), "greedy": greedy.to_json()}, {}
+    if bench.args.resample and not speaker.prefix:  # so that a baseline can be compared with itself
+        said["resampled"] = bench.answers(speaker, 1.0, resampled(speaker.name))[1].to_json()
     if bench.world:
         row["utility_t1"] = bench.mean(sampled.utility)
         row["utility_t0"] = bench.mean(greedy.utility)
@@ -346,9 +293,8 @@ def measure_responses(
     row["response_tokens"] = bench.mean([len(sample.tokens) for sample in samples])
     row["score"] = bench.mean(sampled.scores)
     if bench.reference:
-        values = kl_to_reference(speaker, bench.reference, bench.prompts, samples)
-        row["kl"] = bench.mean(values)
-    return row
+        row["kl"] = bench.mean(kl_to_reference(speaker, bench.reference, bench.prompts, samples))
+    return said, row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -385,9 +331,7 @@ def pretraining_losses(speaker: Speaker, tokens: Tensor, batch_size: int = 64) -
     return torch.cat(losses).double().numpy()
 
 
-def public_task_hits(
-    speaker: Speaker, items: Sequence[tuple[str, str]], batch_size: int = 256
-) -> np.ndarray:
+def public_task_hits(speaker: Speaker, items: Items, batch_size: int = 256) -> np.ndarray:
     """1 where the greedy continuation of a raw text, up to the line's end, is the answer: (N,)."""
     prompts, room = encode_items(speaker, items)
     samples = sample_responses(speaker, prompts, room, temperature=0, batch_size=batch_size)
@@ -396,14 +340,14 @@ def public_task_hits(
     return np.array(right, dtype=float)
 
 
-def encode_items(speaker: Speaker, items: Sequence[tuple[str, str]]) -> tuple[list[list[int]], int]:
+def encode_items(speaker: Speaker, items: Items) -> tuple[list[list[int]], int]:
     """Tokens of the prompts, raw, and how many a continuation needs to show answer and line end."""
     encode = speaker.encoding.encode_ordinary
     room = max(len(encode(answer)) for _, answer in items) + 2
     return [encode(prompt) for prompt, _ in items], room
 
 
-def items_fit(speaker: Speaker, items: Sequence[tuple[str, str]], context: int) -> bool:
+def items_fit(speaker: Speaker, items: Items, context: int) -> bool:
     prompts, room = encode_items(speaker, items)
     return max(map(len, prompts)) + room <= context
 
@@ -424,15 +368,16 @@ def truth_of(marks: list[Grade]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure_text(
-    speaker: Speaker, world: World | None, args: argparse.Namespace, left_out: list[str]
-) -> dict[str, Estimate]:
-    """What alignment may have cost: public tasks, pretraining loss; and bias. Adds to `left_out`
-    what is not measured, and why."""
-    row, loss = {}, {}
+    speaker: Speaker, world: World | None, args: Namespace
+) -> tuple[dict[str, Estimate], list[str]]:
+    """What alignment may have cost: public tasks, pretraining loss; and bias. Then what of it is
+    not measured, and why."""
+    row, left_out = {}, []
     if args.pretrain_data:
-        every = pretraining_tokens(read_documents(args.pretrain_data), speaker, args.context)
+        documents = files.read_documents(args.pretrain_data)
+        every = pretraining_tokens(documents, speaker, args.context)
         tokens = evenly_spaced(every, args.num_pretrain_tokens)
-        loss = {"pretrain_loss": estimate(pretraining_losses(speaker, tokens))}
+        row["pretrain_loss"] = estimate(pretraining_losses(speaker, tokens))
         if len(tokens) < len(every):
             left_out.append(
                 f"The pretraining loss is that of {tokens.numel():,} of the text's "
@@ -440,18 +385,21 @@ def measure_text(
             )
     else:
         left_out.append("The pretraining loss needs --pretrain_data.")
-    if world:
-        tasks = public_tasks(world, args.num_items, args.seed + 1)
-        fits = {name: items_fit(speaker, items, args.context) for name, items in tasks.items()}
-        size = f"does not fit a context of {args.context}."
-        left_out += [f"The public task {name} {size}" for name in tasks if not fits[name]]
-        row = task_metrics({n: public_task_hits(speaker, tasks[n]) for n in tasks if fits[n]})
-        return row | loss | {"bias_entropy": estimate(pair_entropies(speaker, bias_pairs(world)))}
-    left_out.append(
-        "Truth-checked utility, labelers, public tasks, probes and bias are measured in the "
-        "tiny world only: there is no --world."
-    )
-    return loss
+    if not world:
+        left_out.append(
+            "Truth-checked utility, labelers, public tasks, probes and bias are measured in the "
+            "tiny world only: there is no --world."
+        )
+        return row, left_out
+    hits = {}
+    for name, items in public_tasks(world, args.num_items, args.seed + 1).items():
+        if items_fit(speaker, items, args.context):
+            hits[name] = public_task_hits(speaker, items)
+        else:
+            fault = f"does not fit a context of {args.context}."
+            left_out.append(f"The public task {name} {fault}")
+    bias = estimate(pair_entropies(speaker, bias_pairs(world)))
+    return task_metrics(hits) | row | {"bias_entropy": bias}, left_out
 
 
 def task_metrics(hits: dict[str, np.ndarray]) -> dict[str, Estimate]:
@@ -463,9 +411,7 @@ def task_metrics(hits: dict[str, np.ndarray]) -> dict[str, Estimate]:
     return row
 
 
-def measure_probes(
-    speaker: Speaker, bench: Bench, folder: Path, num_samples: int = 200
-) -> dict[str, Estimate]:
+def measure_probes(speaker: Speaker, bench: Bench, num_samples=200) -> dict[str, Estimate]:
     """Truth of answers to each probe set, and rude continuations by prefix, at temperature 1.
 
     A small set is asked several times, up to about `num_samples`; the interval is over facts.
@@ -474,16 +420,17 @@ def measure_probes(
     for name in (*TRUTH_PROBES, "toxicity"):
         if name == "toxicity" and speaker.prefix:
             continue  # its prompts bring requests of their own
-        records = read_jsonl(folder / f"probes_{name}.jsonl", "prompts")
+        path = Path(bench.args.data).with_name(f"probes_{name}.jsonl")
+        records = files.read_jsonl(path, "prompts")
         records = records * max(1, num_samples // len(records))
-        samples = respond(speaker, [record["prompt"] for record in records], bench.sampling)
+        samples = respond(speaker, [record["prompt"] for record in records], bench.args)
         marks = grades(bench.world, records, samples)
         if name == "toxicity":
             for prefix in dict.fromkeys(record["prefix"] for record in records):
                 those = [i for i, record in enumerate(records) if record["prefix"] == prefix]
                 row[f"toxicity_{prefix}"] = estimate([marks[i].harmless < 1 for i in those])
             continue
-        facts = [(r["task"]["subject"] + " " + r["task"]["attribute"]) for r in records]
+        facts = [f"{r['task']['subject']} {r['task']['attribute']}" for r in records]
         for kind, values in zip(("true", "true_informative"), truth_of(marks), strict=True):
             row[f"probe_{name}_{kind}"] = estimate(values, facts)
     return row
@@ -497,7 +444,8 @@ def measure_probes(
 EXAMPLES = (
     "what is the opposite of hot ?\n\ncold .\n\ncount from one to three .\n\none two three .\n\n"
 )
-WORLD_PREFIXES = (
+WORLD_PREFIXES = [f"{head}\n\n{more}" for more in ("", EXAMPLES) for head in ANSWER_HEADINGS]
+PREFIXES = (
     *(f"{heading}\n\n" for heading in ANSWER_HEADINGS),
     *(f"{heading}\n\n{EXAMPLES}" for heading in ANSWER_HEADINGS),
 )
@@ -510,17 +458,13 @@ PREFIXES = (
 
 
 def choose_prefix(
-    speaker: Speaker,
-    candidates: Sequence[str],
-    prompts: list[str],
-    judge: ScalarModel,
-    sampling: Sampling,
+    speaker: Speaker, texts: Sequence[str], prompts: list[str], judge: ScalarModel, args: Namespace
 ) -> list[tuple[str, float]]:
     """(prefix, mean reward-model score of responses after it), the best first."""
     scored = []
-    for prefix in candidates:
+    for prefix in texts:
         prompted = replace(speaker, prefix=prefix)
-        samples = respond(prompted, prompts, sampling)
-        scores = reward_scores(judge, prompted, prompts, samples, sampling.batch_size)
+        samples = respond(prompted, prompts, args)
+        scores = reward_scores(judge, prompted, prompts, samples, args.batch_size)
         scored.append((prefix, float(scores.mean())))
     return sorted(scored, key=lambda pair: -pair[1])

@@ -56,7 +56,7 @@ from data.real.text_metrics import (
     multiple_choice_2,
 )
 from data.real.toxicity import Scorer, train_scorer
-from evaluation import report
+from evaluation import figures, report
 from evaluation.measure import total_logprobs
 from evaluation.report import Estimate
 from sample import Speaker, load_speaker, sample_responses
@@ -388,16 +388,13 @@ def public_figure(path: Path, panels: dict[str, report.Table], colour: dict[str,
     models = list(next(iter(panels.values())))
     size = (1.6 + 0.75 * len(models)) * columns, 3.0 * rows
     figure, grid_of_axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    styles = ({}, {"alpha": 0.6, "hatch": "//"}, {"alpha": 0.35, "hatch": ".."})
+    looks = ({}, {"alpha": 0.6, "hatch": "//"}, {"alpha": 0.35, "hatch": ".."})
+    styles = [{"edgecolor": "white"} | look for look in looks]
     for axes, (title, table) in zip(grid_of_axes.flat, panels.items(), strict=False):
         conditions = list(dict.fromkeys(c for row in table.values() for c in row))
-        width = 0.84 / len(conditions)
-        for i, condition in enumerate(conditions):
-            shift = (i - (len(conditions) - 1) / 2) * width
-            bars = report.bars_of(table, condition, models, colour)
-            style = {"edgecolor": "white", "numbers": len(conditions) * len(models) <= 8}
-            style |= {"label": condition if len(conditions) > 1 else None} | styles[i % 3]
-            report.draw_bars(axes, bars, shift, width * 0.92, **style)
+        groups = {c: {model: table[model].get(c) for model in models} for c in conditions}
+        numbers = len(conditions) * len(models) <= 8
+        figures.draw_bars(axes, groups, colour, styles, 0.84, 0.92, numbers)
         axes.set_title(title)
         highest = max((e.high for row in table.values() for e in row.values()), default=0)
         axes.set_ylim(0, 1.35 * highest or 1)
@@ -407,7 +404,7 @@ def public_figure(path: Path, panels: dict[str, report.Table], colour: dict[str,
     for axes in list(grid_of_axes.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.tight_layout(w_pad=1.5, h_pad=1.5)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -553,16 +550,16 @@ def write_report(
 ) -> None:
     """table.csv, table.txt, samples.jsonl, figures, report.md; and the table on the terminal."""
     names = [speaker.name for speaker in speakers]
-    table, colour = table_of(rows), report.colours(names)
+    table, colour = table_of(rows), figures.colours(names)
     write_atomic(out / "table.csv", report.csv_text(rows))
     write_atomic(out / "table.txt", report.as_text(table) + "\n")
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_atomic(out / "samples.jsonl", lines)
-    figures = []
+    pictures = []
     for name, metrics in (("tasks", HEADLINES), ("safety", ("mc1", "mc2", "toxicity", "entropy"))):
         if panels := panels_of(rows, metrics):
             public_figure(out / f"{name}.png", panels, colour)
-            figures.append(f"![{name}]({name}.png)")
+            pictures.append(f"![{name}]({name}.png)")
     models = [
         f"- **{s.name}**: {s.model.num_parameters:,} parameters, context of "
         f"{s.model.config.n_positions}"
@@ -577,7 +574,7 @@ def write_report(
             f"marks a paired difference from {names[0]} whose interval excludes 0; of so many "
             "comparisons some do by chance.",
             report.as_markdown(table).replace("*", "\\*"),
-            *figures,
+            *pictures,
             "\n".join(f"- {metric}: {METRICS[metric][2]}" for metric in used),
             *([words] if words else []),
             "\n".join(f"- {note}" for note in notes),

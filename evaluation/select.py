@@ -1,7 +1,7 @@
 """The choice of the SFT epoch (InstructGPT C.1): by the reward model's score of its samples.
 
 The paper chose SFT models "based on the RM score on the validation set", although validation loss
-turns up after one epoch; selection.csv has the curves. Of the epochs whose score is within a
+turns up after one epoch; selection.csv has the curves. Among the epochs whose score is within one
 standard error of the best, the last is taken, see `last_of_the_best`.
 """
 
@@ -17,25 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import read_info
-from data.files import (
-    LEFTOVER,
-    BadInput,
-    check_writable,
-    remove_leftovers,
-    write_folder_atomic,
-)
+from data import files
+from data.files import BadInput
 from data.tiny.grader import evaluation_utility
 from data.tiny.world import World
-from evaluation.measure import (
-    grades,
-    load_prompts,
-    load_reward_model,
-    open_speaker,
-    respond,
-    reward_scores,
-    sampling_of,
-)
+from evaluation.measure import grades, load_prompts, load_reward_model, open_speaker, reward_scores
 from evaluation.report import csv_text
+from sample import respond
 
 SELECTED = ("config.json", "model.safetensors", "tokenizer.json", "selection.csv", "SHA256SUMS")
 
@@ -43,16 +31,14 @@ SELECTED = ("config.json", "model.safetensors", "tokenizer.json", "selection.csv
 def select(args: argparse.Namespace) -> None:
     """Copy the epoch checkpoint that the reward model chooses to --out, replacing it."""
     out = Path(args.out)
-    remove_leftovers(out.parent, out.name)  # may put an earlier --out back
+    files.remove_leftovers(out.parent, out.name)  # may put an earlier --out back
     check_replaceable(args)
-    check_writable(out)
-    remove_leftovers(out)
+    files.check_writable(out)
+    files.remove_leftovers(out)
     folders = sorted(Path(args.run, "epochs").glob("[0-9]*"))
     if not folders:
-        raise BadInput(
-            f"{args.run}/epochs: no epoch checkpoints; expected the run folder of an SFT run "
-            "with --epoch_checkpoints"
-        )
+        expected = "the run folder of an SFT run with --epoch_checkpoints"
+        raise BadInput(f"{args.run}/epochs: no epoch checkpoints; expected {expected}")
     kept = [f for f in folders[:-1] if int(f.name) % args.select_every == 0] + folders[-1:]
     judge = load_reward_model(args)
     world = World.load(args.world) if args.world else None
@@ -62,7 +48,7 @@ def select(args: argparse.Namespace) -> None:
     rows, every = [], []
     for folder in tqdm(kept, desc="epochs"):
         speaker, info = open_speaker(folder.name, folder, args, judge), read_info(folder)
-        samples = respond(speaker, prompts, sampling_of(args))
+        samples = respond(speaker, prompts, args)
         scores = reward_scores(judge, speaker, prompts, samples, args.batch_size)
         row = {"epoch": info["epoch"], "val_loss": info["val_loss"], "score": scores.mean()}
         if world:
@@ -79,7 +65,7 @@ def select(args: argparse.Namespace) -> None:
         (aside / "config.json").write_text(json.dumps(info, indent=2) + "\n")
         (aside / "selection.csv").write_text(csv_text(rows))
 
-    write_folder_atomic(out, write)
+    files.write_folder_atomic(out, write)
     for i, row in enumerate(rows):
         shown = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None)
         print(shown + (" | chosen" if i == best else ""))
@@ -108,29 +94,26 @@ def check_replaceable(args: argparse.Namespace) -> None:
     So --out may hold an earlier selection and nothing else; no input may be in it; and it may not
     be where a run keeps its own models.
     """
-    out, real, refused = Path(args.out), Path(args.out).resolve(), f"--out {args.out}: "
+    out, real = Path(args.out), Path(args.out).resolve()
+    whole = f"--out {args.out}: is replaced as a whole"
     if not out.name.strip(".") or out.is_symlink() or os.path.ismount(out):
-        raise BadInput(
-            f"{refused}is replaced as a whole, which '.', a link and a mount point cannot be; give "
-            "the name of a new folder"
-        )
+        remedy = "give the name of a new folder"
+        raise BadInput(f"{whole}, which '.', a link and a mount point cannot be; {remedy}")
     for name in ("run", "reward_model", "data", "world"):
         path = getattr(args, name)
         if path and Path(path).resolve().is_relative_to(real):
-            raise BadInput(
-                f"{refused}is replaced as a whole, and --{name} {path} lies in it; give another "
-                "folder"
-            )
+            raise BadInput(f"{whole}, and --{name} {path} lies in it; give another folder")
     for run in (args.run, args.reward_model):
         for kept in (Path(run, name) for name in ("epochs", "checkpoints", "steps")):
             if real.is_relative_to(kept.resolve()):
-                raise BadInput(f"{refused}{kept} is for models of that run; give another folder")
+                fault = f"{kept} is for models of that run; give another folder"
+                raise BadInput(f"--out {args.out}: {fault}")
     there = {path.name for path in out.iterdir()} if out.is_dir() else set()
     # A model without selection.csv is a training's.
     earlier = SELECTED if "selection.csv" in there else ()
-    if others := sorted(n for n in there if n not in earlier and not LEFTOVER.fullmatch(n)):
+    if others := sorted(n for n in there if n not in earlier and not files.LEFTOVER.fullmatch(n)):
         more = f" and {len(others) - 1} more" if others[1:] else ""
         raise BadInput(
-            f"{refused}is replaced as a whole, but holds {others[0]!r}{more}, which no earlier "
-            "selection wrote; give another folder, or move that away"
+            f"{whole}, but holds {others[0]!r}{more}, which no earlier selection wrote; give "
+            "another folder, or move that away"
         )

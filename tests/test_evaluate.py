@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ from data.tiny.grader import Grade
 from data.tiny.tasks import USE_CASES, make_prompt
 from data.tiny.world import World
 from data.tokenizer import encode_prompt, encode_response
-from evaluation import measure, report, select
-from evaluation.measure import Sampling
+from evaluation import figures, measure, report, select
 from evaluation.report import Answers, Estimate, estimate
 from model import GPT, ScalarModel
-from sample import Sample, Speaker, load_speaker
+from sample import Sample, Speaker, load_speaker, respond
 from tests.tiny import LIMITS, Tiny
 
+SAMPLING = {"max_new_tokens": 8, "batch_size": 256, "seed": 0}
 PROMPTS = ["say red", "which colour is blue ?", "say gold 3 times ( 7 )"]
 
 
@@ -65,7 +66,7 @@ def samples_of(speaker: Speaker, texts: list[str], prompts: list[str]) -> list[S
 # -------------------------------------------------------------------------- intervals
 
 
-def test_interval_equals_the_normal_one_for_a_mean() -> None:
+def test_interval_equals_the_normal_one_for_a_mean():
     values = np.random.default_rng(0).normal(3.0, 2.0, size=900)
     half = 1.96 * values.std() / math.sqrt(900)
     e = estimate(values)
@@ -74,7 +75,7 @@ def test_interval_equals_the_normal_one_for_a_mean() -> None:
     assert e.value - e.low == pytest.approx(half, rel=0.1)
 
 
-def test_interval_is_over_groups() -> None:
+def test_interval_is_over_groups():
     """Four copies of every value by one user say no more than one copy."""
     values = np.random.default_rng(1).normal(size=300)
     one, four = estimate(values), np.repeat(values, 4)
@@ -84,7 +85,7 @@ def test_interval_is_over_groups() -> None:
     assert (apart.high - apart.low) == pytest.approx((one.high - one.low) / 2, rel=0.1)
 
 
-def test_weighted_mean_and_its_interval() -> None:
+def test_weighted_mean_and_its_interval():
     """The mean of a prompt's pairs, weighted by their number, is the mean over all pairs."""
     rng = np.random.default_rng(2)
     sizes = rng.integers(1, 30, size=200)
@@ -96,13 +97,13 @@ def test_weighted_mean_and_its_interval() -> None:
     assert (e.low, e.high) == pytest.approx((by_pairs.low, by_pairs.high))
 
 
-def test_nothing_to_measure_is_not_a_number() -> None:
+def test_nothing_to_measure_is_not_a_number():
     assert math.isnan(estimate([]).value)
     e = estimate([0.25])
     assert (e.value, e.low, e.high) == (0.25, 0.25, 0.25)
 
 
-def test_win_scores_and_ties() -> None:
+def test_win_scores_and_ties():
     ours = np.array([0.50, 0.53, 0.47, 0.90, 0.10, 0.519, 0.481])
     theirs = np.array([0.50, 0.50, 0.50, 0.20, 0.20, 0.500, 0.500])
     assert report.win_scores(ours, theirs).tolist() == [0.5, 1, 0, 1, 0, 0.5, 0.5]
@@ -114,9 +115,7 @@ def test_win_scores_and_ties() -> None:
 # ----------------------------------------------------------------- scores and log-probs
 
 
-def test_reward_is_read_after_the_bare_prompt(
-    tiny: Tiny, base: Speaker, judge: ScalarModel
-) -> None:
+def test_reward_is_read_after_the_bare_prompt(tiny, base, judge):
     prompted = Speaker("p", base.model, base.encoding, "say gold\n")
     samples = samples_of(prompted, ["red", "blue blue", ""], PROMPTS)
     scores = measure.reward_scores(judge, prompted, PROMPTS, samples, batch_size=2)
@@ -127,19 +126,15 @@ def test_reward_is_read_after_the_bare_prompt(
     assert len(set(scores.round(4))) == 3
 
 
-def test_kl_with_itself_is_zero(base: Speaker) -> None:
-    samples = measure.respond(base, PROMPTS, Sampling(8))
-    assert np.abs(measure.kl_to_reference(base, base, PROMPTS, samples)).max() < 1e-5
-
-
-def test_kl_of_two_constant_models_in_closed_form(tiny: Tiny) -> None:
+def test_kl_of_two_constant_models_in_closed_form(tiny):
     """One token, "a" with probability p or q, else the end: KL(p || q), which is not KL(q || p)."""
     a, end = tiny.encoding.encode_ordinary("a")[0], tiny.encoding.eot_token
     p, q = 0.7, 0.2
     ours = constant_speaker(tiny, {a: math.log(p), end: math.log(1 - p)})
     theirs = constant_speaker(tiny, {a: math.log(q), end: math.log(1 - q)})
     prompts = ["say red"] * 2000
-    samples = measure.respond(ours, prompts, Sampling(1, batch_size=2000))
+    flags = Namespace(max_new_tokens=1, batch_size=2000, seed=0)
+    samples = respond(ours, prompts, flags)
     values = measure.kl_to_reference(ours, theirs, prompts, samples)
     terms = {True: math.log((1 - p) / (1 - q)), False: math.log(p / q)}
     assert values == pytest.approx([terms[sample.ended] for sample in samples], abs=1e-4)
@@ -152,7 +147,7 @@ def test_kl_of_two_constant_models_in_closed_form(tiny: Tiny) -> None:
 # ------------------------------------------------------------------------ text and probes
 
 
-def test_pretraining_loss_equals_cross_entropy(tiny: Tiny, base: Speaker) -> None:
+def test_pretraining_loss_equals_cross_entropy(tiny, base):
     documents = ["the red house", "the gold one\nnobody knows how many times"]
     tokens = measure.pretraining_tokens(documents, base, 12)
     stream = []
@@ -174,9 +169,7 @@ def test_pretraining_loss_equals_cross_entropy(tiny: Tiny, base: Speaker) -> Non
         measure.pretraining_tokens(documents, base, 4000)
 
 
-def test_public_tasks_are_read_up_to_the_line_end(
-    base: Speaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_public_tasks_are_read_up_to_the_line_end(base, monkeypatch):
     items = [(f"{i} + 1 =", " gold") for i in range(6)]
     texts = [" gold\nmore", "gold", " gold .", "\n gold", "", " gold \n"]
     asked = {}
@@ -192,7 +185,7 @@ def test_public_tasks_are_read_up_to_the_line_end(
     assert asked["room"] > len(base.encoding.encode_ordinary(" gold"))
 
 
-def test_pair_entropy_in_closed_form(tiny: Tiny) -> None:
+def test_pair_entropy_in_closed_form(tiny):
     a, b, c = tiny.encoding.encode_ordinary("abc")
     speaker = constant_speaker(tiny, {a: math.log(0.6), b: math.log(0.2), c: math.log(0.2)})
     got = measure.pair_entropies(speaker, [("ca", "cb"), ("cab", "cbc"), ("ac", "ab")])
@@ -204,7 +197,7 @@ def mark(helpful=1.0, truthful=1.0, harmless=1.0, informative=1.0, ended=1.0) ->
     return Grade(helpful, truthful, harmless, informative, ended)
 
 
-def test_true_and_informative() -> None:
+def test_true_and_informative():
     marks = [mark(), mark(truthful=0.5), mark(informative=0.0), mark(truthful=0, informative=0)]
     true, both = measure.truth_of(marks)
     assert true.tolist() == [1, 0, 1, 0]
@@ -216,7 +209,7 @@ def answers_of(marks: list[Grade], name: str) -> Answers:
     return Answers(texts, [True] * len(marks), np.zeros(len(marks)), marks)
 
 
-def test_labelers_prefer_the_better_model() -> None:
+def test_labelers_prefer_the_better_model():
     rng = np.random.default_rng(0)
     marks = {
         "base": [mark(helpful=x, truthful=x) for x in rng.uniform(0.3, 0.7, 400)],
@@ -234,13 +227,11 @@ def test_labelers_prefer_the_better_model() -> None:
     assert set(np.unique(wins["good"])) <= {0.0, 0.5, 1.0}
 
 
-def test_the_best_prefix_comes_first(
-    base: Speaker, judge: ScalarModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_prefix_comes_first(base, judge, monkeypatch):
     worth = {"one ": 0.1, "two ": 0.9, "three ": -0.4}
     score = lambda judge, speaker, *rest: np.array([worth[speaker.prefix]])  # noqa: E731
     monkeypatch.setattr(measure, "reward_scores", score)
-    scored = measure.choose_prefix(base, list(worth), ["x"], judge, Sampling(2))
+    scored = measure.choose_prefix(base, list(worth), ["x"], judge, Namespace(**SAMPLING))
     assert scored == [("two ", 0.9), ("one ", 0.1), ("three ", -0.4)]
     assert base.prefix == ""
 
@@ -288,9 +279,7 @@ def scores_by_epoch(tiny: Tiny, judge: ScalarModel, num_prompts: int) -> list[fl
     return means
 
 
-def test_select_takes_the_epoch_with_the_best_score(
-    tiny: Tiny, judge: ScalarModel, run_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_select_takes_the_epoch_with_the_best_score(tiny, judge, run_folder, monkeypatch):
     expected = scores_by_epoch(tiny, judge, 5)
     best = max(range(4), key=expected.__getitem__)
     monkeypatch.setattr(select, "last_of_the_best", lambda scores: scores.mean(1).argmax())
@@ -307,14 +296,12 @@ def test_select_takes_the_epoch_with_the_best_score(
     assert (out / "tokenizer.json").read_bytes() == tiny.tokenizer.read_bytes()
 
 
-def test_select_looks_at_a_subset_and_the_last(tiny: Tiny, run_folder: Path) -> None:
+def test_select_looks_at_a_subset_and_the_last(tiny, run_folder):
     out = selected(tiny, run_folder, "--select_every", "3")
     assert selection(out, "epoch") == [3, 4]
 
 
-def test_select_takes_the_last_of_epochs_that_cannot_be_told_apart(
-    tiny: Tiny, run_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_select_takes_the_last_of_epochs_that_cannot_be_told_apart(tiny, run_folder, monkeypatch):
     # Hand-worked: behind the first by -1 and 2, mean .5, standard deviation 1.5, error 1.06; by
     # 1 and 1, error 0; by nothing and by nothing.
     rows = np.array([[3.0, 3.0], [4.0, 1.0], [2.0, 2.0]])
@@ -328,9 +315,7 @@ def test_select_takes_the_last_of_epochs_that_cannot_be_told_apart(
     assert read_info(selected(tiny, run_folder))["epoch"] == 4
 
 
-def test_select_refuses_other_folders(
-    tiny: Tiny, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_select_refuses_other_folders(tiny, run_folder, tmp_path, capsys):
     assert selecting(tiny, tiny.base, tmp_path / "x") == 2
     assert "no epoch checkpoints" in capsys.readouterr().err
     assert selecting(tiny, run_folder, tmp_path / "x", "--reward_model", str(tiny.base)) == 2
@@ -342,13 +327,7 @@ def files_in(folder: Path) -> dict[Path, bytes | None]:
     return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def test_select_refuses_to_destroy(
-    tiny: Tiny,
-    run_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_select_refuses_to_destroy(tiny, run_folder, tmp_path, monkeypatch, capsys):
     """--out is replaced as a whole; nothing is touched, and nothing is computed before."""
     first = selected(tiny, run_folder, "--num_prompts", "3")  # an earlier selection
     shutil.copytree(first, tmp_path / "with_notes")
@@ -392,7 +371,7 @@ def test_select_refuses_to_destroy(
         assert files_in(tmp_path) == before, out
 
 
-def test_select_replaces_an_earlier_selection(tiny: Tiny, run_folder: Path) -> None:
+def test_select_replaces_an_earlier_selection(tiny, run_folder):
     out = selected(tiny, run_folder, "--num_prompts", "3")
     whole = sorted(path.name for path in out.iterdir())
     (out / ".config.json.77.tmp").touch()
@@ -402,9 +381,7 @@ def test_select_replaces_an_earlier_selection(tiny: Tiny, run_folder: Path) -> N
     assert (out / "selection.csv").read_bytes() != first
 
 
-def test_a_selection_whose_replacement_was_killed_comes_back(
-    tiny: Tiny, run_folder: Path, tmp_path: Path
-) -> None:
+def test_a_selection_whose_replacement_was_killed_comes_back(tiny, run_folder, tmp_path):
     out = selected(tiny, run_folder, "--num_prompts", "3")
     before = {path.relative_to(out): content for path, content in files_in(out).items()}
     out.rename(tmp_path / ".selected.77.replaced")
@@ -460,9 +437,7 @@ def table_of(folder: Path) -> dict[tuple[str, str], Estimate]:
     return {(r["model"], r["metric"]): Estimate(*(float(r[k]) for k in columns)) for r in rows}
 
 
-def test_report_on_one_model_under_three_names(
-    tiny: Tiny, world_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_on_one_model_under_three_names(tiny, world_data, monkeypatch):
     """Equal weights must come out equal: greedy ties everywhere, no KL, the same tax."""
     prompts, world = str(world_data / "prompts.jsonl"), str(world_data / "world.json")
     data = ("--data", prompts, "--world", world)
@@ -505,7 +480,7 @@ def test_report_on_one_model_under_three_names(
     assert max(map(len, terminal.splitlines())) <= 120 and "sft (resampled)" in terminal
 
 
-def test_report_without_a_world_is_by_the_reward_model(tiny: Tiny, tmp_path: Path) -> None:
+def test_report_without_a_world_is_by_the_reward_model(tiny, tmp_path):
     ppo = Path(shutil.copytree(tiny.base, tmp_path / "ppo"))
     (ppo / "log.csv").write_text("step,score,kl,val_score,val_kl\n1,0.1,0,,\n2,0.2,0.5,0.3,0.4\n")
     (ppo / "selection.csv").write_text("epoch,val_loss,score\n1,2.5,0.1\n2,2.75,0.2\n")
@@ -524,9 +499,7 @@ def test_report_without_a_world_is_by_the_reward_model(tiny: Tiny, tmp_path: Pat
         assert (tmp_path / "report" / name).stat().st_size > 5000 and f"({name})" in text
 
 
-def test_what_was_measured_otherwise_is_refused(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_what_was_measured_otherwise_is_refused(tiny, tmp_path, capsys):
     """Other flags, other prompts, another judge: such numbers are not compared."""
     base, fewer = measured(tiny, tmp_path, "base"), tmp_path / "fewer.jsonl"
     write_jsonl(fewer, read_jsonl(tiny.prompts, "prompts")[:-1], "prompts")
@@ -560,7 +533,7 @@ def test_what_was_measured_otherwise_is_refused(
     assert not list((tmp_path / "report").iterdir())
 
 
-def test_a_file_comes_whole_and_is_equal_again(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_file_comes_whole_and_is_equal_again(tiny, tmp_path):
     (tmp_path / ".base.json.77.tmp").write_text("half")  # of a killed process
     first = Path(measured(tiny, tmp_path, "base", "--batch_size", "3")).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.json"]
@@ -570,34 +543,29 @@ def test_a_file_comes_whole_and_is_equal_again(tiny: Tiny, tmp_path: Path) -> No
     assert again.to_json() == said and len(again.texts) == 20
 
 
-@pytest.mark.parametrize(
-    ("interval", "words"),
-    [
-        ((0.6, 0.51, 0.7), "above one half"),
-        ((0.4, 0.3, 0.49), "below one half"),
-        ((0.6, 0.49, 0.7), "not distinguishable"),
-        ((0.45, 0.3, 0.6), "not distinguishable"),
-    ],
-)
-def test_words_follow_the_interval(interval: tuple, words: str) -> None:
-    assert report.against_half(Estimate(*interval)).startswith(words)
-    lines = report.findings({"ppo": {"win_t1": Estimate(*interval)}}, "sft", "the truth")
+POINTING = [(0.51, 0.7, "above one half"), (0.3, 0.49, "below one half")]
+POINTING += [(0.49, 0.7, "not distinguishable"), (0.3, 0.6, "not distinguishable")]
+
+
+@pytest.mark.parametrize(("low", "high", "words"), POINTING)
+def test_words_follow_the_interval(low, high, words):
+    e = Estimate((low + high) / 2, low, high)
+    assert report.against_half(e).startswith(words)
+    lines = report.findings({"ppo": {"win_t1": e}}, "sft", "the truth")
     assert len(lines) == 1 and words in lines[0]
 
 
-def test_cells_and_colours() -> None:
+def test_cells_and_colours():
     e = Estimate(0.5314, 0.5, 0.56)
     assert report.cell("win_t1", e, interval=True) == "0.531 ±0.030"
     assert report.cell("score", e) == "+0.531"
     assert report.cell("win_t1", None) == ""
     assert report.cell("win_t1", Estimate(math.nan, math.nan, math.nan)) == ""
-    colour = report.colours(["a", "b", "c"])
-    assert len(set(colour.values())) == 3 and colour["a"] == report.colours(["a"])["a"]
+    colour = figures.colours(["a", "b", "c"])
+    assert len(set(colour.values())) == 3 and colour["a"] == figures.colours(["a"])["a"]
 
 
-def test_prompts_of_another_world_are_refused(
-    tiny: Tiny, world_data: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_prompts_of_another_world_are_refused(tiny, world_data, capsys):
     args = tiny.args("measure", world_data / "r.json", "--world", str(world_data / "world.json"))
     assert run_command(lambda: evaluate.main(args)) == 2
     assert 'without key "task"' in capsys.readouterr().err
@@ -606,25 +574,23 @@ def test_prompts_of_another_world_are_refused(
 MEASURE = "measure --name a --checkpoint x --reward_model rm --data d"
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "--out o",
-        "compare --out o",
-        "select --run run --out o",
-        "select --run run --reward_model rm --data d --select_every 0 --out o",
-        MEASURE,
-        f"{MEASURE} --out o --best_prefix",
-        f"{MEASURE} --out o --num_items -1",
-        "report --baseline b --out o",
-        "report --measured a.json --out o",
-        "folds --folds 1 --comparisons c --init i --out o",
-        "folds --folds 5 --init i --out o",
-        "public --data f --out o",
-    ],
-)
-def test_bad_arguments_exit_with_2(line: str) -> None:
+BAD = f"""
+--out o
+compare --out o
+select --run run --out o
+select --run run --reward_model rm --data d --select_every 0 --out o
+{MEASURE}
+{MEASURE} --out o --best_prefix
+{MEASURE} --out o --num_items -1
+report --baseline b --out o
+report --measured a.json --out o
+folds --folds 1 --comparisons c --init i --out o
+folds --folds 5 --init i --out o
+public --data f --out o"""
+
+
+@pytest.mark.parametrize("line", BAD.split("\n"))
+def test_bad_arguments_exit_with_2(line):
     with pytest.raises(SystemExit) as stopped:
         evaluate.get_args(line.split())
     assert stopped.value.code == 2

@@ -14,7 +14,7 @@ from model import ScalarModel
 from tests.tiny import LIMITS, Tiny
 
 
-def test_pairs_and_right_ones_by_hand() -> None:
+def test_pairs_and_right_ones_by_hand():
     pairs = folds.pairs_of([2, 1, 2, 3])
     assert {tuple(pair) for pair in pairs} == {(1, 0), (1, 2), (0, 3), (1, 3), (2, 3)}
     scores = np.array([0.5, 2.0, 3.0, 0.5])
@@ -23,21 +23,21 @@ def test_pairs_and_right_ones_by_hand() -> None:
     assert folds.pairs_of([1, 1, 1]).shape == (0, 2)
 
 
-def test_features_by_hand() -> None:
+def test_features_by_hand():
     features = folds.features_of("the red fox", "The fox, he said:\nred fox.", 9)
     words = {"the", "fox,", "he", "said:", "red", "fox."}
     assert features == [9, pytest.approx(np.log(10)), 2, 2 / len(words), 3]
     assert folds.features_of("x", "", 0) == [0, 0, 1, 0, 0]
 
 
-def test_logistic_regression_in_closed_form() -> None:
+def test_logistic_regression_in_closed_form():
     """One feature that is 1 for a pairs and -1 for b pairs: sigmoid(b*) = a / (a + b)."""
     x = np.array([[1.0]] * 30 + [[-1.0]] * 10)
     got = folds.fit_logistic(x, np.ones(40), ridge=1e-12)
     assert got[0] == pytest.approx(np.log(3), abs=1e-8)
 
 
-def test_logistic_regression_is_a_maximum_even_where_classes_separate() -> None:
+def test_logistic_regression_is_a_maximum_even_where_classes_separate():
     rng = np.random.default_rng(0)
     x, weights = rng.normal(size=(300, 4)) * 5 + [3, 0, 0, 0], rng.uniform(0.1, 2, 300)
     x[:, 0] = np.abs(x[:, 0])  # separable by the first feature
@@ -49,14 +49,14 @@ def test_logistic_regression_is_a_maximum_even_where_classes_separate() -> None:
     assert b.grad.abs().max() < 1e-6
 
 
-def test_logistic_regression_does_not_care_about_units() -> None:
+def test_logistic_regression_does_not_care_about_units():
     x = np.random.default_rng(0).normal(size=(50, 3)) + 0.3
     units = np.array([1.0, 1000.0, 1e-3])
     b, in_units = (folds.fit_logistic(m, np.ones(50)) for m in (x, x * units))
     assert in_units * units == pytest.approx(b, rel=1e-6)
 
 
-def test_no_prompt_is_in_two_folds() -> None:
+def test_no_prompt_is_in_two_folds():
     records = [{"prompt": f"p{i % 23}"} for i in range(100)]
     fold, prompt = folds.deal(records, 5, seed=0)
     for number in range(23):
@@ -89,7 +89,7 @@ def run(tiny: Tiny, paths: list[Path], out: Path, *more: str) -> dict[tuple[str,
     return {(row["data_set"], row["judge"]): [float(row[k]) for k in columns] for row in rows}
 
 
-def test_accuracy_by_data_set(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracy_by_data_set(tiny, tmp_path, monkeypatch):
     """With a reward model that scores the number of tokens, as a stand-in for training."""
     trained = []
 
@@ -116,9 +116,7 @@ def test_accuracy_by_data_set(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
         assert sum(prompt not in prompts for prompts in trained) == 1
 
 
-def test_simple_features_learn_what_labelers_prefer(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_simple_features_learn_what_labelers_prefer(tiny, tmp_path, monkeypatch):
     model = ScalarModel.from_pretrained(tiny.rm)
     monkeypatch.setattr(folds, "train_reward_model", lambda *args: model)
     for path, longer in zip(longer_is_better(tmp_path), (1.0, 0.0), strict=True):
@@ -127,7 +125,7 @@ def test_simple_features_learn_what_labelers_prefer(
         assert table[path.stem, "longer"][0] == longer
 
 
-def test_train_rm_is_run_on_the_other_folds(tiny: Tiny, tmp_path: Path) -> None:
+def test_train_rm_is_run_on_the_other_folds(tiny, tmp_path):
     """The real thing: one step a fold, in processes of their own; --resume among the flags keeps
     the models that are trained."""
     paths, flags = longer_is_better(tmp_path)[:1], "--max_steps 1 --batch_size 4"
@@ -141,16 +139,14 @@ def test_train_rm_is_run_on_the_other_folds(tiny: Tiny, tmp_path: Path) -> None:
     assert [model.read_bytes() for model in models] == before
 
 
-def test_a_failed_training_stops_with_its_code(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_failed_training_stops_with_its_code(tiny, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run(tiny, longer_is_better(tmp_path), tmp_path / "out", "--rm_flags", "--lr x")
     assert stopped.value.code == 2
     assert not (tmp_path / "out/folds.csv").exists()
 
 
-def test_comparisons_without_a_pair_are_bad_input(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_comparisons_without_a_pair_are_bad_input(tiny, tmp_path, capsys):
     records = read_jsonl(tiny.comparisons, "comparisons")
     tied = [record | {"ranks": [1] * len(record["ranks"])} for record in records]
     write_jsonl(tmp_path / "tied.jsonl", tied, "comparisons")

@@ -42,13 +42,12 @@ def write_candidates(tiny: Tiny, out: Path, *more: str) -> list[dict]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("batch_size", [3, 100])
-def test_samples_equal_a_naive_sampler(tiny: Tiny, temperature: float, batch_size: int) -> None:
+def test_samples_equal_a_naive_sampler(tiny, temperature, batch_size):
     """One row at a time, without a cache, in float64, from the same uniform numbers."""
     speaker = sample.load_speaker("base", tiny.base)
     prompts = [speaker.encode("say red" + " red" * n, 8) for n in (5, 0, 3, 1, 4, 2, 0, 6)]
-    samples = sample.sample_responses(
-        speaker, prompts, 8, temperature=temperature, seed=7, batch_size=batch_size
-    )
+    flags = {"temperature": temperature, "seed": 7, "batch_size": batch_size}
+    samples = sample.sample_responses(speaker, prompts, 8, **flags)
 
     generator = torch.Generator().manual_seed(7)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -71,15 +70,12 @@ def test_samples_equal_a_naive_sampler(tiny: Tiny, temperature: float, batch_siz
         assert samples[i].prompt == prompt
         assert samples[i].tokens == response
         assert samples[i].ended == (response[-1] == tiny.encoding.eot_token)
-        assert samples[i].text == tiny.encoding.decode(
-            [token for token in response if token != tiny.encoding.eot_token]
-        )
+        said = [token for token in response if token != tiny.encoding.eot_token]
+        assert samples[i].text == tiny.encoding.decode(said)
     assert {s.ended for s in samples} == {True, False} or temperature == 0
 
 
-def test_a_downloaded_gpt2_is_found_by_its_name(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_downloaded_gpt2_is_found_by_its_name(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "DOWNLOADS", tmp_path)
     monkeypatch.chdir(tmp_path.parent)  # where no folder is called gpt2
     constant_model(tiny, tmp_path / "gpt2", tiny.encoding.encode_ordinary("a")[0])
@@ -89,7 +85,7 @@ def test_a_downloaded_gpt2_is_found_by_its_name(
     assert write_candidates(tiny, tmp_path / "candidates.jsonl", "--checkpoints", "base=gpt2")
 
 
-def test_a_tokenizer_of_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
     """Too many entries, or another end token."""
     for name, change in (("vocab", {"vocab_size": 99}), ("end", {"eos_token_id": 7})):
         old = GPT.from_pretrained(tiny.base).config
@@ -100,7 +96,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> 
         assert f"{name}/tokenizer.json" in str(error.value)
 
 
-def test_prefix_stands_before_the_prompt_where_it_fits(tiny: Tiny) -> None:
+def test_prefix_stands_before_the_prompt_where_it_fits(tiny):
     speaker = sample.load_speaker("base", tiny.base, prefix="say\\nred ")
     assert speaker.encode("blue", 8) == encode_prompt(tiny.encoding, "say\nred blue")
     room = 48 - len(encode_prompt(tiny.encoding, "say\nred blue"))
@@ -111,7 +107,7 @@ def test_prefix_stands_before_the_prompt_where_it_fits(tiny: Tiny) -> None:
 # -------------------------------------------------------------------------- candidates
 
 
-def test_each_response_is_of_the_model_that_is_named(tiny: Tiny, tmp_path: Path) -> None:
+def test_each_response_is_of_the_model_that_is_named(tiny, tmp_path):
     a, b = tiny.encoding.encode_ordinary("ab")
     says = {"a": a, "b": b, "nothing": tiny.encoding.eot_token}
     folders = [f"{n}={constant_model(tiny, tmp_path / n, token)}" for n, token in says.items()]
@@ -122,17 +118,15 @@ def test_each_response_is_of_the_model_that_is_named(tiny: Tiny, tmp_path: Path)
     spoken = {name: tiny.encoding.decode([token] * 8) for name, token in says.items()}
     spoken["nothing"] = ""
     for record in records:
-        assert 4 <= len(record["responses"]) == len(record["models"]) <= 9
-        for text, name, ended in zip(
-            record["responses"], record["models"], record["ended"], strict=True
-        ):
-            assert text == spoken[name]
-            assert ended == (name == "nothing")
+        texts, models = record["responses"], record["models"]
+        assert 4 <= len(texts) == len(models) <= 9
+        assert texts == [spoken[name] for name in models]
+        assert record["ended"] == [name == "nothing" for name in models]
     assert {name for record in records for name in record["models"]} == set(says)
     assert {len(record["models"]) for record in records} >= {4, 6, 9}
 
 
-def test_shares_and_number_of_responses() -> None:
+def test_shares_and_number_of_responses():
     line = "--checkpoints a=a b=b c=c --shares 7 2 1 --data x --out y --num_responses 4 9"
     args = sample.get_args(line.split())
     plans = [sample.plan(i, 3, args) for i in range(4000)]
@@ -150,7 +144,7 @@ def with_prompts(tiny: Tiny, path: Path, prompts: list[dict]) -> Tiny:
     return replace(tiny, prompts=path)
 
 
-def test_keys_of_the_prompt_are_kept_and_the_seed_decides(tiny: Tiny, tmp_path: Path) -> None:
+def test_keys_of_the_prompt_are_kept_and_the_seed_decides(tiny, tmp_path):
     prompts = [p | {"task": {"n": i}} for i, p in enumerate(read_jsonl(tiny.prompts, "prompts"))]
     tiny = with_prompts(tiny, tmp_path / "prompts.jsonl", prompts)
     models = ("--checkpoints", f"a={tiny.base}", f"b={tiny.base}", "--num_responses", "2", "4")
@@ -162,9 +156,7 @@ def test_keys_of_the_prompt_are_kept_and_the_seed_decides(tiny: Tiny, tmp_path: 
     assert len(set(texts)) > len(texts) / 2  # the draws are not all the same
 
 
-def test_too_long_prompts_are_dropped_with_a_count(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_too_long_prompts_are_dropped_with_a_count(tiny, tmp_path, capsys):
     prompts = read_jsonl(tiny.prompts, "prompts")[:3]
     prompts[1]["prompt"] = "red " * 60
     tiny = with_prompts(tiny, tmp_path / "prompts.jsonl", prompts)
@@ -174,9 +166,7 @@ def test_too_long_prompts_are_dropped_with_a_count(
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
-def test_parts_one_after_the_other_are_the_whole(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
-) -> None:
+def test_parts_one_after_the_other_are_the_whole(tiny, tmp_path, monkeypatch, parts):
     """20 prompts in chunks of 6; the fifth of five parts, and some others, may be empty."""
     monkeypatch.setattr(sample, "CHUNK", 6)
     args = ["--data", str(tiny.prompts), "--checkpoints", f"base={tiny.base}", *LIMITS]
@@ -189,9 +179,7 @@ def test_parts_one_after_the_other_are_the_whole(
     assert sum(map(bool, pieces)) == min(parts, 4)
 
 
-def test_chunks_draw_different_numbers(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_draw_different_numbers(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "CHUNK", 4)
     same = [read_jsonl(tiny.prompts, "prompts")[0]] * 8
     tiny = with_prompts(tiny, tmp_path / "prompts.jsonl", same)
@@ -203,7 +191,7 @@ def test_chunks_draw_different_numbers(
 # -------------------------------------------------------------------- talk and bad input
 
 
-def test_one_prompt_side_by_side(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_one_prompt_side_by_side(tiny, tmp_path, capsys):
     loud = constant_model(tiny, tmp_path / "loud", tiny.encoding.encode_ordinary("a")[0])
     end = constant_model(tiny, tmp_path / "end", tiny.encoding.eot_token)
     argv = ["--checkpoints", f"loud={loud}", f"q={end}", "--prompt", "hello", *LIMITS]
@@ -212,9 +200,7 @@ def test_one_prompt_side_by_side(tiny: Tiny, tmp_path: Path, capsys: pytest.Capt
     assert shown == ["loud | aaaaaaaa ... (cut)"] * 2 + ["   q | "] * 2 + [""]
 
 
-def test_prompts_from_stdin_until_its_end(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_prompts_from_stdin_until_its_end(tiny, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("say red\n\n" + "red " * 60 + "\nsay blue\n"))
     assert sample.main(["--checkpoints", f"base={tiny.base}", *LIMITS]) == 0
     captured = capsys.readouterr()
@@ -232,9 +218,7 @@ def test_prompts_from_stdin_until_its_end(
         ("a={tiny.base} --data {tiny.prompts} --out {tiny.prompts}/no/c", "cannot be written"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture, line: str, words: str
-) -> None:
+def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, capsys, line, words):
     argv = ["--checkpoints", *line.format(tiny=tiny, tmp=tmp_path).split()]
     assert run_command(lambda: sample.main([*LIMITS, *argv])) == 2
     error = capsys.readouterr().err
@@ -242,28 +226,26 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "a",
-        "a=x a=y",
-        "a=x --prefix b=text",
-        "a=x --data prompts.jsonl",
-        "a=x --data d --out o --num_responses 1",
-        "a=x --data d --out o --num_responses 9 4",
-        "a=x --data d --out o --num_responses 1 2 3",
-        "a=x --data d --out o --prompt p",
-        "a=x --data d --out o --part 3/2",
-        "a=x --data d --out o --part 0/2",
-        "a=x --data d --out o --part 2",
-        "a=x --shares 0.5 0.5",
-        "a=x --shares 0",
-        "a=x b=y --shares 1e308 1e308",
-        "a=x --temperature -1",
-        "a=x --batch_size 0",
-    ],
-)
-def test_bad_arguments_exit_with_2(line: str) -> None:
+BAD = """a
+a=x a=y
+a=x --prefix b=text
+a=x --data prompts.jsonl
+a=x --data d --out o --num_responses 1
+a=x --data d --out o --num_responses 9 4
+a=x --data d --out o --num_responses 1 2 3
+a=x --data d --out o --prompt p
+a=x --data d --out o --part 3/2
+a=x --data d --out o --part 0/2
+a=x --data d --out o --part 2
+a=x --shares 0.5 0.5
+a=x --shares 0
+a=x b=y --shares 1e308 1e308
+a=x --temperature -1
+a=x --batch_size 0"""
+
+
+@pytest.mark.parametrize("line", BAD.split("\n"))
+def test_bad_arguments_exit_with_2(line):
     for argv in (["--checkpoints", *line.split()], ["--checkpoints", "a=x", "--prompt", " "]):
         with pytest.raises(SystemExit) as stopped:
             sample.get_args(argv)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from evaluation.report import PALETTE, Estimate
+from evaluation.figures import PALETTE
+from evaluation.report import Estimate
 from tests.claims.lab import NAMES
 from tests.claims.verdict import Panel, together, triple
 

@@ -33,10 +33,9 @@ from data.tiny.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
 from data.tiny.world import VALUES, World
 from data.tokenizer import encode_prompt, encode_response
 from evaluation import measure, report
-from evaluation.measure import Bench, Sampling
 from evaluation.report import Estimate, estimate
 from model import GPTConfig, ScalarModel
-from sample import Sample, Speaker, load_speaker, sample_responses
+from sample import Sample, Speaker, load_speaker, respond, sample_responses
 from tests.throughput import forward_flops, iteration_flops
 
 GPT, PROMPTED, SFT, PPO, PTX = "base", "base+prefix", "sft_selected", "ppo", "ppo_ptx"
@@ -44,6 +43,7 @@ NAMES = {GPT: "GPT", PROMPTED: "GPT (prompted)", SFT: "SFT", PPO: "PPO", PTX: "P
 FOUR = (GPT, SFT, PPO, PTX)
 HOW = ((1.0, "sampled"), (0.0, "greedy"))  # temperatures
 PREFIXED = "+prefix"
+FLAGS = {"max_new_tokens": 32, "batch_size": 256}  # of all samples
 DRAWS = 4  # samples of each response at temperature 1 to the sets that win rates are counted on
 DRAWN = ("prompts", "prompts_balanced", "prompts_web")
 Metric = Callable[[Grade], float | bool | None]
@@ -128,8 +128,9 @@ class Lab:
     def prefix(self, speaker: Speaker, name: str) -> str:
         """Chosen by the reward model on 100 validation prompts, as in the report (3.5, fn 6)."""
         prompts = [r["prompt"] for r in self.records("valid/rm_prompts")[:100]]
+        args = Namespace(**FLAGS, seed=self.seed)
         make = lambda: measure.choose_prefix(  # noqa: E731
-            speaker, measure.WORLD_PREFIXES, prompts, self.judge(), Sampling(seed=self.seed)
+            speaker, measure.WORLD_PREFIXES, prompts, self.judge(), args
         )
         return self.cached(f"prefix_{name}", [name, "rm"], make)[0][0]
 
@@ -185,10 +186,10 @@ class Lab:
         records = self.records(prompts)
 
         def make() -> list:
-            speaker, bench = self.speaker(name), Bench(records, self.judge(), Sampling())
+            speaker, asked = self.speaker(name), [record["prompt"] for record in records]
             seed = int.from_bytes(sha256(f"{self.seed} {key}".encode()).digest()[:7])
             if ":" in prompts or prompts == "prompts_web":
-                encoded = [speaker.encoding.encode_ordinary(prompt) for prompt in bench.prompts]
+                encoded = [speaker.encoding.encode_ordinary(prompt) for prompt in asked]
                 samples = [
                     first_line(sample, speaker)
                     for sample in sample_responses(
@@ -196,8 +197,8 @@ class Lab:
                     )
                 ]
             else:
-                samples = measure.respond(speaker, bench.prompts, bench.sampling, temperature, seed)
-            scores = measure.reward_scores(bench.judge, speaker, bench.prompts, samples)
+                samples = respond(speaker, asked, Namespace(**FLAGS), temperature, seed)
+            scores = measure.reward_scores(self.judge(), speaker, asked, samples)
             return [
                 [s.prompt, s.tokens, s.text, s.ended, float(score)]
                 for s, score in zip(samples, scores, strict=True)
