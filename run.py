@@ -1,4 +1,4 @@
-"""A run's manners: the flags that every run has, exact resume, signals, logs, clocks.
+"""What every run needs: common flags, exact resume, signals, logs, clocks.
 
 A script keeps its loop, its models and its optimizers, and tells a `Run` about them:
 
@@ -10,10 +10,10 @@ A script keeps its loop, its models and its optimizers, and tells a `Run` about 
         run.log({"lr": lr})              # a row of log.csv, a line; stops where it is not finite
     return run.finish()                  # the result, for the next stage
 
-What follows the loop's body on the next turn is "save if due, leave if asked". Every random draw of
-step i is a function of the seed and of i, and so is every batch: so the logs, the step and what
-`state` lists are all there is to save, and a run that was killed and resumed is the uninterrupted
-run, on a CPU bit for bit.
+After the loop's body, `steps` saves if a save is due and leaves if a signal came. Every random draw
+of step i is a function of the seed and of i, and so is every batch. So `state`, the logs and the
+step are all there is to save, and a run that was killed and resumed equals the uninterrupted run,
+on a CPU bit for bit.
 
     OUT/model.safetensors, config.json, tokenizer.json    the result
     OUT/checkpoints/<step>/   those, state.pt, the logs so far, checksums; the newest two are kept
@@ -72,10 +72,17 @@ nonnegative = _number(float, 0, 1e30, "a number from 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage of all flags."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
 def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
     """A parser with the flags that every run has; the script adds the method's."""
     shows_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=shows_defaults)
+    parser = Parser(allow_abbrev=False, formatter_class=shows_defaults)
     parser.description = doc.split("\n")[0]
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,7 +95,7 @@ def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default=device, help="to compute on")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     add("--grad_checkpointing", action=flag, default=False, help="less memory, more time")
-    add("--kernels", type=kernels.implementation, default="auto", help="auto, torch, triton, ...")
+    add("--kernels", type=kernels.implementation, default="auto", help="NAME or attention=NAME,...")
     return parser
 
 
@@ -203,7 +210,7 @@ class Run:
             signal.signal(either, handler or signal.SIG_DFL)  # None: not set from Python
 
     def due(self, every: int) -> bool:
-        """Whether this step is one of every so many (0: none), or the last."""
+        """Whether `every` divides this step (0: never), or this step is the last."""
         return self.step == self.total or (every > 0 and self.step % every == 0)
 
     def add(self, values: dict[str, Any], share: float | torch.Tensor = 1.0) -> None:
@@ -233,15 +240,17 @@ class Run:
         The first row sets the columns; None is an empty cell. A value that is not finite ends the
         run with code 1, before anything of this step is saved.
         """
+        if twice := row.keys() & self.sums.keys():
+            raise ValueError(f"columns {sorted(twice)} are in the row and were added: rename one")
         row = {"step": self.step} | row | {name: v.item() for name, v in self.sums.items()}
         bad = [f"{k} {v}" for k, v in row.items() if v is not None and not math.isfinite(v)]
         if bad:
             print(f"error: step {self.step}: not finite: {', '.join(bad)}", end="", file=sys.stderr)
             print("; checkpoints are kept; start over with a lower learning rate", file=sys.stderr)
             raise SystemExit(1)
-        whole = {"step": self.step, "step_s": sum(self.clocks.values())}
+        step = {"step": self.step, "step_s": sum(self.clocks.values())}
         clocks = self.clocks | self.rates | {"mem_gib": self._memory()}
-        for log, values in zip(self.logs, (row, whole | clocks), strict=True):
+        for log, values in zip(self.logs, (row, step | clocks), strict=True):
             log.write(values)
         shown = {k: row[k] for k in self.shows.split() if row.get(k) is not None}
         if self.due(self.print_every) or any(k.startswith("val_") for k in shown):

@@ -65,7 +65,7 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole, default=0, help="of all random draws")
     add("--device", choices=devices, default=devices[0], help="cuda only where there is a GPU")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    add("--kernels", type=kernels.implementation, default="auto", help="auto, torch, triton, ...")
+    add("--kernels", type=kernels.implementation, default="auto", help="NAME or attention=NAME,...")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         result=ema,
         tokenizer=args.init,
         state=networks | {"adam": adam, "value_adam": value_adam},
-        shows="score kl reward response_len policy_loss value_loss ptx_loss approx_kl clipfrac "
-        "explained_variance val_score val_kl",
+        shows="score kl reward entropy response_len policy_loss value_loss ptx_loss approx_kl "
+        "clipfrac explained_variance val_score val_kl",
     )
 
     for step in run.steps(args.max_steps):
@@ -529,7 +529,8 @@ def update_ema(ema: GPT, policy: GPT, decay: float) -> None:
 
 def rollout_metrics(episodes: list[Episodes]) -> dict[str, float]:
     """What the step's responses were like: score, KL (nats) and reward a response; entropy (nats)
-    and explained variance over their tokens."""
+    and explained variance over their tokens. Advantages are whitened by now; before that they were
+    returns - values."""
     scores = torch.cat([e.scores for e in episodes])
     kl = torch.cat([(e.logprobs - e.ref_logprobs).sum(1) for e in episodes])
     reward = torch.cat([e.rewards.sum(1) for e in episodes])
@@ -546,7 +547,7 @@ def rollout_metrics(episodes: list[Episodes]) -> dict[str, float]:
         "eos_frac": torch.cat([e.ended for e in episodes]).float().mean(),
         "explained_variance": 1 - unexplained.var(correction=0) / variance,
     }
-    return {name: value.item() for name, value in metrics.items()}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 @torch.no_grad()

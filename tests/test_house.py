@@ -34,7 +34,7 @@ BUDGETS = [
     ("model", 380),
     ("generate", 210),
     ("checkpoint", 240),
-    ("run", 300),
+    ("run", 310),  # errors of flags in one line
     ("train_sft", 320),
     ("train_rm", 310),
     ("train_ppo", 470),

@@ -25,7 +25,7 @@ MODULES = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """Calls of (operation, implementation); "mine" is an attention that only the test has."""
+    """Calls of (operation, implementation); "test_only" is an attention that only the test has."""
     count = Counter()
 
     def register(operation: str, name: str, function) -> None:
@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
         monkeypatch.setitem(MODULES[operation].IMPLS, name, counted)
 
-    register("attention", "mine", flash_attention.reference)
+    register("attention", "test_only", flash_attention.reference)
     for operation, module in MODULES.items():
         register(operation, "torch", module.IMPLS["torch"])
     return count
@@ -46,16 +46,16 @@ def used(calls: Counter) -> set:
 
 
 def test_an_sft_run_trains_with_mine(calls: Counter, tiny: Tiny, tmp_path: Path) -> None:
-    more = ("--max_steps", "1", "--kernels", "attention=mine,logprobs=torch")
+    more = ("--max_steps", "1", "--kernels", "attention=test_only,logprobs=torch")
     assert train_sft.main(tiny.args("sft", tmp_path / "sft", *more)) == 0
-    assert used(calls) == {("attention", "mine"), ("logprobs", "torch")}
+    assert used(calls) == {("attention", "test_only"), ("logprobs", "torch")}
 
 
 def test_a_ppo_iteration_trains_with_mine(calls: Counter, tiny: Tiny, tmp_path: Path) -> None:
-    more = ("--max_steps", "1", "--kernels", "attention=mine,logprobs=torch")
+    more = ("--max_steps", "1", "--kernels", "attention=test_only,logprobs=torch")
     assert train_ppo.main(tiny.args("ppo", tmp_path / "ppo", *more)) == 0
     others = {("decode_attention", "torch"), ("logprobs", "torch")}  # "auto" samples
-    assert used(calls) == {("attention", "mine")} | others
+    assert used(calls) == {("attention", "test_only")} | others
 
 
 @pytest.mark.parametrize("operation", MODULES)
@@ -63,17 +63,17 @@ def test_a_wrong_implementation_is_caught(operation: str, monkeypatch: pytest.Mo
     """By its file's `verify`, which looks at every entry of IMPLS."""
     module = MODULES[operation]
 
-    def mine(*args):
+    def test_only(*args):
         out = module.reference(*args)
         return tuple(x * 1.1 for x in out) if isinstance(out, tuple) else out * 1.1
 
-    monkeypatch.setitem(module.IMPLS, "mine", mine)
-    with pytest.raises(AssertionError, match=f"{operation} mine"):
-        module.verify("mine", torch.float32, gpu_or_cpu())
+    monkeypatch.setitem(module.IMPLS, "test_only", test_only)
+    with pytest.raises(AssertionError, match=f"{operation} test_only"):
+        module.verify("test_only", torch.float32, gpu_or_cpu())
 
 
 @pytest.mark.parametrize(
-    "text", ["auto", "torch", "attention=mine", "logprobs=torch,attention=mine"]
+    "text", ["auto", "torch", "attention=test_only", "logprobs=torch,attention=test_only"]
 )
 def test_what_exists_is_accepted(text: str, calls: Counter) -> None:
     assert kernels.implementation(text) == text
@@ -82,15 +82,21 @@ def test_what_exists_is_accepted(text: str, calls: Counter) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("tritn", "'tritn' is unknown to attention; choose one of auto, torch, triton, mine"),
-        ("mine", "'mine' implements attention alone; write attention=mine"),
+        ("tritn", "'tritn' is unknown to attention; choose one of auto, torch, triton, test_only"),
+        ("test_only", "'test_only' implements attention alone; write attention=test_only"),
         (
             "attention=yours",
-            "'yours' is unknown to attention; choose one of auto, torch, triton, mine",
+            "'yours' is unknown to attention; choose one of auto, torch, triton, test_only",
         ),
-        ("logprobs=mine", "'mine' is unknown to logprobs; choose one of auto, torch, triton"),
-        ("atention=mine", "unknown operation 'atention'; choose from attention, decode_attention"),
-        ("attention=mine,", "unknown operation ''; choose from attention, decode_attention"),
+        (
+            "logprobs=test_only",
+            "'test_only' is unknown to logprobs; choose one of auto, torch, triton",
+        ),
+        (
+            "atention=test_only",
+            "unknown operation 'atention'; choose from attention, decode_attention",
+        ),
+        ("attention=test_only,", "unknown operation ''; choose from attention, decode_attention"),
         ("attention=", "'' is unknown to attention"),
     ],
 )
@@ -105,8 +111,8 @@ def test_the_banner_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.resolve("attention=torch", "cpu") == "torch"
     monkeypatch.setattr(runtime, "triton", object())
     assert kernels.resolve("auto", "cuda") == "triton"
-    mixed = "attention=mine,decode_attention=triton,logprobs=torch"
-    assert kernels.resolve("logprobs=torch,attention=mine", "cuda") == mixed
+    mixed = "attention=test_only,decode_attention=triton,logprobs=torch"
+    assert kernels.resolve("logprobs=torch,attention=test_only", "cuda") == mixed
     monkeypatch.setattr(runtime, "triton", None)
     assert kernels.resolve("auto", "cuda") == "torch"
 

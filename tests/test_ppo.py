@@ -879,7 +879,7 @@ plant(
     "minibatches",
     not_sorted=lambda f, lengths, rng, args: f(0 * lengths, rng, args),
     the_same_each_time=lambda f, lengths, rng, args: f(lengths, np.random.default_rng(0), args),
-    some_rows_twice=lambda f, *args: [(a, a, c) for a, _, c in f(*args)],
+    some_rows_twice=lambda f, *args: [(a, a, *rest) for a, _, *rest in f(*args)],
 )
 plant(
     "torch.Tensor.argsort",

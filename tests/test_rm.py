@@ -401,7 +401,7 @@ def test_centering_moves_demonstrations_to_zero_and_keeps_margins(tiny: Tiny) ->
     shift = train_rm.center_on_demonstrations(model, demonstrations)
     after = train_rm.score_all(model, elements)
     assert abs(shift) > 0.01
-    assert (before - after - shift).abs().max() < 1e-5
+    assert (after - before - shift).abs().max() < 1e-5
     assert torch.equal(head, model.score.weight) and torch.equal(trunk, model.trunk.wte.weight)
     scores, cut = [], 0
     for record in read_jsonl(tiny.demonstrations, "demonstrations"):
