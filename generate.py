@@ -64,11 +64,16 @@ def generate(
 
     model = for_decoding(model)
     with model.autocast():
-        cache = KVCache(model, B, longest)
-        hidden = model(tokens[:, :longest_prompt], prompt_lengths.int(), cache)
-        rows = torch.arange(B, device=device)
+        # Neighbours with the same prompt read it once, and then get a cache each.
+        first = torch.ones(B, dtype=torch.bool, device=device)
+        first[1:] = (tokens[1:] != tokens[:-1]).any(1) | (lengths[1:] != lengths[:-1])
+        sources, distinct = first.cumsum(0) - 1, tokens[first, :longest_prompt]
+        cache = KVCache(model, len(distinct), longest)
+        hidden = model(distinct, lengths[first].int(), cache)
+        if len(distinct) < B:
+            cache.keep_rows(sources)
         decoder = Decoder(model, tokens, lengths, cache, uniforms, temperature)
-        decoder.write(hidden[rows, lengths - 1])
+        decoder.write(hidden[sources, lengths - 1])
         del hidden
         look_every = 8 if static else 1  # reading `ended` waits for the device
         for step in range(1, max_new_tokens):
@@ -108,7 +113,7 @@ class KVCache:
         self.values = [weight.new_empty(shape) for _ in range(config.n_layer)]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all but the given batch rows."""
+        """Drop all but the given batch rows; one that is given twice is there twice."""
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):  # one at a time: the old one is freed
                 tensors[layer] = tensor[rows]

@@ -1,4 +1,4 @@
-"""Step 2: the reward model, trained on rankings of K = 4..9 responses (InstructGPT 3.5, C.2).
+"""Step 2: the reward model, trained on rankings of K = 4..9 responses (section 3.5, C.2).
 
 A labeler ranks K responses to a prompt. Each of the up to C(K, 2) pairs that is not a tie says that
 a winner w was preferred to a loser l. With a score r for every response, the loss of a prompt is

@@ -1,4 +1,4 @@
-"""Step 1: supervised fine-tuning on demonstrations (InstructGPT 3.5, C.1); and pretraining.
+"""Step 1: supervised fine-tuning on demonstrations (section 3.5, C.1); and pretraining.
 
 SFT minimises the mean negative log-likelihood of the demonstrated responses, end token included:
 
@@ -6,22 +6,22 @@ SFT minimises the mean negative log-likelihood of the demonstrated responses, en
 
 The prompt's tokens are context and not in the loss:
 
-    t           0    1    2    3    4         tokens (B, T), right-padded
-    tokens      p0   p1   r2   r3   end       prompt, response, end token
-    loss_mask   0    0    1    1    1         log p of these, from the hidden state at t - 1
+    t           0    1    2    3    4    5        all are (B, T), right-padded
+    tokens      p0   p1   r2   r3   end  (end)    prompt, response, end token, padding
+    loss_mask   0    0    1    1    1    0        log p of these, from the hidden state at t - 1
 
 Three uses of one script:
 
-    python train_sft.py --pretrain_data FILE --tokenizer FILE ...  pretraining: every token counts
+    python train_sft.py --pretrain_data FILE --tokenizer FILE ...  pretraining: all tokens count
     python train_sft.py --init out/base --data FILE ...            SFT
     python train_sft.py --init out/base --data FILE --pretrain_data FILE --pretrain_fraction 0.1
                                          the model that PPO starts from (C.3): SFT with a share of
                                          pretraining data, loss = 0.9 SFT + 0.1 pretraining
 
 From the paper: 16 epochs, cosine to 10 % of the peak, no warm-up, residual dropout 0.2, Adam
-(0.9, 0.95), a checkpoint per epoch of which the reward model later chooses one. Not in the paper:
-the prompt mask, gradient clipping at 1 (GPT-3's), batches of similar length. The learning rate and
-batch size are the miniature's; the paper's are in the help.
+(0.9, 0.95), a model kept per epoch, of which the reward model later chooses one. Not in the paper:
+the prompt mask, gradient clipping at 1 (GPT-3's), batches of similar length. The learning rate is
+chosen for the tiny models here; the paper's is in the help.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def make_model(args: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
 def load_demonstrations(
     path: str, encoding: tiktoken.Encoding, args: argparse.Namespace
 ) -> list[Example]:
-    """Demonstrations as tokens: prompt, response, end token. Says what was dropped or cut."""
+    """Demonstrations as tokens: prompt, response, end token (unless cut). Says what was dropped."""
     examples, too_long, cut = [], 0, 0
     for record in read_jsonl(path, "demonstrations"):
         prompt = encode_prompt(encoding, record["prompt"])
@@ -252,7 +252,8 @@ def load_sequences(
     short_tokens: int = 0,
     short_fraction: float = 0.0,
 ) -> list[Example]:
-    """Documents joined by the end token and cut into sequences of `length` tokens, all counted.
+    """Documents joined by the end token and cut into sequences of `length` tokens. All tokens count
+    but the first, which has no context.
 
     The first `short_fraction` of the text is cut into sequences of `short_tokens` instead.
     """
@@ -265,16 +266,16 @@ def load_sequences(
     if not cuts:
         raise BadInput(f"{path}: {len(stream)} tokens, fewer than the context of {length}")
     print(f"{path}: {len(stream):,} tokens in {len(cuts):,} sequences of up to {length}")
-    return [(stream[first:last], 1) for first, last in cuts]  # token 0 has no context
+    return [(stream[first:last], 1) for first, last in cuts]
 
 
 def load_beginnings(
     path: str, encoding: tiktoken.Encoding, length: int
 ) -> tuple[list[Example], np.ndarray]:
     """Sequences that start where a document does, in a long one also every `length` tokens, and run
-    on into the next: prompts, too, are at a sequence's start. And the running sum of how many
-    tokens of its own document each has: to draw one of these tokens is to draw its sequence, so
-    short documents are not drawn too often."""
+    on into the next: prompts, too, are at a sequence's start. And the running sum of the tokens
+    that each has of its own document: a sequence is drawn with a probability in proportion to
+    them, so short documents are not drawn too often."""
     stream: list[int] = []
     starts: list[tuple[int, int]] = []  # and how many tokens of the document are in the sequence
     for document in read_documents(path):

@@ -20,8 +20,10 @@ tool made for it before this pipeline.
 import hashlib
 import ipaddress
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 
 Record = dict
 PREFIX_CHARS = 200  # about 50 tokens, near the median length of the paper's RM prompts (Table 9)
@@ -83,12 +85,10 @@ def split_by_user(
 ) -> dict[str, list[Record]]:
     """Split records so that no user is in two splits -> {split name: records}.
 
-    `fractions` maps names to shares that are positive and sum to 1. Users are placed one by one,
-    largest first and equals in an order drawn from `seed`, into the split that is then fullest
-    to the smallest degree, (records + half the user's) / target (Sainte-Lague's rule: splits get
-    users of every size in proportion). Then single users move for as long as a move brings the
-    sizes nearer to their targets. The outcome depends on the seed and the users' record counts,
-    not on the order of the records.
+    `fractions` maps names to shares that are positive and sum to 1. Users stand in line in the
+    order of a hash of their names, keyed with `seed`; the line is cut where the records so far
+    reach the fractions, each cut at most half a user's records away. So neither the order of the
+    records nor anything else about a user but the name decides where in the line it stands.
 
     Raises ValueError on fractions that are not positive or do not sum to 1.
     """
@@ -96,35 +96,14 @@ def split_by_user(
         raise ValueError(f"fractions {fractions} must be positive and sum to 1")
     records = list(records)
     volume = Counter(record["user"] for record in records)
-    target = {split: share * len(records) for split, share in fractions.items()}
-    size = dict.fromkeys(fractions, 0)
-    users = sorted(volume, key=lambda user: (-volume[user], _digest(seed, user)))
+    names, ends = list(fractions), list(accumulate(fractions.values()))
     split_of: dict[str, str] = {}
-    for user in users:
-        split = min(fractions, key=lambda name: (size[name] + volume[user] / 2) / target[name])
-        split_of[user] = split
-        size[split] += volume[user]
-
-    def gain(user: str, split: str) -> float:
-        """By how much the total deviation from the targets falls when `user` moves to `split`."""
-
-        def deviation(name: str, change: int) -> float:
-            return abs(size[name] + change - target[name])
-
-        old, n = split_of[user], volume[user]
-        return deviation(old, 0) + deviation(split, 0) - deviation(old, -n) - deviation(split, n)
-
-    moved = True
-    while moved:  # ends: the total deviation falls with every move and takes finitely many values
-        moved = False
-        for user in reversed(users):  # smallest first: the finest corrections
-            split = max(fractions, key=lambda name: gain(user, name))
-            if split != split_of[user] and gain(user, split) > 1e-9:
-                size[split_of[user]] -= volume[user]
-                size[split] += volume[user]
-                split_of[user] = split
-                moved = True
-    splits: dict[str, list[Record]] = {name: [] for name in fractions}
+    before = 0  # records of the users so far
+    for user in sorted(volume, key=lambda user: _digest(seed, user)):
+        middle = (before + volume[user] / 2) / len(records)
+        split_of[user] = names[bisect(ends[:-1], middle)]
+        before += volume[user]
+    splits: dict[str, list[Record]] = {name: [] for name in names}
     for record in records:
         splits[split_of[record["user"]]].append(record)
     return splits

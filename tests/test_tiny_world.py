@@ -152,10 +152,10 @@ def test_a_demonstrator_answers_again_where_it_got_too_long(
 
     def too_long() -> int:
         made = tiny_world.demonstrate(world, encoding, records, random.Random(1))
-        return sum(len(encode_response(encoding, m["response"])) > 26 for m in made)
+        return sum(len(encode_response(encoding, m["response"])) > 22 for m in made)
 
     assert too_long() > 0
-    monkeypatch.setattr(tiny_world, "MAX_RESPONSE_TOKENS", 26)
+    monkeypatch.setattr(tiny_world, "MAX_RESPONSE_TOKENS", 22)
     assert too_long() == 0
 
 
