@@ -65,8 +65,7 @@ def generate(
     model = for_decoding(model)
     with model.autocast():
         # Neighbours with the same prompt read it once, and then get a cache each.
-        first = torch.ones(B, dtype=torch.bool, device=device)
-        first[1:] = (tokens[1:] != tokens[:-1]).any(1) | (lengths[1:] != lengths[:-1])
+        first = differ_from_above(tokens, lengths)
         sources, distinct = first.cumsum(0) - 1, tokens[first, :longest_prompt]
         cache = KVCache(model, len(distinct), longest)
         hidden = model(distinct, lengths[first].int(), cache)
@@ -86,6 +85,13 @@ def generate(
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the graph must not be freed while it runs
     return tokens, decoder.lengths.int()
+
+
+def differ_from_above(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Which rows are not the row above once more: (B, T), (B,) -> (B,) bool, the first always."""
+    first = torch.ones_like(lengths, dtype=torch.bool)
+    first[1:] = (tokens[1:] != tokens[:-1]).any(1) | (lengths[1:] != lengths[:-1])
+    return first
 
 
 def for_decoding(gpt: GPT) -> GPT:

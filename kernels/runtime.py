@@ -12,6 +12,7 @@ import argparse
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -113,6 +114,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
+@lru_cache
 def names(impl: str) -> dict[str, str]:
     """Operation -> name of its implementation.
 
