@@ -19,8 +19,8 @@ SEED    ?= 0
 TESTS   ?=
 CLAIMS  ?=
 # Make cannot keep a name with white space together, neither in rules nor in lists.
-ifneq ($(words x$(OUT)x),1)
-$(error OUT="$(OUT)" has white space; give a folder name without)
+ifneq ($(words $(OUT))$(words x$(OUT)x),11)
+$(error OUT="$(OUT)" is empty or has white space; give a folder name without)
 endif
 py      := .venv/bin/python
 # Two stages at a time where the graph allows it, each on half of the cores: small matrix products
@@ -52,6 +52,14 @@ lint: .venv/ready
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
 
+ifneq ($(filter clean,$(MAKECMDGOALS)),)
+ifneq ($(words $(MAKECMDGOALS)),1)
+$(error clean deletes what the other targets make; give it alone)
+endif
+ifneq ($(shell git ls-files -- "$(OUT)" 2>/dev/null),)
+$(error OUT=$(OUT) holds files of the repository; clean would delete them)
+endif
+endif
 clean:
 	rm -rf -- "$(OUT)"
 

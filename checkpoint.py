@@ -11,6 +11,7 @@ folder raises `BadInput`, which names the file, the value and what was expected.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
@@ -267,7 +268,12 @@ def save_model(
 def save_state(path: Path, step: int, objects: dict[str, Any]) -> None:
     """Write the states of models and optimizers after a step; equal states are equal files."""
     states = {name: each.state_dict() for name, each in objects.items()}
-    torch.save(_interned({"step": step, "state": states}), path)
+    try:
+        torch.save(_interned({"step": step, "state": states}), path)
+    except RuntimeError as error:  # what torch's writer makes of a write that failed
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "the disk is full", str(path)) from None
 
 
 def load_state(path: Path, objects: dict[str, Any]) -> int:

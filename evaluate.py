@@ -31,12 +31,12 @@ from evaluation.measure import measure
 from evaluation.public import measure_public
 from evaluation.report import write_report
 from evaluation.select import select
-from run import natural, whole
+from run import Parser, natural, whole
 from sample import Named, sampling_flags
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for define in (select_flags, measure_flags, report_flags, folds_flags, public_flags):
         name = define.__name__.removesuffix("_flags")

@@ -34,7 +34,7 @@ from data import files
 from data.files import BadInput, Record, run_command
 from data.tokenizer import decode_response, encode_prompt
 from model import GPT, pad_right
-from run import check_context, natural, nonnegative, whole
+from run import Parser, check_context, natural, nonnegative, whole
 
 CHUNK = 512  # prompts sampled together, from random numbers of their own
 
@@ -81,9 +81,8 @@ def part(text: str) -> tuple[int, int]:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=shows_defaults)
     add, named = parser.add_argument, {"action": Named, "nargs": "+"}
     add("--checkpoints", **named, required=True, metavar="NAME=FOLDER", help="language models")
     add("--prefix", **named, default={}, metavar="NAME=TEXT", help=r"before prompts; \n: newline")
@@ -124,8 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     how = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
     named = args.checkpoints.items()
     speakers = [load_speaker(name, f, args.prefix.get(name, ""), **how) for name, f in named]
-    for speaker in speakers:
-        check_context(args, speaker.model)
+    check_context(args, *(speaker.model for speaker in speakers))
     if args.data:
         write_candidates(speakers, args)
     elif args.prompt is not None:

@@ -87,6 +87,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags.error("give --data, --pretrain_data or both")
     if args.data and args.pretrain_data and not 0 < args.pretrain_fraction < 1:
         flags.error(f"--pretrain_fraction {args.pretrain_fraction}: expected between 0 and 1")
+    if args.resid_pdrop == 1:
+        flags.error("--resid_pdrop 1: expected 0 to below 1")
     if args.short_tokens < 2 or args.n_positions < 2:
         flags.error("--short_tokens and --n_positions: expected at least 2")
     args.tokenizer = None if args.init else args.tokenizer
@@ -106,8 +108,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data: the examples of an epoch, and pretraining text to mix in.
     mixing = bool(args.data and args.pretrain_data)
-    if args.data:
+    if args.data or args.val_data:
         check_context(args, model)
+    if args.data:
         examples = load_demonstrations(args.data, encoding, args)
     if mixing:
         text, ends = load_beginnings(args.pretrain_data, encoding, context)

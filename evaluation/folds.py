@@ -166,13 +166,14 @@ def train_reward_model(folder: Path, data: Path, args: Namespace) -> ScalarModel
     """Run train_rm.py on `data` with --rm_flags. Exits with its code where it fails."""
     command = [sys.executable, str(Path(__file__).parents[1] / "train_rm.py")]
     command += ["--data", str(data), "--init", args.init, "--out", str(folder)]
-    for name in ("seed", "device", "kernels", "max_prompt_tokens", "max_new_tokens"):
+    for name in ("seed", "device", "dtype", "kernels", "max_prompt_tokens", "max_new_tokens"):
         command += [f"--{name}", str(getattr(args, name))]
     command += shlex.split(args.rm_flags)
     code = subprocess.run(command, check=False).returncode
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
-    return ScalarModel.from_pretrained(folder, impl=args.kernels).to(args.device).frozen()
+    how = {"impl": args.kernels, "dtype": args.dtype}
+    return ScalarModel.from_pretrained(folder, **how).to(args.device).frozen()
 
 
 # ------------------------------------------------------------------------------------------------

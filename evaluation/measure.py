@@ -446,10 +446,6 @@ EXAMPLES = (
 )
 WORLD_PREFIXES = [f"{head}\n\n{more}" for more in ("", EXAMPLES) for head in ANSWER_HEADINGS]
 PREFIXES = (
-    *(f"{heading}\n\n" for heading in ANSWER_HEADINGS),
-    *(f"{heading}\n\n{EXAMPLES}" for heading in ANSWER_HEADINGS),
-)
-PREFIXES = (
     "Good answers:\n\n",
     "The following are helpful, truthful and harmless answers to what people ask.\n\n",
     "Below is a request. Write a response that completes it.\n\n",

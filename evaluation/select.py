@@ -35,7 +35,8 @@ def select(args: argparse.Namespace) -> None:
     check_replaceable(args)
     files.check_writable(out)
     files.remove_leftovers(out)
-    folders = sorted(Path(args.run, "epochs").glob("[0-9]*"))
+    epochs = [f for f in Path(args.run, "epochs").glob("*") if f.name.isdecimal()]
+    folders = sorted(epochs, key=lambda folder: int(folder.name))
     if not folders:
         expected = "the run folder of an SFT run with --epoch_checkpoints"
         raise BadInput(f"{args.run}/epochs: no epoch checkpoints; expected {expected}")
@@ -50,7 +51,7 @@ def select(args: argparse.Namespace) -> None:
         speaker, info = open_speaker(folder.name, folder, args, judge), read_info(folder)
         samples = respond(speaker, prompts, args)
         scores = reward_scores(judge, speaker, prompts, samples, args.batch_size)
-        row = {"epoch": info["epoch"], "val_loss": info["val_loss"], "score": scores.mean()}
+        row = {"epoch": int(folder.name), "val_loss": info.get("val_loss"), "score": scores.mean()}
         if world:
             marks = grades(world, records, samples)
             row["utility"] = np.mean([evaluation_utility(mark) for mark in marks])

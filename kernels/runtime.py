@@ -131,6 +131,8 @@ def names(impl: str) -> dict[str, str]:
                 f"impl {impl!r} has an unknown operation {operation!r}; choose from "
                 f"{', '.join(OPERATIONS)}, as in attention=triton,logprobs=torch"
             )
+        if f"{operation}=" in impl.replace(part, "", 1):
+            raise ValueError(f"impl {impl!r} names {operation} twice; give one")
         chosen[operation] = name
     return chosen
 

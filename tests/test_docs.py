@@ -232,8 +232,22 @@ def test_make_refuses_a_folder_with_white_space(out: str, tmp_path: Path) -> Non
     how = {"cwd": tmp_path, "env": clean_environment(), "capture_output": True, "text": True}
     run = subprocess.run(["make", "clean", f"OUT={out}"], **how)
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.count("\n") == 1 and f'OUT="{out}" has white space; give' in run.stderr
+    assert run.stderr.count("\n") == 1 and f'OUT="{out}" is empty or has white' in run.stderr
     assert all((tmp_path / name).is_dir() for name in ("my", "out", out))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("clean OUT=data", "holds files of the repository"),
+        ("clean demo", "give it alone"),
+        ("demo OUT=", "is empty"),
+    ],
+)
+def test_make_clean_deletes_no_source_and_races_with_nothing(words: str, reason: str) -> None:
+    how = {"cwd": ROOT, "env": clean_environment(), "capture_output": True, "text": True}
+    run = subprocess.run(["make", "--dry-run", *words.split()], **how)
+    assert run.returncode == 2 and reason in run.stderr and "rm -rf" not in run.stdout
 
 
 def rules() -> dict[str, tuple[set[str], str]]:

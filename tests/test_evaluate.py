@@ -301,6 +301,13 @@ def test_select_looks_at_a_subset_and_the_last(tiny, run_folder):
     assert selection(out, "epoch") == [3, 4]
 
 
+def test_select_counts_epochs_as_numbers_and_leaves_other_folders(tiny, run_folder):
+    shutil.copytree(run_folder / "epochs/04", run_folder / "epochs/100")
+    shutil.copytree(run_folder / "epochs/04", run_folder / "epochs/99.bak")
+    out = selected(tiny, run_folder, "--select_every", "4")
+    assert selection(out, "epoch") == [4, 100]
+
+
 def test_select_takes_the_last_of_epochs_that_cannot_be_told_apart(tiny, run_folder, monkeypatch):
     # Hand-worked: behind the first by -1 and 2, mean .5, standard deviation 1.5, error 1.06; by
     # 1 and 1, error 0; by nothing and by nothing.

@@ -88,6 +88,7 @@ def test_what_exists_is_accepted(text: str, calls: Counter) -> None:
             "attention=yours",
             "'yours' is unknown to attention; choose one of auto, torch, triton, test_only",
         ),
+        ("logprobs=torch,logprobs=triton", "names logprobs twice; give one"),
         (
             "logprobs=test_only",
             "'test_only' is unknown to logprobs; choose one of auto, torch, triton",

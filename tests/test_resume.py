@@ -250,6 +250,7 @@ def test_bad_input_exits_with_2_and_one_line(
 BAD_ARGUMENTS = [
     ("sft", "", "give --data, --pretrain_data or both"),
     ("sft", "--data d --pretrain_data p --pretrain_fraction 1", "1.0: expected between 0 and 1"),
+    ("sft", "--data d --resid_pdrop 1", "--resid_pdrop 1: expected 0 to below 1"),
     ("sft", "--data d --n_positions 1", "--short_tokens and --n_positions: expected at least 2"),
     ("rm", "--batch_size 0", "--batch_size: 0: expected a whole number"),
     ("ppo", "--batch_size 8 --num_minibatches 3", "--batch_size 8 is not a multiple of --num_mini"),

@@ -11,6 +11,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -314,6 +316,21 @@ def test_dying_at_any_file_operation_loses_nothing(
         shutil.copytree(earlier, w.out)
         run_dying_at(server, "toy", w.args(), count)
         assert_same(w.out, w.whole)
+
+
+def test_a_file_that_torch_cannot_write_is_one_line(tmp_path: Path) -> None:
+    """Its writer raises no OSError. The limit is that of one process, for all its files."""
+    code = (
+        "import resource, signal, torch; from pathlib import Path;"
+        "from checkpoint import save_state; from data.files import run_command; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "model = torch.nn.Linear(200, 200); resource.setrlimit(resource.RLIMIT_FSIZE, (5e4, 5e4));"
+        f"path = Path({str(tmp_path / 'state.pt')!r});"
+        "raise SystemExit(run_command(lambda: save_state(path, 1, {'model': model})))"
+    ).replace("5e4", "50000")
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert run.returncode == 1 and run.stderr == f"error: {tmp_path}/state.pt: the disk is full\n"
 
 
 def test_a_full_disk_stops_a_run_and_loses_nothing(w: World, server: Server) -> None:
