@@ -205,7 +205,6 @@ def test_the_readme_is_short_and_pages_are_in_plain_words() -> None:
         assert not found, f"{name}: {found[0]!r}"
 
 
-@pytest.mark.xfail(strict=True, reason="the numbers are still to be measured")
 def test_no_placeholder_is_left() -> None:
     assert not [found for text in PAGES.values() for found in re.findall(r"@@\w+@@", text)]
 

@@ -322,9 +322,10 @@ def test_a_file_that_torch_cannot_write_is_one_line(tmp_path: Path) -> None:
     """Its writer raises no OSError. The limit is that of one process, for all its files."""
     code = (
         "import resource, signal, torch; from pathlib import Path;"
-        "from checkpoint import save_state; from data.files import run_command; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from checkpoint import save_state; from data.files import run_command;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "model = torch.nn.Linear(200, 200); resource.setrlimit(resource.RLIMIT_FSIZE, (5e4, 5e4));"
-        f"path = Path({str(tmp_path / 'state.pt')!r});"
+        f"path = Path({str(tmp_path)!r}) / 'state.pt';"
         "raise SystemExit(run_command(lambda: save_state(path, 1, {'model': model})))"
     ).replace("5e4", "50000")
     run = subprocess.run(
