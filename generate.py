@@ -156,16 +156,16 @@ class Decoder:
 
     def write(self, hidden: Tensor) -> None:
         """Choose a token for each row from its last hidden state (N, C), and append it."""
-        places = self.lengths[self.rows]
+        ends = self.lengths[self.rows]
         with torch.autocast(self.weight.device.type, enabled=False):
             logits = hidden.float() @ self.weight.T
-        uniforms = self.uniforms[self.rows, places - self.start[self.rows]]
+        uniforms = self.uniforms[self.rows, ends - self.start[self.rows]]
         end = self.model.config.eos_token_id
         self.new.copy_(sample(logits, uniforms, self.temperature))
         self.new.masked_fill_(self.ended, end)
         # A row that ended but is still here writes the end token past its end, over one.
-        self.tokens[self.rows, places] = self.new
-        self.lengths[self.rows] = places + (~self.ended).long()
+        self.tokens[self.rows, ends] = self.new
+        self.lengths[self.rows] = ends + (~self.ended).long()
         self.ended.logical_or_(self.new == end)
 
     def advance(self) -> None:

@@ -372,7 +372,7 @@ class Packing:
     """
 
     index: Tensor  # (B, T): the number, in the list, of the token at each place (of padding: any)
-    places: Tensor  # (N,): the place in B * T of each listed token
+    flat: Tensor  # (N,): the position in (B * T,) of each listed token
 
     @classmethod
     def make(cls, tokens: Tensor, lengths: Tensor, share: bool = True) -> Packing:
@@ -396,7 +396,7 @@ class Packing:
 
     def to_list(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (N, C)."""
-        return x.reshape(-1, x.shape[-1]).index_select(0, self.places)
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.flat)
 
 
 def _freeze(model: nn.Module, dtype: str) -> nn.Module:

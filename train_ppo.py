@@ -93,7 +93,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup_steps", type=whole, default=10, help="iterations from a tenth of lr (paper: 10)")
     add("--grad_clip", type=nonnegative, default=1.0, help="limit of each gradient's norm; 0: none")
     add("--ema", type=fraction, default=0.992, help="decay of the average (paper: 0.992)")
-    # What is shown and kept.
     add("--eval_every", type=whole, default=20, help="steps between validations; 0: at the end")
     add("--keep_every", type=whole, default=0, help="steps between models kept in OUT/steps/")
     add("--print_samples", type=whole, default=2, help="samples shown at each validation")
@@ -169,8 +168,10 @@ def main(argv: list[str] | None = None) -> int:
         #    computed on the tensors that the update will use, so the first ratio is exactly 1.
         minibatches = []
         for micro_batches in draw_minibatches(lengths, rng, args):
-            parts = [(tokens[rows], prompt_lengths[rows], lengths[rows]) for rows in micro_batches]
-            minibatches.append([make_episodes(*part, *four_models, args) for part in parts])
+            minibatches.append([])
+            for rows in micro_batches:
+                responses = tokens[rows], prompt_lengths[rows], lengths[rows]
+                minibatches[-1].append(make_episodes(*responses, *four_models, args))
         episodes = [e for minibatch in minibatches for e in minibatch]
         whiten(episodes)  # after the returns, which keep the scale of the scores
         run.lap("score_s")
@@ -193,8 +194,8 @@ def main(argv: list[str] | None = None) -> int:
                 run.add(metrics, 1 / (count * num_updates))  # sums -> means a token, then an update
             if text:  # the ptx term: into the policy's same gradients, before the same step (C.4)
                 drawn = draw_text(*text, num_ptx, args.ptx_anywhere, rng).to(args.device)
-                for part in drawn.split(args.micro_batch_size):
-                    nll = -policy.logprobs(part)[0].sum()
+                for sequences in drawn.split(args.micro_batch_size):
+                    nll = -policy.logprobs(sequences)[0].sum()
                     ptx_loss = nll / (drawn.numel() - len(drawn))  # a first token has no context
                     (args.ptx_coef * ptx_loss).backward()
                     run.add({"ptx_loss": ptx_loss}, 1 / num_updates)
@@ -404,8 +405,8 @@ def make_episodes(
 
 def response_mask(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
     """1 for response tokens, the first end token included: (B, T) bool."""
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    return (places >= prompt_lengths[:, None]) & (places < lengths[:, None])
+    t = torch.arange(tokens.shape[1], device=tokens.device)
+    return (t >= prompt_lengths[:, None]) & (t < lengths[:, None])
 
 
 def response_scores(
@@ -528,9 +529,8 @@ def update_ema(ema: GPT, policy: GPT, decay: float) -> None:
 
 
 def rollout_metrics(episodes: list[Episodes]) -> dict[str, float]:
-    """What the step's responses were like: score, KL (nats) and reward a response; entropy (nats)
-    and explained variance over their tokens. Advantages are whitened by now; before that they were
-    returns - values."""
+    """Score, KL (nats) and reward a response; entropy (nats) and explained variance over tokens.
+    Advantages are whitened by now; before that they were returns - values."""
     scores = torch.cat([e.scores for e in episodes])
     kl = torch.cat([(e.logprobs - e.ref_logprobs).sum(1) for e in episodes])
     reward = torch.cat([e.rewards.sum(1) for e in episodes])

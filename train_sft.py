@@ -156,19 +156,19 @@ def main(argv: list[str] | None = None) -> int:
             group["lr"] = lr
 
         # Gradients: demonstrations, then the mixed-in pretraining text, into the same buffers.
-        parts = {"loss": (batch, 1.0)}
+        weighted = {"loss": (batch, 1.0)}
         if mixing:
             rng = np.random.default_rng([args.seed, 1, step])
             drawn = np.searchsorted(ends, rng.integers(ends[-1], size=num_mixed), "right")
             mixed = [text[i] for i in drawn]
-            parts = {
+            weighted = {
                 "loss": (batch, 1 - args.pretrain_fraction),
                 "pretrain_loss": (mixed, args.pretrain_fraction),
             }
-        for name, (part, weight) in parts.items():
-            num_counted = sum(len(tokens) - skipped for tokens, skipped in part)
-            for first in range(0, len(part), args.micro_batch_size):
-                micro_batch = collate(part[first : first + args.micro_batch_size], model)
+        for name, (chosen, weight) in weighted.items():
+            num_counted = sum(len(tokens) - skipped for tokens, skipped in chosen)
+            for first in range(0, len(chosen), args.micro_batch_size):
+                micro_batch = collate(chosen[first : first + args.micro_batch_size], model)
                 loss = sft_loss(model, *micro_batch) / num_counted
                 (weight * loss).backward()
                 run.add({name: loss})
@@ -339,8 +339,8 @@ def collate(examples: list[Example], model: GPT) -> tuple[Tensor, Tensor, Tensor
     device = model.unembedding.device
     tokens, lengths = pad_right([e[0] for e in examples], model.config.eos_token_id, device)
     skipped = torch.tensor([skip for _, skip in examples], device=device)
-    places = torch.arange(tokens.shape[1], device=device)
-    return tokens, lengths, (places >= skipped[:, None]) & (places < lengths[:, None])
+    t = torch.arange(tokens.shape[1], device=device)
+    return tokens, lengths, (t >= skipped[:, None]) & (t < lengths[:, None])
 
 
 def sft_loss(model: GPT, tokens: Tensor, lengths: Tensor, loss_mask: Tensor) -> Tensor:

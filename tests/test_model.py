@@ -110,7 +110,7 @@ def check_packing() -> None:
         repeated = [(b, t) for b, t in inside if rows[b][: t + 1] == above[b][: t + 1]]
         for share in (True, False):
             packing = Packing.make(tokens, lengths.int(), share)
-            listed = [(int(place) // T, int(place) % T) for place in packing.places]
+            listed = [(int(place) // T, int(place) % T) for place in packing.flat]
             assert listed == [place for place in inside if not (share and place in repeated)]
             assert packing.index.min() >= 0 and packing.index.max() <= max(len(listed) - 1, 0)
             for b, t in inside:
@@ -302,7 +302,7 @@ always shared: model.Packing.make; check_packing, check_dropout_of_equal_rows
     + if True:
 no gradient to shared tokens: model.Packing.to_rows; check_shared_beginnings
     - x.index_select(0, self.index.flatten())
-    + x.detach()[self.index.flatten()].index_copy(0, self.places, x)
+    + x.detach()[self.index.flatten()].index_copy(0, self.flat, x)
 shared in spite of dropout: model.GPT.forward; check_dropout_of_equal_rows
     - share=not dropout
     + share=True
