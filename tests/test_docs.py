@@ -40,9 +40,10 @@ STIFF = (
 
 def commands(start: str) -> dict[str, bool]:
     """Commands of all pages -> whether written in full: in a code block, not in a sentence."""
-    parts = re.split(r"^```\n(.*?)^```", "\n".join(PAGES.values()), flags=re.M | re.S)
+    parts = re.split(r"^```\w*\n(.*?)^```", "\n".join(PAGES.values()), flags=re.M | re.S)
     inline = re.findall(r"`([^`]+)`", "".join(parts[::2]))
     lines = "".join(parts[1::2]).replace("\\\n", " ").splitlines()
+    assert len(lines) > 60  # a fence that is misread pairs all later ones wrongly
     found = {code: code in lines for code in inline + lines if code.startswith(start)}
     return {" ".join(re.sub(" +#.*", "", code).split()): whole for code, whole in found.items()}
 
