@@ -97,15 +97,12 @@ def differ_from_above(tokens: Tensor, lengths: Tensor) -> Tensor:
 def for_decoding(gpt: GPT) -> GPT:
     """The model with its blocks' matrices in the dtype of their products: cast once, not each
     step. All else is shared with `gpt`; if there is nothing to cast, it is `gpt` itself."""
-    dtype = getattr(torch, gpt.dtype)
-    if dtype == torch.float32 or gpt.h[0].mlp.c_fc.weight.dtype == dtype:
+    stored = gpt.h[0].attn.c_attn.weight.dtype
+    if gpt.dtype == "float32" or stored == getattr(torch, gpt.dtype):
         return gpt
     model = copy.copy(gpt)
     model._modules = dict(gpt._modules)
-    model.h = nn.ModuleList(copy.deepcopy(block) for block in gpt.h)
-    for block in model.h:
-        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            linear.to(dtype)
+    model.h = nn.ModuleList(gpt.cast(copy.deepcopy(block)) for block in gpt.h)
     return model
 
 

@@ -281,10 +281,17 @@ class GPT(nn.Module):
             self, prompts, prompt_lengths, max_new_tokens, temperature, generator
         )
 
+    def cast(self, module: nn.Module) -> nn.Module:
+        """Store a module's matrices in `dtype`: half the memory at 16 bits, and bit for bit the
+        same results, because autocast would round them at each use."""
+        for each in module.modules():
+            if isinstance(each, Linear):
+                each.to(getattr(torch, self.dtype))
+        return module
+
     def frozen(self) -> GPT:
-        """A copy for forward passes alone. Its matrices are stored in `dtype`: at 16 bits half the
-        memory, and bit for bit the same results, because autocast would round them at each use."""
-        return _freeze(copy.deepcopy(self), self.dtype)
+        """A copy for forward passes alone, its matrices stored in `dtype` (see `cast`)."""
+        return self.cast(copy.deepcopy(self)).requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path, **options) -> GPT:
@@ -345,7 +352,7 @@ class ScalarModel(nn.Module):
 
     def frozen(self) -> ScalarModel:
         """A copy for forward passes alone, see `GPT.frozen`; the head stays in float32."""
-        return _freeze(copy.deepcopy(self), self.trunk.dtype)
+        return self.trunk.cast(copy.deepcopy(self)).requires_grad_(False).eval()
 
     @classmethod
     def from_gpt(cls, gpt: GPT, *, resid_pdrop: float = 0.0) -> ScalarModel:
@@ -397,13 +404,6 @@ class Packing:
     def to_list(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (N, C)."""
         return x.reshape(-1, x.shape[-1]).index_select(0, self.flat)
-
-
-def _freeze(model: nn.Module, dtype: str) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.to(getattr(torch, dtype))
-    return model.requires_grad_(False).eval()
 
 
 def pad_right(sequences: list[list[int]], fill: int, device: str) -> tuple[Tensor, Tensor]:

@@ -308,7 +308,11 @@ class Run:
     def _folders(self) -> list[Path]:
         """What runs have made under checkpoints/, epochs/ and steps/; there the oldest first."""
         found = [(name, f) for name in FOLDERS for f in sorted((self.out / name).glob("*"))]
-        return [f for name, f in found if OWN.fullmatch(f"{name}/{f.name}") and f.is_dir()]
+        return [
+            f
+            for name, f in found
+            if OWN.fullmatch(f"{name}/{f.name}") and f.is_dir() and not f.is_symlink()
+        ]
 
     def _restore(self) -> Path | None:
         """Load the newest intact checkpoint, if any; drop what later steps and other runs left."""

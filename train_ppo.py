@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts = load_prompts(args.data, encoding, max_tokens)
     val_prompts = load_prompts(args.val_data, encoding, max_tokens) if args.val_data else []
     text = load_text(args.pretrain_data, encoding, args.ptx_tokens) if args.ptx_coef else None
-    num_ptx = round(args.ptx_ratio * args.batch_size / args.num_minibatches)
+    num_ptx = round(args.ptx_ratio * (args.batch_size // args.num_minibatches))  # an update
 
     options = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
     adam = torch.optim.AdamW(policy.parameters(), **options)
@@ -287,14 +287,14 @@ def load_text(path: str, encoding: tiktoken.Encoding, length: int) -> tuple[Tens
 
 
 def learning_rate_factor(step: int, warmup_steps: int) -> float:
-    """Of iteration 1, 2, ...: from a tenth to 1 over the warm-up, then constant (C.4)."""
+    """Of step 1, 2, ...: from a tenth to 1 over the warm-up, then constant (C.4)."""
     return min(1.0, 0.1 + 0.9 * (step - 1) / warmup_steps) if warmup_steps else 1.0
 
 
 def prompts_of_step(
     prompts: list[list[int]], step: int, args: argparse.Namespace
 ) -> list[list[int]]:
-    """Prompts of iteration `step` = 1, 2, ...: shuffled passes, a function of (seed, step). Each
+    """Prompts of `step` = 1, 2, ...: shuffled passes, a function of (seed, step). Each
     comes --responses_per_prompt times, one after the other."""
     count = args.batch_size // args.responses_per_prompt
     chosen = []
@@ -335,7 +335,7 @@ def sample(
 def draw_minibatches(
     lengths: Tensor, rng: np.random.Generator, args: argparse.Namespace
 ) -> list[tuple[Tensor, ...]]:
-    """An iteration's minibatches, each a tuple of micro-batches: the numbers of their rows.
+    """A step's minibatches, each a tuple of micro-batches: the numbers of their rows.
 
     A minibatch has random prompts. Within it, those whose rows are of similar length are
     neighbours, so a micro-batch has little padding. The responses to a prompt stay together.
@@ -459,7 +459,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(episodes: list[Episodes]) -> None:
-    """Give the advantages of the iteration's response tokens mean 0 and standard deviation 1."""
+    """Give the advantages of the step's response tokens mean 0 and standard deviation 1."""
     everything = torch.cat([e.advantages[e.mask] for e in episodes])
     mean, std = everything.mean(), everything.std(correction=0)
     for e in episodes:

@@ -245,19 +245,10 @@ def untied_pairs(ranks: list[int]) -> list[tuple[int, int]]:
     ]
 
 
-def one_by_one(elements: list[Comparison]) -> list[Comparison]:
-    """Every pair as a batch element of its own; 3.5 found that this overfits within one epoch."""
-    return [
-        Comparison([element.sequences[i] for i in pair], [(0, 1)])
-        for element in elements
-        for pair in element.pairs
-    ]
-
-
 def load_demonstrations(
     path: str, encoding: tiktoken.Encoding, args: argparse.Namespace
-) -> list[Comparison]:
-    """Demonstrations as elements of 64 sequences of similar length, dropped and cut as in SFT."""
+) -> list[list[int]]:
+    """Demonstrations as tokens, the shortest first; dropped and cut as in SFT."""
     sequences = []
     for record in read_jsonl(path, "demonstrations"):
         prompt = encode_prompt(encoding, record["prompt"])
@@ -266,8 +257,16 @@ def load_demonstrations(
             sequences.append(prompt + response[: args.max_new_tokens])
     if not sequences:
         raise BadInput(f"{path}: no prompt is within --max_prompt_tokens {args.max_prompt_tokens}")
-    sequences.sort(key=len)
-    return [Comparison(sequences[i : i + 64], []) for i in range(0, len(sequences), 64)]
+    return sorted(sequences, key=len)
+
+
+def one_by_one(elements: list[Comparison]) -> list[Comparison]:
+    """Every pair as a batch element of its own; 3.5 found that this overfits within one epoch."""
+    return [
+        Comparison([element.sequences[i] for i in pair], [(0, 1)])
+        for element in elements
+        for pair in element.pairs
+    ]
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -357,9 +356,11 @@ def evaluate(
 
 
 @torch.no_grad()
-def center_on_demonstrations(model: ScalarModel, demonstrations: list[Comparison]) -> float:
+def center_on_demonstrations(model: ScalarModel, demonstrations: list[list[int]]) -> float:
     """Shift the head's bias so that demonstrations score 0 on average (3.5); return the shift."""
-    shift = -torch.cat([score_all(model, [batch]) for batch in demonstrations]).mean()
+    end, device = model.config.eos_token_id, model.score.weight.device
+    batches = [demonstrations[i : i + 64] for i in range(0, len(demonstrations), 64)]
+    shift = -torch.cat([model.scores(*pad_right(b, end, device)) for b in batches]).mean()
     model.score.bias += shift
     return shift.item()
 

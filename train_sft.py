@@ -248,6 +248,26 @@ def load_demonstrations(
     return examples
 
 
+def load_beginnings(
+    path: str, encoding: tiktoken.Encoding, length: int
+) -> tuple[list[Example], np.ndarray]:
+    """Sequences that start where a document does, in a long one also every `length` tokens, and run
+    on into the next: prompts, too, are at a sequence's start. And the running sum of the tokens
+    that each has of its own document: a sequence is drawn with a probability in proportion to
+    them, so short documents are not drawn too often."""
+    stream: list[int] = []
+    starts: list[tuple[int, int]] = []  # and how many tokens of the document are in the sequence
+    for document in read_documents(path):
+        tokens = [*encoding.encode_ordinary(document), encoding.eot_token]
+        for i in range(0, len(tokens), length):
+            starts.append((len(stream) + i, min(length, len(tokens) - i)))
+        stream += tokens
+    kept = [(first, own) for first, own in starts if first + length <= len(stream)]
+    if not kept:
+        raise BadInput(f"{path}: {len(stream)} tokens, fewer than the context of {length}")
+    return [(stream[i : i + length], 1) for i, _ in kept], np.cumsum([own for _, own in kept])
+
+
 def load_sequences(
     path: str,
     encoding: tiktoken.Encoding,
@@ -270,26 +290,6 @@ def load_sequences(
         raise BadInput(f"{path}: {len(stream)} tokens, fewer than the context of {length}")
     print(f"{path}: {len(stream):,} tokens in {len(cuts):,} sequences of up to {length}")
     return [(stream[first:last], 1) for first, last in cuts]
-
-
-def load_beginnings(
-    path: str, encoding: tiktoken.Encoding, length: int
-) -> tuple[list[Example], np.ndarray]:
-    """Sequences that start where a document does, in a long one also every `length` tokens, and run
-    on into the next: prompts, too, are at a sequence's start. And the running sum of the tokens
-    that each has of its own document: a sequence is drawn with a probability in proportion to
-    them, so short documents are not drawn too often."""
-    stream: list[int] = []
-    starts: list[tuple[int, int]] = []  # and how many tokens of the document are in the sequence
-    for document in read_documents(path):
-        tokens = [*encoding.encode_ordinary(document), encoding.eot_token]
-        for i in range(0, len(tokens), length):
-            starts.append((len(stream) + i, min(length, len(tokens) - i)))
-        stream += tokens
-    kept = [(first, own) for first, own in starts if first + length <= len(stream)]
-    if not kept:
-        raise BadInput(f"{path}: {len(stream)} tokens, fewer than the context of {length}")
-    return [(stream[i : i + length], 1) for i, _ in kept], np.cumsum([own for _, own in kept])
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

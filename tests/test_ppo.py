@@ -19,7 +19,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import model as model_file
 import train_ppo
 from checkpoint import read_info
 from data.files import BadInput, read_jsonl, read_log, write_documents
@@ -635,12 +634,11 @@ def other_reference(f: Callable, gpt: GPT, *args: Any, **how: Any) -> tuple[Tens
     return f(gpt, *args, **how, temperature=1.0 if gpt.wte.weight.requires_grad else 0.7)
 
 
-@plant("model._freeze", "kl_before_first_update")
-def rounded_embeddings(f: Callable, model: nn.Module, dtype: str) -> nn.Module:
-    """In the frozen copies, which autocast does not round."""
-    frozen = f(model, dtype)
-    if isinstance(frozen, GPT):
-        frozen.wte.weight.data = frozen.wte.weight.data.to(getattr(torch, dtype)).float()
+@plant("model.GPT.frozen", "kl_before_first_update")
+def rounded_embeddings(f: Callable, model: GPT) -> GPT:
+    """In the reference, whose embeddings autocast does not round."""
+    frozen = f(model)
+    frozen.wte.weight.data = frozen.wte.weight.data.to(getattr(torch, model.dtype)).float()
     return frozen
 
 
@@ -997,7 +995,8 @@ def test_16_bit_copies_and_checkpointing_change_no_number(run: Runner) -> None:
     full, half = torch.float32, torch.bfloat16
     assert dtypes[:4] == [full, half, half, full]  # policy, reference, reward model, values
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_file, "_freeze", lambda model, _: model.requires_grad_(False).eval())
+        for kind in (GPT, ScalarModel):
+            patch.setattr(kind, "frozen", lambda self: copy.deepcopy(self).requires_grad_(False))
         assert small.log == run(flags).log
 
 
