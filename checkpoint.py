@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -124,15 +123,9 @@ def check_config(config: Any) -> None:
 
 
 def load_model(
-    kind: type[nn.Module],
-    config_class: type,
-    folder: Path,
-    *,
-    impl: str = "auto",
-    dtype: str = "float32",
-    resid_pdrop: float = 0.0,
+    kind: type, config_class: type, folder: Path, *, resid_pdrop: float = 0.0, **options: str
 ) -> Any:
-    """A `kind(config, impl, dtype)` of the folder's shape, with its weights in float32.
+    """A `kind(config, **options)` of the folder's shape, with its weights in float32.
 
     Keys may begin with "transformer."; mask buffers and a tied lm_head are ignored. Raises
     `BadInput` if the folder holds another kind of model, or weights that do not fit config.json.
@@ -148,15 +141,14 @@ def load_model(
             f"{config.n_layer}"
         )
     with torch.device("meta"):  # shapes without memory
-        model = kind(config, impl, dtype)
-    kinds = {False: "language model", True: "reward model"}
-    makers = {False: "train_sft.py or train_ppo.py", True: "train_rm.py"}
-    found, wanted = "score.weight" in weights, "score.weight" in model.state_dict()
+        model = kind(config, **options)
+    kinds = {False: ("language model", "train_sft.py or train_ppo.py")}
+    kinds[True] = ("reward model", "train_rm.py")
+    found, wanted = (kinds["score.weight" in names] for names in (weights, model.state_dict()))
     if found != wanted:
-        raise BadInput(
-            f"{folder}: holds a {kinds[found]} (stage {read_info(folder).get('stage', '?')}), "
-            f"expected a {kinds[wanted]}: give a checkpoint of {makers[wanted]}"
-        )
+        stage = f"holds a {found[0]} (stage {read_info(folder).get('stage', '?')})"
+        hint = f"expected a {wanted[0]}: give a checkpoint of {wanted[1]}"
+        raise BadInput(f"{folder}: {stage}, {hint}")
     fill(model, weights, path)
     return model.requires_grad_(True)
 
@@ -202,12 +194,15 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def read_tokenizer(path: str | Path, *models: nn.Module) -> tiktoken.Encoding:
+def read_tokenizer(
+    path: str | Path, *models: nn.Module, same_as: str | Path | None = None
+) -> tiktoken.Encoding:
     """The tokenizer of a file or of a model's folder.
 
-    Raises `BadInput` unless it fits every model given, in the number of ids and in the end token.
+    Raises `BadInput` unless it fits every model given, in the number of ids and in the end token,
+    and unless it is that of the folder `same_as`, byte for byte.
     """
-    path = find_model(path)
+    path, other = find_model(path), same_as and find_model(same_as) / "tokenizer.json"
     path = path / "tokenizer.json" if path.is_dir() else path
     encoding = load_tokenizer(path)
     for config in (model.config for model in models):
@@ -217,17 +212,12 @@ def read_tokenizer(path: str | Path, *models: nn.Module) -> tiktoken.Encoding:
                 f"fit a model with vocab_size {config.vocab_size} and eos_token_id "
                 f"{config.eos_token_id}; give the tokenizer that the model was trained with"
             )
-    return encoding
-
-
-def check_same_tokenizer(one: str | Path, other: str | Path) -> None:
-    """Raise `BadInput` unless the tokenizers of two models' folders are the same file."""
-    one, other = (find_model(folder) / "tokenizer.json" for folder in (one, other))
-    if one.read_bytes() != other.read_bytes():
+    if other and other.read_bytes() != path.read_bytes():
         raise BadInput(
-            f"{other} differs from {one}: policy and reward model must share a tokenizer; give "
+            f"{other} differs from {path}: policy and reward model must share a tokenizer; give "
             "models that grew from one base model"
         )
+    return encoding
 
 
 # ------------------------------------------------------------------------------------------------
@@ -269,7 +259,7 @@ def save_state(path: Path, step: int, objects: dict[str, Any]) -> None:
     """Write the states of models and optimizers after a step; equal states are equal files."""
     states = {name: each.state_dict() for name, each in objects.items()}
     try:
-        torch.save(_interned({"step": step, "state": states}), path)
+        torch.save(files.interned({"step": step, "state": states}), path)
     except RuntimeError as error:  # what torch's writer makes of a write that failed
         if "inline_container" not in str(error):
             raise
@@ -294,11 +284,3 @@ def load_state(path: Path, objects: dict[str, Any]) -> int:
             f"{path}: not the state of such a run ({type(error).__name__}); start over without "
             "--resume"
         ) from error
-
-
-def _interned(value: Any) -> Any:
-    """The same nested dicts and lists, equal keys being one object. Pickle writes each object once
-    and then refers to it, so only then are the files of equal states equal."""
-    if isinstance(value, dict):
-        return {sys.intern(k) if isinstance(k, str) else k: _interned(v) for k, v in value.items()}
-    return [_interned(v) for v in value] if isinstance(value, list) else value

@@ -32,7 +32,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ import torch
 import kernels
 from checkpoint import find_model, load_state, read_info, save_model, save_state
 from data import files
-from data.files import BadInput
+from data.files import BadInput, Log
 
 FOLDERS = ("checkpoints", "epochs", "steps")  # in --out
 OWN = re.compile(r"checkpoints/[0-9]{8}|(epochs|steps)/[0-9]+")  # others there are the user's
@@ -344,44 +344,3 @@ class Run:
             return "none are recorded"
         differ = [k for k in {**now, **before} if before.get(k) != now.get(k)]
         return ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differ)
-
-
-# ------------------------------------------------------------------------------------------------
-# Logs
-
-
-class Log:
-    """A CSV file with one row a step, flushed; the first row sets the columns.
-
-    The log of an earlier run stays until `keep()`: a run that dies before its first checkpoint
-    destroys nothing. With `checkpoint`, a folder with a copy, that is what the log goes on from.
-    """
-
-    def __init__(self, path: Path, checkpoint: Path | None = None):
-        self.path, self.file = path, None
-        self.lines = (checkpoint / path.name).read_text().splitlines(True) if checkpoint else []
-        if checkpoint or not path.exists():
-            self.keep()
-
-    def keep(self) -> None:
-        """From now on in the file, over what was there."""
-        if self.file is None:
-            files.write_atomic(self.path, "".join(self.lines))
-            self.file = self.path.open("a", buffering=1)
-
-    def write(self, row: dict[str, float | int | None]) -> None:
-        """Append one row; None is an empty cell, floats keep 9 digits (float32 is exact)."""
-        if not self.lines:
-            self._append(row)
-        columns = self.lines[0].strip().split(",")
-        if odd := sorted(set(row) ^ set(columns)):
-            raise ValueError(f"{self.path}: the row and the header differ in {odd}")
-        cells = [row[name] for name in columns]
-        self._append(
-            [f"{c:.9g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
-        )
-
-    def _append(self, cells: Iterable[str]) -> None:
-        self.lines.append(",".join(cells) + "\n")
-        if self.file:
-            self.file.write(self.lines[-1])

@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from checkpoint import check_same_tokenizer, read_tokenizer
+from checkpoint import read_tokenizer
 from data.files import BadInput, read_documents, read_jsonl, run_command
 from data.tokenizer import decode_response, encode_prompt
 from model import GPT, ScalarModel, pad_right
@@ -234,8 +234,7 @@ def load_models(args: argparse.Namespace) -> tuple[GPT, ScalarModel, tiktoken.En
     options = {"impl": args.kernels, "dtype": args.dtype}
     policy = GPT.from_pretrained(args.init, **options)
     reward_model = ScalarModel.from_pretrained(args.reward_model, **options)
-    encoding = read_tokenizer(args.init, policy, reward_model)
-    check_same_tokenizer(args.init, args.reward_model)
+    encoding = read_tokenizer(args.init, policy, reward_model, same_as=args.reward_model)
     check_context(args, policy, reward_model)
     if args.ptx_coef and args.ptx_tokens > policy.config.n_positions:
         raise BadInput(

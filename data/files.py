@@ -367,8 +367,53 @@ def fingerprint(path: Path | str) -> str:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def interned(value: Any) -> Any:
+    """The same nested dicts and lists, equal keys being one object. Pickle writes each object once
+    and then refers to it, so only then are the files of equal states equal."""
+    if isinstance(value, dict):
+        return {sys.intern(k) if isinstance(k, str) else k: interned(v) for k, v in value.items()}
+    return [interned(v) for v in value] if isinstance(value, list) else value
+
+
 # ------------------------------------------------------------------------------------------------
 # Logs
+
+
+class Log:
+    """A CSV file with one row a step, flushed; the first row sets the columns.
+
+    The log of an earlier run stays until `keep()`: a run that dies before its first checkpoint
+    destroys nothing. With `checkpoint`, a folder with a copy, that is what the log goes on from.
+    """
+
+    def __init__(self, path: Path, checkpoint: Path | None = None):
+        self.path, self.file = path, None
+        self.lines = (checkpoint / path.name).read_text().splitlines(True) if checkpoint else []
+        if checkpoint or not path.exists():
+            self.keep()
+
+    def keep(self) -> None:
+        """From now on in the file, over what was there."""
+        if self.file is None:
+            write_atomic(self.path, "".join(self.lines))
+            self.file = self.path.open("a", buffering=1)
+
+    def write(self, row: dict[str, float | int | None]) -> None:
+        """Append one row; None is an empty cell, floats keep 9 digits (float32 is exact)."""
+        if not self.lines:
+            self._append(row)
+        columns = self.lines[0].strip().split(",")
+        if odd := sorted(set(row) ^ set(columns)):
+            raise ValueError(f"{self.path}: the row and the header differ in {odd}")
+        cells = [row[name] for name in columns]
+        self._append(
+            [f"{c:.9g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
+        )
+
+    def _append(self, cells: Iterable[str]) -> None:
+        self.lines.append(",".join(cells) + "\n")
+        if self.file:
+            self.file.write(self.lines[-1])
 
 
 def read_log(path: Path | str) -> list[dict[str, str]]:

@@ -32,8 +32,8 @@ MACHINERY = ("run.lap", "run.log", "run.add", "run.max", "run.keep", "run.due")
 BUDGETS = [
     ("model", 380),
     ("generate", 210),
-    ("checkpoint", 250),
-    ("run", 310),  # errors of flags in one line
+    ("checkpoint", 230),
+    ("run", 300),
     ("train_sft", 320),
     ("train_rm", 310),
     ("train_ppo", 470),
