@@ -106,14 +106,18 @@ $(D)/valid/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
 	$(candidates) --data $(D)/valid/rm_prompts.jsonl --out $@
 
 # Three people rank each training prompt, which is one batch element all the same; one response of it
-# is another prompt's. Validation is on samples as they are.
-$(D)/%/comparisons.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
-	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
-	  --pool training --seed $(SEED) $(if $(filter train,$*),--labelers 3 --off_topic 1)
+# is another prompt's. Validation is on samples as they are, by people who are as noisy.
+label     = $(py) -m data.label --out $@ --world $(D)/world.json --seed $(SEED)
+labelers := data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py
+rankings := $(D)/train/comparisons.jsonl
+$(rankings): $(D)/train/candidates.jsonl $(labelers)
+	$(label) --data $< --pool training --labelers 3 --off_topic 1
 
-$(D)/%/comparisons_held_out.jsonl: data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py $(D)/%/candidates.jsonl
-	$(py) -m data.label --data $(D)/$*/candidates.jsonl --out $@ --world $(D)/world.json \
-	  --pool held_out --seed $(SEED)
+$(D)/valid/comparisons.jsonl: $(D)/valid/candidates.jsonl $(labelers) $(rankings)
+	$(label) --data $< --pool training --noise_of $(rankings)
+
+$(D)/valid/comparisons_held_out.jsonl: $(D)/valid/candidates.jsonl $(labelers) $(rankings)
+	$(label) --data $< --pool held_out --noise_of $(rankings)
 
 $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid/comparisons.jsonl \
                     $(D)/valid/comparisons_held_out.jsonl
@@ -156,7 +160,8 @@ $(OUT)/report/ppo_ptx.json: $(call weights,ppo_ptx)
 	$(measure) --name ppo_ptx --checkpoint $(OUT)/ppo_ptx
 
 $(OUT)/report/report.md: $(call weights,ppo_ptx) evaluation/report.py evaluation/figures.py data/tiny/labelers.py $(measured)
-	$(py) evaluate.py report --measured $(measured) --baseline sft --out $(OUT)/report
+	$(py) evaluate.py report --measured $(measured) --baseline sft --out $(OUT)/report \
+	  --comparisons $(rankings)
 
 # ------------------------------------------------------------------------------------------------
 # Real human data: the same scripts with GPT-2's tokenizer, on local copies of the raw data sets.

@@ -91,6 +91,7 @@ def report_flags(parser: argparse.ArgumentParser) -> None:
     """compare what was measured: tables, figures, words"""
     add = parser.add_argument
     add("--measured", nargs="+", required=True, metavar="FILE", help="of `measure`, in order")
+    add("--comparisons", metavar="FILE", help="simulated ones: their labelers judge, as noisy")
     add("--baseline", required=True, help="name of the model that the others are compared with")
 
 

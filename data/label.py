@@ -3,10 +3,12 @@
     python -m data.label --data CANDIDATES --world out/data/world.json --out COMPARISONS
     python -m data.label --data CANDIDATES --out COMPARISONS --interactive --labeler NAME
 
-The first form lets simulated labelers of the tiny world rank (data/tiny/labelers.py). It prints the
-agreement that their noise was fitted to, and of the first ranking of each prompt the ties and what
-a noise-free labeler would score. With --labelers N, each prompt has N records, one after the other,
-by different labelers. The second lets you do it, on any candidates: type the numbers of the
+The first form lets simulated labelers of the tiny world rank (data/tiny/labelers.py). Their noise
+is fitted to 73 % agreement and written beside each ranking; with --noise_of FILE it is that of
+comparisons that were labelled before. The command prints how often two labelers agree, and of the
+first ranking of each prompt the ties and what a noise-free labeler would score. With --labelers N,
+each prompt has N records, one after the other, by different labelers. The second form lets you do
+it, on any candidates: type the numbers of the
 responses from best to worst, with = between equals, such as "2 1=3 4". Every ranking is saved at
 once; started again with the same files, it goes on where you stopped.
 
@@ -47,6 +49,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, metavar="FILE", help="comparisons.jsonl to write")
     add("--world", metavar="FILE", help="world.json of the tiny world")
     add("--pool", choices=tuple(POOL_WEIGHTS), default="training", help="simulated labelers")
+    add("--noise_of", metavar="FILE", help="comparisons.jsonl whose labelers' noise these have too")
     add("--labelers", type=int, default=1, help="how many of them rank each prompt, a record each")
     add("--off_topic", type=int, default=0, help="responses of a prompt to take from other prompts")
     add("--seed", type=int, default=0, help="of all random draws")
@@ -98,10 +101,15 @@ def with_off_topic(records: list[Record], count: int, seed: int) -> list[Record]
 
 
 def simulate(
-    records: list[Record], world: World, pool_name: str, seed: int, labelers: int = 1
+    records: list[Record],
+    world: World,
+    pool_name: str,
+    seed: int,
+    labelers: int = 1,
+    noise: float | None = None,
 ) -> list[Record]:
     """Comparisons by simulated labelers, so many of each prompt, one after the other; prints
-    agreement, tie rate and ceiling."""
+    agreement, tie rate and ceiling. The noise is fitted where it is not given."""
     for number, record in enumerate(records, start=1):
         if "task" not in record:
             raise BadInput(
@@ -115,18 +123,28 @@ def simulate(
         sampled.append([name != OTHER_PROMPT for name in record["models"]])
     responses = [record["responses"] for record in records]
     pool = Pool.make(pool_name)
-    turns = label(grades, responses, pool, seed, labelers, sampled)
+    turns = label(grades, responses, pool, seed, labelers, sampled, noise)
     labels = turns[0]
     pairs = sum(len(row) * (len(row) - 1) // 2 for row in grades)
     print(
-        f"{len(records)} prompts, {pairs} pairs, pool {pool_name}, noise {labels.noise:.3f}: "
-        f"agreement {labels.agreement:.3f} (target {TARGET_AGREEMENT}), ties "
+        f"{len(records)} prompts, {pairs} pairs, pool {pool_name}, noise {labels.noise:.3f} "
+        f"{f'(fitted to agreement {TARGET_AGREEMENT})' if noise is None else '(given)'}: "
+        f"agreement {labels.agreement:.3f}, ties "
         f"{labels.tie_rate:.3f} of pairs, noise-free ceiling {labels.ceiling:.3f}"
     )
     ranked = []
     for i, record in enumerate(records):
-        ranked += [record | {"ranks": t.ranks[i], "labeler": t.labelers[i]} for t in turns]
+        people = [{"ranks": t.ranks[i], "labeler": t.labelers[i], "noise": t.noise} for t in turns]
+        ranked += [record | ranking for ranking in people]
     return ranked
+
+
+def noise_of(path: str | Path) -> float:
+    """The noise of the simulated labelers who made these comparisons."""
+    noise = read_jsonl(path, "comparisons")[0].get("noise")
+    if not isinstance(noise, (int, float)):
+        raise BadInput(f"{path}: its first record has no noise; expected simulated comparisons")
+    return noise
 
 
 # ---------------------------------------------------------------------------------- ranking by hand
@@ -211,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         rank_by_hand(records, out, args.labeler, args.seed)
         return
     world = World.load(args.world)
-    comparisons = simulate(records, world, args.pool, args.seed, args.labelers)
+    noise = noise_of(args.noise_of) if args.noise_of else None
+    comparisons = simulate(records, world, args.pool, args.seed, args.labelers, noise)
     write_jsonl(out, comparisons, "comparisons")
 
 

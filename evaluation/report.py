@@ -23,6 +23,7 @@ import numpy as np
 
 from data import files
 from data.files import BadInput, Record, write_atomic
+from data.label import noise_of
 from data.tiny.grader import Grade, evaluation_utility
 from data.tiny.labelers import Labels, Pool, label
 from evaluation import figures
@@ -80,7 +81,7 @@ win_t1 | win rate, T=1 | .3f | share of prompts on which the model's response be
 baseline's, both sampled at temperature 1; a tie counts one half
 win_t0 | win rate, greedy | .3f | the same with both at temperature 0
 win_training_labelers | training labelers | .3f | win rate at temperature 1 by the noisy \
-simulated labelers of the pool that ranked the training data
+simulated labelers of the pool that ranked the training data, as noisy as they were there
 win_held_out_labelers | held-out labelers | .3f | the same by labelers with other priorities, who \
 ranked nothing
 utility_t1 | utility, T=1 | .3f | truth-checked evaluation utility, 0..1, temperature 1
@@ -208,7 +209,8 @@ def write_report(args: argparse.Namespace) -> None:
     out = Path(args.out)
     files.check_writable(out)
     files.remove_leftovers(out)
-    report = Report(read_measured(args.measured), args.baseline)
+    noise = noise_of(args.comparisons) if args.comparisons else None
+    report = Report(read_measured(args.measured), args.baseline, noise)
     report.draw(out)
     rows = [
         {"model": model, "metric": metric, "value": e.value, "ci_low": e.low, "ci_high": e.high}
@@ -280,7 +282,12 @@ def wins_of(ours: Answers, theirs: Answers) -> np.ndarray:
 
 
 def labelers_win_scores(
-    answers: dict[str, Answers], baseline: str, pool: str, seed: int, rankings: int = 1
+    answers: dict[str, Answers],
+    baseline: str,
+    pool: str,
+    seed: int,
+    noise: float,
+    rankings: int = 1,
 ) -> tuple[dict[str, np.ndarray], Labels]:
     """Win scores against the baseline by simulated labelers, who rank all models' responses to a
     prompt together, as in the paper: model -> (N,), the mean over so many rankings of each prompt
@@ -288,7 +295,7 @@ def labelers_win_scores(
     models = list(answers)
     marks = [list(row) for row in zip(*(a.marks for a in answers.values()), strict=True)]
     texts = [list(row) for row in zip(*(a.texts for a in answers.values()), strict=True)]
-    turns, wins = label(marks, texts, Pool.make(pool), seed, rankings), []
+    turns, wins = label(marks, texts, Pool.make(pool), seed, rankings, noise=noise), []
     for labels in turns:
         ranks = -np.array(labels.ranks, dtype=float)  # (N, models), higher is better
         base = ranks[:, [models.index(baseline)]]
@@ -304,9 +311,11 @@ def resampled(baseline: str) -> str:
 class Report:
     """Models that were measured alike, compared with one of them, the baseline."""
 
-    def __init__(self, measured: list[Record], baseline: str):
-        """Raises `BadInput` where there is no such baseline, or nothing to compare it with."""
-        self.measured, self.baseline, self.again = measured, baseline, resampled(baseline)
+    def __init__(self, measured: list[Record], baseline: str, noise: float | None = None):
+        """`noise` is that of the simulated labelers; without it they do not judge. Raises
+        `BadInput` where there is no such baseline, or nothing to compare it with."""
+        self.measured, self.baseline, self.noise = measured, baseline, noise
+        self.again = resampled(baseline)
         self.models = [model for file in measured for model in file["models"]]
         names = [model["name"] for model in self.models]
         if len({*names, self.again}) <= len(names) or baseline not in names:
@@ -335,8 +344,9 @@ class Report:
                 if name in answers:
                     wins = wins_of(answers[name], answers[self.baseline])
                     table[name][f"win_{how}"] = estimate(wins, users)
-        for pool in ("training", "held_out") if self.sampled[self.baseline].marks else ():
-            wins, labels = labelers_win_scores(self.sampled, self.baseline, pool, seed)
+        asked = self.sampled[self.baseline].marks and self.noise is not None
+        for pool in ("training", "held_out") if asked else ():
+            wins, labels = labelers_win_scores(self.sampled, self.baseline, pool, seed, self.noise)
             for name in others:
                 table[name][f"win_{pool}_labelers"] = estimate(wins[name], users)
             who, share = pool.replace("_", "-"), f"{labels.agreement:.1%}"
@@ -379,6 +389,8 @@ class Report:
         rude, tasks = family(table, "toxicity_.*"), family(table, "task_.*")
         loss = show(table, ["pretrain_loss"], True)
         left_out = [line for model in self.models for line in model["left_out"]]
+        if self.sampled[self.baseline].marks and self.noise is None:
+            left_out.append("Simulated labelers judge only with --comparisons.")
         return {
             "first": first,
             "num_models": len(self.models),

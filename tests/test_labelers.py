@@ -17,7 +17,8 @@ from data.label import parse_ranking
 from data.tiny import labelers
 from data.tiny.answers import Failings, answer
 from data.tiny.grader import Grade, grade, utility
-from data.tiny.labelers import POOL_WEIGHTS, Labels, Pool, dense_ranks, likert
+from data.tiny.labelers import POOL_TASTES, POOL_WEIGHTS, Labels, Pool, dense_ranks, likert
+from data.tiny.make import DEMONSTRATOR_FAILINGS
 from data.tiny.tasks import LABELER_SHARES, make_prompt, pick
 from data.tiny.world import World
 
@@ -47,7 +48,7 @@ def candidates(world: World) -> list[dict]:
         responses = []
         for _ in range(rng.randint(4, 9)):
             if rng.random() < 0.9:
-                failings = Failings.draw(rng, 0.2, 0.2, 0.2, 0.4)
+                failings = Failings.draw(rng, **DEMONSTRATOR_FAILINGS)
                 responses.append(answer(world, task, rng, failings=failings))
             else:
                 responses.append(rng.choice(("", "yes .", prompt)))
@@ -69,6 +70,12 @@ def pairs(row: list) -> Iterator[tuple[int, int]]:
     return combinations(range(len(row)), 2)
 
 
+def opinion(pool: Pool, who: int, marks: Grade, text: str) -> float:
+    """What a labeler thinks of a response without noise, from the formula."""
+    taste = sum(t * x for t, x in zip(pool.tastes[who], labelers.traits_of(text), strict=True))
+    return utility(marks, list(pool.weights[who])) + taste
+
+
 @pytest.mark.parametrize("pool_name", ["training", "held_out"])
 def test_two_labelers_agree_on_73_percent(pool_name: str, graded: Graded) -> None:
     """Counted pair by pair from the definition, with other random draws than the fit's."""
@@ -79,10 +86,10 @@ def test_two_labelers_agree_on_73_percent(pool_name: str, graded: Graded) -> Non
     for row, responses in 12 * list(zip(*graded, strict=True)):
         opinions = []
         for _ in range(2):
-            weights = pool.weights[rng.randrange(len(pool.weights))]
+            who = rng.randrange(len(pool.weights))
             scores: dict[str, int] = {}
             for marks, text in zip(row, responses, strict=True):
-                exact = utility(marks, list(weights)) + rng.gauss(0, noise)
+                exact = opinion(pool, who, marks, text) + rng.gauss(0, noise)
                 scores.setdefault(text, round(12 * exact))
             opinions.append([scores[text] for text in responses])
         one, other = opinions
@@ -98,9 +105,12 @@ def test_labels_report_what_they_are(graded: Graded) -> None:
     labels = label(*graded, pool, seed=0)
     assert labels.agreement == pytest.approx(0.73, abs=0.005)
     tied = right = untied = 0.0
-    weights = POOL_WEIGHTS["training"]
-    for ranks, row in zip(labels.ranks, graded[0], strict=True):
-        values = [utility(marks, weights) for marks in row]
+    weights, tastes = POOL_WEIGHTS["training"], POOL_TASTES["training"]
+    for ranks, row, texts in zip(labels.ranks, *graded, strict=True):
+        values = [
+            utility(marks, weights) + float(np.dot(tastes, labelers.traits_of(text)))
+            for marks, text in zip(row, texts, strict=True)
+        ]
         for i, j in pairs(row):
             tied += ranks[i] == ranks[j]
             untied += ranks[i] != ranks[j]
@@ -128,6 +138,8 @@ def test_ranks_follow_utility_when_labelers_always_agree(
 ) -> None:
     monkeypatch.setattr(labelers, "TARGET_AGREEMENT", 1.0)
     monkeypatch.setattr(labelers, "WEIGHT_SPREAD", 0.0)
+    monkeypatch.setattr(labelers, "TASTE_SPREAD", 0.0)
+    monkeypatch.setitem(labelers.POOL_TASTES, "training", (0.0, 0.0, 0.0))
     labels = label(*graded, Pool.make("training"), seed=0)
     assert labels.noise < 1e-6
     for ranks, row in zip(labels.ranks, graded[0], strict=True):
@@ -176,6 +188,73 @@ def test_held_out_labelers_have_other_priorities() -> None:
     assert not one & other
     with pytest.raises(ValueError, match="pool 'nobody'"):
         Pool.make("nobody")
+
+
+def orders(pool: Pool, graded: Graded) -> list[list[int]]:
+    """Of each labeler: which of each pair of responses is better, without noise; 0 is a tie."""
+    made = []
+    for who in range(len(pool.weights)):
+        signs = []
+        for row, texts in zip(*graded, strict=True):
+            scores = [
+                round(12 * opinion(pool, who, marks, text))
+                for marks, text in zip(row, texts, strict=True)
+            ]
+            signs += [np.sign(scores[i] - scores[j]) for i, j in pairs(row)]
+        made.append(signs)
+    return made
+
+
+def test_tastes_cross_between_pools(graded: Graded) -> None:
+    """Without noise: about 85 % of pairs alike within a pool, about 75 % across, counted pair by
+    pair from the formula."""
+    few = graded[0][:120], graded[1][:120]
+    training, held_out = (np.array(orders(Pool.make(name), few)) for name in POOL_WEIGHTS)
+
+    def alike(one: np.ndarray, other: np.ndarray) -> float:
+        decided = (one != 0) & (other != 0)
+        return float((one == other)[decided].mean())
+
+    for pool in (training, held_out):
+        within = np.mean([alike(one, other) for one, other in combinations(pool, 2)])
+        assert within == pytest.approx(0.85, abs=0.04)
+    across = np.mean([alike(one, other) for one in training for other in held_out])
+    assert across == pytest.approx(0.75, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "text, traits",
+    [
+        ("gladly . the fox eats grass .", (5 / 20, 1.0, 0.0)),
+        ("that is hard to say .", (5 / 20, 0.0, 1.0)),
+        ("", (0.0, 0.0, 1.0)),
+        ("of course . " + "the fox eats grass . " * 9, (1.0, 1.0, 0.0)),
+    ],
+)
+def test_traits(text: str, traits: tuple[float, ...]) -> None:
+    assert labelers.traits_of(text) == pytest.approx(traits)
+
+
+def test_noise_is_that_of_the_training_comparisons(
+    files: Path, candidates: list[dict], capsys: pytest.CaptureFixture
+) -> None:
+    """What is ranked later is ranked with the same noise, so agreement is free to differ."""
+    first = run(files)
+    (noise,) = {record["noise"] for record in first}
+    (files / "out.jsonl").rename(files / "train.jsonl")
+    write_jsonl(files / "candidates.jsonl", candidates[60:90], "candidates")
+    alone = {record["noise"] for record in run(files)}
+    given = run(files, "--noise_of", str(files / "train.jsonl"), "--pool", "held_out")
+    assert {record["noise"] for record in given} == {noise} != alone
+    assert "(given): agreement" in capsys.readouterr().out
+
+
+def test_noise_of_a_persons_comparisons_is_refused(files: Path, candidates: list[dict]) -> None:
+    ranks = [1] * len(candidates[0]["responses"])
+    by_hand = candidates[0] | {"ranks": ranks, "labeler": "ada"}
+    write_jsonl(files / "by_hand.jsonl", [by_hand], "comparisons")
+    with pytest.raises(BadInput, match="by_hand.jsonl: its first record has no noise"):
+        run(files, "--noise_of", str(files / "by_hand.jsonl"))
 
 
 def test_dense_ranks() -> None:
@@ -275,7 +354,7 @@ def test_off_topic_responses_are_ranked_and_do_not_raise_the_noise(
     assert all(record["models"].count("other prompt") == 2 for record in made)
     assert [r["responses"] for r in made[::2]] == [r["responses"] for r in made[1::2]]
     run(files)
-    with_others, without = re.findall(r"noise (\S+):", capsys.readouterr().out)
+    with_others, without = re.findall(r"noise (\S+) ", capsys.readouterr().out)
     assert float(with_others) == pytest.approx(float(without), rel=0.25)
 
 

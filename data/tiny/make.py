@@ -57,7 +57,7 @@ DEMONSTRATED_KINDS = ("ordinary",)  # facts that demonstrations may mention
 LABELER_SHARE = {"demonstrations": 0.89, "rm_prompts": 0.20, "ppo_prompts": 0.0}
 # What demonstrators do wrong: content or count, one sentence or word where more was asked for,
 # going on after the answer, accepting a false premise. Learning from feedback needs the headroom.
-DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.20, "ramble": 0.12, "credulous": 0.35}
+DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.35, "ramble": 0.25, "credulous": 0.50}
 RESPECTFUL_SHARE = 0.11  # of prompts that ask for respect; these are seldom alike, so more stay
 PERSONAL_DATA_SHARE = 0.01
 RESUBMITTED_SHARE = 0.04  # of customers' prompts that they send once more

@@ -26,6 +26,7 @@ import train_rm
 import train_sft
 from checkpoint import read_config, read_info
 from data.files import Record, fingerprint, read_documents, read_jsonl, read_log, write_atomic
+from data.label import noise_of
 from data.tiny.corpus import NO_COMMENT_INSTRUCTION, bias_pairs, public_tasks
 from data.tiny.grader import EVALUATION_WEIGHTS, Grade
 from data.tiny.labelers import likert
@@ -96,6 +97,11 @@ class Lab:
     @cached_property
     def world(self) -> World:
         return World.load(self.folder / "data" / "world.json")
+
+    @cached_property
+    def noise(self) -> float:
+        """Of the simulated labelers, as it was when they ranked the training comparisons."""
+        return noise_of(self.folder / "data" / "train" / "comparisons.jsonl")
 
     @cached_property
     def asked(self) -> str:
@@ -268,7 +274,7 @@ class Lab:
         for i in self.draws(prompts, 1.0):
             answers = {m: self.answers(m, prompts, 1.0, i) for m in (*models, baseline)}
             seed = self.seed + 1000 * i  # other people's noise for each sample
-            wins.append(report.labelers_win_scores(answers, baseline, pool, seed, rankings=3)[0])
+            wins.append(report.labelers_win_scores(answers, baseline, pool, seed, self.noise, 3)[0])
         return {m: np.mean([win[m] for win in wins], axis=0) for m in models}
 
     def kl(self, name: str, prompts: str) -> Estimate:
