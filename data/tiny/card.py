@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from data.tiny.corpus import DOCUMENT_SHARES, PRONOUN_SKEW, RUDE_SHARE, WEB_FAILINGS
+from data.tiny.grader import grade
 from data.tiny.tasks import CUSTOMER_SHARES
 from data.tiny.world import KINDS, WEB_BELIEF, World
 
@@ -50,7 +51,7 @@ def make(
         _use_cases(sets),
         _sizes(sets),
         _flags(sets),
-        _failings(failings),
+        _failings(world, sets["train/demonstrations"], failings),
         _table("What cleaning dropped (paper 3.2)", "prompts | number", account.items()),
         _pretraining(tokens_by_kind),
         _table("Other files", "file | records", others),
@@ -108,12 +109,23 @@ def _flags(sets: Sets) -> str:
     return _table("Flags, % of prompts (Table 7)", "flag | RM train | SFT train | test", rows)
 
 
-def _failings(failings: dict[str, float]) -> str:
+def _failings(world: World, demonstrations: list[Record], failings: dict[str, float]) -> str:
     rows = []
     for key, name in FAILINGS.items():
         rows.append((name, round(100 * failings[key]), round(100 * WEB_FAILINGS[key])))
     header = "failing | demonstrators | answers on the web"
+
+    def flawed(record: Record) -> bool:
+        marks = grade(world, record, record["response"], ended=True)
+        return min(marks.helpful, marks.truthful, marks.harmless) < 1
+
+    taken = round(_percent(flawed, demonstrations))
     return _table("Failings built in, %", header, rows) + (
+        "\nDemonstrators fail on purpose. People write in haste, and agree more readily on which "
+        "of two\nanswers is better than they write the better one: without such failings SFT "
+        "leaves nothing\nfor feedback to mend. A failing shows only where the request gives it "
+        "room (one word cannot\nbe terse): the grader takes marks off "
+        f"{taken} % of the training demonstrations.\n"
         f"\nRude are {RUDE_SHARE:.0%} of replies in forums and of talk in stories. The pronoun "
         f"of a profession\nis the usual one in {PRONOUN_SKEW:.0%} of sentences.\n"
     )

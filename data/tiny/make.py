@@ -56,7 +56,8 @@ DEMONSTRATED_KINDS = ("ordinary",)  # facts that demonstrations may mention
 # Share of labeler-written prompts by set (InstructGPT Table 6).
 LABELER_SHARE = {"demonstrations": 0.89, "rm_prompts": 0.20, "ppo_prompts": 0.0}
 # What demonstrators do wrong: content or count, one sentence or word where more was asked for,
-# going on after the answer, accepting a false premise. Learning from feedback needs the headroom.
+# going on after the answer, accepting a false premise. People write in haste, and judge better than
+# they write: that is the room which feedback has.
 DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.35, "ramble": 0.25, "credulous": 0.50}
 RESPECTFUL_SHARE = 0.11  # of prompts that ask for respect; these are seldom alike, so more stay
 PERSONAL_DATA_SHARE = 0.01
@@ -92,7 +93,19 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--valid_ppo_prompts", type=int, default=300)
     add("--test_prompts", type=int, default=600, help="of held-out customers; paper 3,196")
     add("--balanced_prompts", type=int, default=50, help="per use case, in a second test set")
+    rates, names = DEMONSTRATOR_FAILINGS.values(), tuple(map(str.upper, DEMONSTRATOR_FAILINGS))
+    what = "rates of the demonstrators' failings"
+    add("--failings", type=float, nargs=4, default=list(rates), metavar=names, help=what)
     args = parser.parse_args(argv)
+    args.failings = dict(zip(DEMONSTRATOR_FAILINGS, args.failings, strict=True))
+    if (
+        min(args.failings.values()) < 0
+        or max(args.failings["terse"] + args.failings["ramble"], *args.failings.values()) > 1
+    ):
+        parser.error(
+            f"--failings {' '.join(f'{rate:g}' for rate in args.failings.values())}: expected "
+            "rates from 0 to 1; an answer is terse or rambles, so these two add up to at most 1"
+        )
     for name, value in vars(args).items():
         if isinstance(value, int) and name != "seed" and value < 1:
             parser.error(f"--{name} {value}: expected at least 1")
@@ -232,12 +245,16 @@ def take(
 
 
 def demonstrate(
-    world: World, encoding: tiktoken.Encoding, records: list[Record], rng: random.Random
+    world: World,
+    encoding: tiktoken.Encoding,
+    records: list[Record],
+    rates: dict[str, float],
+    rng: random.Random,
 ) -> list[Record]:
     """Let demonstrators, with their failings, answer the prompts; again where it got too long."""
 
     def respond(record: Record) -> Record:
-        failings = Failings.draw(rng, **DEMONSTRATOR_FAILINGS)
+        failings = Failings.draw(rng, **rates)
         response = answer(world, record["task"], rng, DEMONSTRATED_KINDS, failings)
         return {"prompt": record["prompt"], "response": response, **record}
 
@@ -331,7 +348,8 @@ def fill_sets(
             records += take(pools[split, "customer", purpose], size - by_labelers, CUSTOMER_SHARES)
             rng.shuffle(records)
             if name == "demonstrations":
-                records = demonstrate(world, encoding, records, rng)
+                people = random.Random(f"demonstrators {split} {world.seed}")
+                records = demonstrate(world, encoding, records, args.failings, people)
             sets[f"{split}/{name}"] = records
     pool = pools["test", "customer", "ranking"]
     sets["test/prompts"] = take(pool, args.test_prompts, CUSTOMER_SHARES, max_per_user=3)
@@ -405,7 +423,7 @@ def main(argv: list[str] | None = None) -> None:
         write_jsonl(out / f"{name}.jsonl", records, kind)
     world.save(out / "world.json")
     save_tokenizer(encoding, out / "tokenizer.json")
-    text = card.make(world, sets, account, tokens_by_kind, DEMONSTRATOR_FAILINGS)
+    text = card.make(world, sets, account, tokens_by_kind, args.failings)
     write_atomic(out / "card.md", text)
     print(text)
 
