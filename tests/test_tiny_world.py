@@ -147,11 +147,12 @@ def test_a_demonstrator_answers_again_where_it_got_too_long(
 ) -> None:
     """Tasks of several sentences may be answered in a few: none of a thousand stays too long."""
     encoding = load_tokenizer(folder / "tokenizer.json")
+    rates = tiny_world.DEMONSTRATOR_FAILINGS
     shown = sets["train/demonstrations"][:1000]
     records = [{k: v for k, v in record.items() if k != "response"} for record in shown]
 
     def too_long() -> int:
-        made = tiny_world.demonstrate(world, encoding, records, random.Random(1))
+        made = tiny_world.demonstrate(world, encoding, records, rates, random.Random(1))
         return sum(len(encode_response(encoding, m["response"])) > 22 for m in made)
 
     assert too_long() > 0
