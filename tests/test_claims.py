@@ -90,6 +90,8 @@ LOSSES = {"64x2/base": 1.4, "96x2/base": 1.3, "base": 1.2, "192x4/base": 1.1}
 class PlantedLab(Lab):
     """A lab whose models are what the paper says (good), or all alike (not good)."""
 
+    noise = 0.3
+
     def __init__(self, folder: Path, good: bool):
         super().__init__(folder, 0, fast=True)
         self.good = good
@@ -107,16 +109,33 @@ class PlantedLab(Lab):
             return 0.3 + 0.02 * int(step)
         if head == "control":
             return RANK["sft_selected"] - 0.1
+        if head == "headroom/careful":  # nothing to mend
+            return RANK["sft_selected"]
         return RANK.get(name, RANK.get(step, 0.8))
 
     @staticmethod
     @lru_cache
     def records(name: str) -> list[dict]:
+        if name == "train/rm_prompts":
+            return [{}] * 10_000
         asked = [{"prompt": "p", "prefix": KINDS[i % 3], "user": f"u{i % 150}"} for i in range(450)]
         for i, record in enumerate(asked):
             record["task"] = {"subject": f"s{i % 60}", "attribute": "food"}
             record["user"] = "probe" if "probes" in name else record["user"]
         return asked
+
+    def order_agreement(self, judge: str, model: str) -> Estimate:
+        weak = self.good and judge.split("/")[-2:-1] in (["tokens_1000000"], ["ranked_1000"])
+        return Estimate(0.6, 0.59, 0.61) if weak else Estimate(0.7, 0.69, 0.71)
+
+    def pretraining_tokens(self) -> int:
+        return 3_000_000
+
+    def flawed(self, data: str) -> Estimate:
+        share = {"careful": 0.1, "moderate": 0.36, "careless": 0.8}.get(
+            data.split("/")[-2:][0], 0.56
+        )
+        return Estimate(share, share, share)
 
     def answers(self, name, prompts="prompts", temperature=1.0, draw=0) -> Answers:
         key = name, prompts, temperature, draw
@@ -240,8 +259,8 @@ def test_verdicts_do_not_depend_on_names() -> None:
     lab = PlantedLab(Path("."), True)
     answers = {name: lab.answers(name) for name in ("base", "sft_selected", "ppo")}
     other = dict(zip(("z", "y", "x"), answers.values(), strict=True))
-    one = labelers_win_scores(answers, "sft_selected", "training", 0)[0]
-    two = labelers_win_scores(other, "y", "training", 0)[0]
+    one = labelers_win_scores(answers, "sft_selected", "training", 0, 0.3)[0]
+    two = labelers_win_scores(other, "y", "training", 0, 0.3)[0]
     assert [a.tolist() for a in one.values()] == [b.tolist() for b in two.values()]
 
 

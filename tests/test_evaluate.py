@@ -218,7 +218,7 @@ def test_labelers_prefer_the_better_model():
         "again": [mark(helpful=x, truthful=x) for x in rng.uniform(0.3, 0.7, 400)],
     }
     answers = {name: answers_of(m, name) for name, m in marks.items()}
-    wins, labels = report.labelers_win_scores(answers, "base", "training", seed=0)
+    wins, labels = report.labelers_win_scores(answers, "base", "training", seed=0, noise=0.1)
     assert set(wins["base"]) == {0.5}
     assert wins["good"].mean() > 0.6 > 0.4 > wins["bad"].mean()
     e = estimate(wins["again"])

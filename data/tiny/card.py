@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from data.tiny.corpus import DOCUMENT_SHARES, PRONOUN_SKEW, RUDE_SHARE, WEB_FAILINGS
-from data.tiny.grader import grade
+from data.tiny.grader import flawed
 from data.tiny.tasks import CUSTOMER_SHARES
 from data.tiny.world import KINDS, WEB_BELIEF, World
 
@@ -115,11 +115,7 @@ def _failings(world: World, demonstrations: list[Record], failings: dict[str, fl
         rows.append((name, round(100 * failings[key]), round(100 * WEB_FAILINGS[key])))
     header = "failing | demonstrators | answers on the web"
 
-    def flawed(record: Record) -> bool:
-        marks = grade(world, record, record["response"], ended=True)
-        return min(marks.helpful, marks.truthful, marks.harmless) < 1
-
-    taken = round(_percent(flawed, demonstrations))
+    taken = round(_percent(lambda record: flawed(world, record), demonstrations))
     return _table("Failings built in, %", header, rows) + (
         "\nDemonstrators fail on purpose. People write in haste, and agree more readily on which "
         "of two\nanswers is better than they write the better one: without such failings SFT "

@@ -650,3 +650,9 @@ def utility(grade: Grade, weights: Sequence[float]) -> float:
 def evaluation_utility(grade: Grade) -> float:
     """The utility that evaluation reports, 0..1, with `EVALUATION_WEIGHTS`."""
     return utility(grade, EVALUATION_WEIGHTS)
+
+
+def flawed(world: World, demonstration: dict) -> bool:
+    """Whether a demonstration is less than helpful, truthful and harmless in full."""
+    marks = grade(world, demonstration, demonstration["response"], ended=True)
+    return min(marks.helpful, marks.truthful, marks.harmless) < 1

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from checkpoint import read_config, read_info
 from data.files import Record, fingerprint, read_documents, read_jsonl, read_log, write_atomic
 from data.label import noise_of
 from data.tiny.corpus import NO_COMMENT_INSTRUCTION, bias_pairs, public_tasks
-from data.tiny.grader import EVALUATION_WEIGHTS, Grade
+from data.tiny.grader import EVALUATION_WEIGHTS, Grade, flawed
 from data.tiny.labelers import likert
 from data.tiny.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
 from data.tiny.world import VALUES, World
@@ -336,6 +336,45 @@ class Lab:
         rows = self.cached(name, [judge], make)
         records = read_jsonl(self.folder / comparisons, "comparisons")
         return [(records[number - 1], np.array(margins)) for number, margins in rows]
+
+    def order_agreement(self, judge: str, model: str) -> Estimate:
+        """How often a reward model puts two of four samples of a model to the same validation
+        prompt in the order of the truth; pairs that differ by less than a tie are left out. What a
+        judge can do."""
+        prompts = "valid/rm_prompts"
+        drawn = [self.answers(model, prompts, 1.0, i) for i in range(DRAWS)]
+
+        def make() -> list[list[float]]:
+            asked = [record["prompt"] for record in self.records(prompts)]
+            speaker, scores = self.speaker(model), []
+            for answers in drawn:
+                values = measure.reward_scores(self.judge(judge), speaker, asked, answers.samples)
+                scores.append(values.tolist())
+            return scores
+
+        scores = np.array(self.cached(f"{judge}_orders_{model}", [judge, model], make))
+        truth = np.array([answers.utility for answers in drawn])
+        right, counted = np.zeros(truth.shape[1]), np.zeros(truth.shape[1])
+        for a, b in combinations(range(DRAWS), 2):
+            gap, judged = truth[a] - truth[b], scores[a] - scores[b]
+            known = np.abs(gap) >= report.TIE
+            counted += known
+            right += known * np.where(judged == 0, 0.5, (gap > 0) == (judged > 0))
+        share = right / np.maximum(counted, 1)
+        return estimate(share, self.groups(prompts), weights=counted)
+
+    def pretraining_tokens(self) -> int:
+        """Of the base model's text, end tokens included."""
+        encoding = self.speaker("base").encoding
+        texts = read_documents(self.folder / "data" / "train" / "pretrain.txt")
+        return sum(len(encoding.encode_ordinary(text)) + 1 for text in texts)
+
+    def flawed(self, data: str) -> Estimate:
+        """Share of the training demonstrations in a folder that the grader takes marks off."""
+        records = read_jsonl(
+            self.folder / data / "train" / "demonstrations.jsonl", "demonstrations"
+        )
+        return estimate([flawed(self.world, record) for record in records])
 
     def demonstration_losses(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean -log p per token of each validation demonstration, and its number of tokens."""

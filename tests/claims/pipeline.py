@@ -33,6 +33,15 @@ LARGE = {"192x4": (192, 4, 2.4)}  # a base model more than ten times the smalles
 LARGE_LR = 2.7e-3  # the demo's, times the ratio of the widths
 PTX_FACTORS = (0, 0.1, 3, 10)  # times the demo's --ptx_coef
 KL_FACTORS = (0.1, 10, 100)  # times the demo's --kl_coef
+# Where feedback pays (`headroom`), beside the demo's own point of each. How often demonstrators are
+# wrong, terse, rambling, credulous; tokens of pretraining text; prompts that are ranked.
+FAILINGS = {
+    "careful": (0.05, 0.07, 0.04, 0.12),
+    "moderate": (0.15, 0.20, 0.12, 0.35),
+    "careless": (0.15, 0.50, 0.35, 0.65),
+}
+TOKENS = (1_000_000, 2_000_000, 6_000_000)
+RANKED = (1000, 3000)
 OVEROPT_STEPS, OVEROPT_KEEP = 60, 6
 PAIRS_PROMPTS = 1500  # prompts of both arms of the contrast of 3.5
 ROUND_PROMPTS = 2500  # prompts ranked anew in the second round
@@ -90,8 +99,10 @@ def in_small(command: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def output_of(file: Path) -> Path:
-    """What a stage leaves: a data file itself, or the weights in a run's folder."""
-    return file if file.suffix in (".jsonl", ".txt") else file / "model.safetensors"
+    """What a stage leaves: a data file itself, a world's card, or the weights in a run's folder."""
+    if file.suffix in (".jsonl", ".txt"):
+        return file
+    return file / ("card.md" if file.name == "data" else "model.safetensors")
 
 
 def script_of(command: Iterable[str]) -> str:
@@ -179,8 +190,9 @@ class Seed:
             if made.startswith("report"):
                 continue
             command, file = edit(in_small(recipe), keep_every=None), self.path(made)
-            output = file / "card.md" if made == "data" else output_of(file)
-            before = (self.graph.add(Stage(f"{name}/{made}", command, output, before, 0.1)),)
+            before = (
+                self.graph.add(Stage(f"{name}/{made}", command, output_of(file), before, 0.1)),
+            )
         last = self.path("ppo_ptx", "model.safetensors")
         self.graph.add(Stage(name, (sys.executable, "-c", "pass"), last, before, 0.0))
 
@@ -201,6 +213,49 @@ class Seed:
             self.run(init, "init", base, 2.0 * cost, init=self.path(base))
             for like in ("ppo", "ppo_ptx"):
                 self.run(f"{size}/{like}", like, init, 3.0 * cost + 0.8, init=self.path(init))
+
+    def headroom(self) -> None:
+        """The demo's steps up to PPO-ptx with more or fewer failings in the demonstrations, more or
+        less pretraining text, fewer ranked prompts."""
+        for name, rates in FAILINGS.items():
+            folder = f"headroom/{name}"
+            self.run(f"{folder}/data", "data", "demo", 0.3, failings=rates)
+            self.from_sft(folder, "base", f"{folder}/data", f"{folder}/data")
+        for tokens in TOKENS:
+            folder = f"headroom/tokens_{tokens}"
+            self.run(f"{folder}/data", "data", "demo", 0.3, pretrain_tokens=tokens)
+            text = self.path(folder, "data", "train", "pretrain.txt")
+            minutes = tokens / 1e6
+            self.run(f"{folder}/base", "base", f"{folder}/data", minutes, pretrain_data=text)
+            self.from_sft(folder, f"{folder}/base", f"{folder}/data", f"{folder}/base")
+        for count in RANKED:
+            folder = f"headroom/ranked_{count}"
+            data = self.variant(f"{folder}/comparisons.jsonl", "prompts", count=count)
+            self.rm(f"{folder}/rm", data, 2.5 * count / 10_000 + 0.2)
+            judge = self.path(folder, "rm")
+            self.run(f"{folder}/ppo_ptx", "ppo_ptx", f"{folder}/rm", 3.5, reward_model=judge)
+
+    def from_sft(self, folder: str, base: str, data: str, after: str) -> None:
+        """Everything that the demo does from SFT to PPO-ptx, with another base model or data."""
+        at = self.path
+        shown = {"init": at(base), "data": at(data, "train", "demonstrations.jsonl")}
+        shown["val_data"] = at(data, "valid", "demonstrations.jsonl")
+        self.run(f"{folder}/sft", "sft", after, 1.2, **shown)
+        mixed = {"pretrain_data": at(data, "train", "pretrain.txt")}
+        self.run(f"{folder}/init", "init", after, 1.4, **shown, **mixed)
+        models = [f"sft={at(folder, 'sft')}", f"base={at(base)}"]
+        asked = {"checkpoints": models, "part": None, "data": at(data, "train", "rm_prompts.jsonl")}
+        made = f"{folder}/candidates.jsonl"
+        self.run(made, "data/train/candidates_1.jsonl", f"{folder}/sft", 1.3, **asked)
+        ranked, like = f"{folder}/comparisons.jsonl", "data/train/comparisons.jsonl"
+        self.run(ranked, like, made, 0.3, data=at(made))
+        shift = at(data, "train", "demonstrations.jsonl")
+        self.rm(f"{folder}/rm", ranked, 2.7, init=at(folder, "sft"), demonstrations=shift)
+        judge = {"reward_model": at(folder, "rm")}
+        chosen = {"run": at(folder, "sft"), **judge}
+        self.run(f"{folder}/sft_selected", "sft_selected", f"{folder}/rm", 0.6, **chosen)
+        start = {"init": at(folder, "init"), **judge, **mixed}
+        self.run(f"{folder}/ppo_ptx", "ppo_ptx", f"{folder}/rm {folder}/init", 3.5, **start)
 
     def public(self) -> None:
         """A model tuned on public tasks as instructions, chosen by reward model as SFT is."""
@@ -273,6 +328,7 @@ class Seed:
 
     def sweeps(self) -> None:
         self.sizes()
+        self.headroom()
         self.public()
         self.coefficients()
         self.overoptimised()

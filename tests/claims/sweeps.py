@@ -10,7 +10,15 @@ import numpy as np
 
 from evaluation.report import Estimate, estimate, resamples
 from tests.claims.lab import FOUR, GPT, HOW, NAMES, PPO, PROMPTED, PTX, SFT, Lab, accuracy, right
-from tests.claims.pipeline import KL_FACTORS, LARGE, PTX_FACTORS, SIZES
+from tests.claims.pipeline import (
+    FAILINGS,
+    KL_FACTORS,
+    LARGE,
+    PTX_FACTORS,
+    RANKED,
+    SIZES,
+    TOKENS,
+)
 from tests.claims.variants import group_of
 from tests.claims.verdict import Panel, Result, Row, chart, claim, exact, minus, triple
 
@@ -136,6 +144,78 @@ def public_tasks_baseline(lab: Lab) -> Result:
     groups = ["GPT", "GPT\n(prompted)", "public\ntasks", "SFT", "PPO", "PPO-ptx"]
     series = {"likert": [lab.mean(model, "likert") for model in order]}
     return Result(rows, [chart("Likert, 1 to 7", groups, series)])
+
+
+# ------------------------------------------------------------------------------------------------
+# When feedback pays
+
+
+def gain_points(lab: Lab, folders: dict[float, str]) -> dict[str, list[tuple[float, Estimate]]]:
+    """Over x: PPO-ptx's win rates against the SFT of its own folder ("" is the demo's), and how
+    often the reward model orders that SFT's samples as the truth does."""
+    points: dict[str, list[tuple[float, Estimate]]] = {
+        name: [] for name in (*dict(HOW).values(), ORDER)
+    }
+    for x, folder in sorted(folders.items()):
+        policy, judge = (f"{folder}{name}" for name in (PTX, "rm"))
+        own = f"{folder}{SFT}" if not folder.startswith("headroom/ranked") else SFT
+        for t, how in HOW:
+            points[how].append((x, lab.win(policy, own, t=t)))
+        points[ORDER].append((x, lab.order_agreement(judge, own)))
+    return points
+
+
+ORDER = "pairs that the reward model orders rightly"
+HEADROOM = [f"headroom/{name}/" for name in FAILINGS]
+HEADROOM += [f"headroom/tokens_{tokens}/" for tokens in TOKENS]
+HEADROOM += [f"headroom/ranked_{count}/" for count in RANKED]
+OWN = ["ppo_ptx", "rm", "sft_selected"]
+
+
+@claim(
+    "headroom",
+    "premise",
+    [f"{f}{m}" for f in HEADROOM for m in OWN if "ranked" not in f or m != "sft_selected"],
+)
+def headroom(lab: Lab) -> Result:
+    """Feedback pays where demonstrations have flaws that a judge sees, and the judge can see them.
+
+    PPO-ptx against SFT of its own pipeline, with one thing changed: the rates at which
+    demonstrators fail (x: the share of demonstrations that the grader takes marks off), the tokens
+    of pretraining text (x), or the number of prompts ranked (x). Beside them, how often the reward
+    model orders two samples of SFT as the truth does.
+    Gate: the win rate at the most flawed demonstrations minus at the least, sampled and greedy,
+    above 0; the order agreement at the most pretraining text minus at the least, and at the most
+    ranked prompts minus at the fewest, above 0.
+    Refuted by: a gain that does not depend on what there is to mend, or a judge that does not
+    depend on what it has learned.
+    """
+    flaws = {lab.flawed(f"headroom/{name}/data").value: f"headroom/{name}/" for name in FAILINGS}
+    tokens = {t / 1e6: f"headroom/tokens_{t}/" for t in TOKENS}
+    ranked = {float(count): f"headroom/ranked_{count}/" for count in RANKED}
+    flaws[lab.flawed("data").value] = ""
+    tokens[lab.pretraining_tokens() / 1e6] = ""
+    ranked[float(len(lab.records("train/rm_prompts")))] = ""
+    rows, panels = [], []
+    for title, folders, gated in (
+        ("share of flawed demonstrations", flaws, [how for _, how in HOW]),
+        ("pretraining tokens, millions", tokens, [ORDER]),
+        ("prompts ranked", ranked, [ORDER]),
+    ):
+        points = gain_points(lab, folders)
+        for name, line in points.items():
+            gap = minus(line[-1][1], line[0][1])
+            gate = "above 0" if name in gated else ""
+            least, most = line[0][0], line[-1][0]
+            rows.append(Row(f"{title}, {most:g} minus {least:g}: {name}", gap, gate))
+            told = f"{title}: {name}"
+            rows += [Row(f"{told}, at {x:g}", e) for x, e in line]
+        series = {name: [(x, *triple(e)) for x, e in line] for name, line in points.items()}
+        panel = Panel("", "win rate, share of pairs", "lines", series=series, levels={"": 0.5})
+        panel.xlabel = title
+        panel.xscale = "linear" if folders is flaws else "log"
+        panels.append(panel)
+    return Result(rows, panels)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ python -m tests.claims.variants shuffle_labels --data FILE --out FILE
 python -m tests.claims.variants shuffle_text --data FILE --out FILE
 python -m tests.claims.variants without_group --data FILE --out FILE --group 0
 python -m tests.claims.variants first --data FILE --out FILE --count 1500
+python -m tests.claims.variants prompts --data FILE --out FILE --count 1000
 python -m tests.claims.variants merge --data FILE FILE --out FILE
 """
 
@@ -13,7 +14,7 @@ import argparse
 import random
 import re
 import sys
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 from data.files import (
@@ -62,6 +63,12 @@ def first_rankings(comparisons: list[Record]) -> list[Record]:
     return [next(rankings) for _, rankings in of_prompts]
 
 
+def first_prompts(comparisons: list[Record], count: int) -> list[Record]:
+    """All rankings of the first `count` prompts."""
+    of_prompts = groupby(comparisons, key=lambda record: (record["prompt"], record["responses"]))
+    return [record for _, rankings in islice(of_prompts, count) for record in rankings]
+
+
 def make(args: argparse.Namespace) -> None:
     """Read --data, change it, write --out."""
     if args.what == "shuffle_text":
@@ -75,6 +82,8 @@ def make(args: argparse.Namespace) -> None:
         records = [record for record in records if group_of(record) != args.group]
     elif args.what == "first":
         records = first_rankings(records)[: args.count]
+    elif args.what == "prompts":
+        records = first_prompts(records, args.count)
     if not records:
         raise BadInput(f"{args.data[0]}: no comparison is left")
     write_jsonl(args.out, records, "comparisons")
@@ -83,15 +92,17 @@ def make(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    kinds = ("shuffle_labels", "shuffle_text", "without_group", "first", "merge")
+    kinds = ("shuffle_labels", "shuffle_text", "without_group", "first", "prompts", "merge")
     add("what", choices=kinds)
     add("--data", nargs="+", required=True, help="comparisons.jsonl, or pretrain.txt")
     add("--out", required=True, help="file to write")
     add("--group", type=int, default=0, help="of labelers, 0 to 4, who are left out")
-    add("--count", type=int, default=0, help="of how many prompts one ranking is kept")
+    add(
+        "--count", type=int, default=0, help="of prompts that are kept, by `first` with one ranking"
+    )
     add("--seed", type=int, default=0, help="of the shuffling")
     args = parser.parse_args(argv)
-    if args.what == "first" and args.count < 1:
+    if args.what in ("first", "prompts") and args.count < 1:
         parser.error(f"--count {args.count}: expected at least 1")
     if not 0 <= args.group < NUM_GROUPS:
         parser.error(f"--group {args.group}: expected 0 to {NUM_GROUPS - 1}")

@@ -157,6 +157,7 @@ class Claim:
 CLAIMS: dict[str, Claim] = {}
 TOPICS = {
     "preference": "Preference by model and size",
+    "headroom": "When feedback pays",
     "labelers": "Held-out labelers",
     "quality": "Quality and metadata",
     "truth": "Truthfulness",
