@@ -23,6 +23,7 @@ import train_sft
 from data.files import read_jsonl, run_command, write_jsonl
 from data.tiny.grader import Grade
 from data.tokenizer import encode_prompt, encode_response
+from evaluation import measure
 from evaluation.report import Estimate, labelers_win_scores
 from model import GPT, ScalarModel, pad_right
 from sample import Sample
@@ -362,6 +363,30 @@ def test_shuffled_text_keeps_words_and_lines() -> None:
     assert [len(line.split()) for line in made.split("\n")] == [2, 0, 6]
 
 
+def test_order_agreement_by_hand(tmp_path: Path, monkeypatch) -> None:
+    """Of two prompts' four samples, pairs that differ by a tie margin count, equal scores half."""
+    truth = np.array([[0.1, 0.5], [0.2, 0.5], [0.2, 0.51], [0.4, 0.9]])  # draws x prompts
+    judged = [[1.0, 0.0], [2.0, 3.0], [0.0, 1.0], [1.0, 2.0]]
+    turns = iter(judged)
+
+    class Drawn(Lab):
+        def answers(self, name, prompts="prompts", temperature=1.0, draw=0):
+            return SimpleNamespace(utility=truth[draw], samples=[])
+
+        def cached(self, name, models, make):
+            return make()
+
+        records = lambda self, name: [{"prompt": "p"}] * 2  # noqa: E731
+        groups = lambda self, name: ["a", "b"]  # noqa: E731
+        speaker = judge = lambda self, name: None  # noqa: E731
+
+    monkeypatch.setattr(measure, "reward_scores", lambda *args: np.array(next(turns)))
+    # First prompt: 5 pairs differ; right are 0-1, half 0-3, wrong 0-2, 1-3, right 2-3.
+    # Second: 0-3 right, 1-3 wrong, 2-3 right.
+    share = Drawn(tmp_path, 0).order_agreement("rm", "sft")
+    assert share.value == pytest.approx((2.5 + 2) / 8)
+
+
 def test_of_several_rankings_the_first_is_kept(tmp_path: Path) -> None:
     path, out = tmp_path / "all.jsonl", tmp_path / "first.jsonl"
     records = [comparison(i) | {"labeler": f"training_{k:02}"} for i in range(4) for k in range(3)]
@@ -369,9 +394,14 @@ def test_of_several_rankings_the_first_is_kept(tmp_path: Path) -> None:
     variants.main(["first", "--data", str(path), "--out", str(out), "--count", "3"])
     kept = [(r["prompt"], r["labeler"]) for r in read_jsonl(out, "comparisons")]
     assert kept == [("p0", "training_00"), ("p1", "training_00"), ("p2", "training_00")]
+    variants.main(["prompts", "--data", str(path), "--out", str(out), "--count", "2"])
+    kept = [(r["prompt"], r["labeler"]) for r in read_jsonl(out, "comparisons")]
+    assert kept == [(f"p{i}", f"training_{k:02}") for i in range(2) for k in range(3)]
 
 
-@pytest.mark.parametrize("more", ["first", "first --count -1", "without_group --group 7"])
+@pytest.mark.parametrize(
+    "more", ["first", "prompts", "first --count -1", "without_group --group 7"]
+)
 def test_odd_variants_are_refused(more: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as error:
         variants.main([*more.split(), "--data", "x", "--out", str(tmp_path / "y")])
