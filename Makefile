@@ -188,7 +188,7 @@ $(R)/base/model.safetensors: train_sft.py $(R)/data/account.txt
 	  --resid_pdrop 0
 
 real_sft = --data $(R)/data/train/demonstrations.jsonl --val_data $(R)/data/valid/demonstrations.jsonl \
-           --init $(R)/base --seed $(SEED) --epochs 1 --no-epoch_checkpoints $(real_lim)
+           --init $(R)/base --seed $(SEED) --epochs 1 --lr 2e-3 --no-epoch_checkpoints $(real_lim)
 $(R)/sft/model.safetensors: $(R)/base/model.safetensors
 	$(half) $(py) train_sft.py $(real_sft) --out $(R)/sft
 $(R)/init/model.safetensors: $(R)/base/model.safetensors
@@ -203,9 +203,10 @@ $(R)/rm/model.safetensors: train_rm.py $(R)/sft/model.safetensors
 	  --demonstrations $(R)/data/train/demonstrations.jsonl
 
 real_ppo = --init $(R)/init --reward_model $(R)/rm --seed $(SEED) --data $(R)/data/train/prompts.jsonl \
-           --batch_size 32 --max_steps 30 --kl_coef 0.05 $(real_lim)
+           --batch_size 32 --num_minibatches 8 --responses_per_prompt 1 --max_steps 30 \
+           --kl_coef 0.05 --lr 6e-4 --value_lr 5e-4 --warmup_steps 10 --ema 0.992 $(real_lim)
 $(R)/ppo_ptx/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init/model.safetensors
-	$(half) $(py) train_ppo.py $(real_ppo) --out $(R)/ppo_ptx --ptx_coef 1 \
+	$(half) $(py) train_ppo.py $(real_ppo) --out $(R)/ppo_ptx --ptx_coef 1 --ptx_ratio 0.5 \
 	  --pretrain_data $(R)/data/train/pretrain.txt
 $(R)/ppo/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init/model.safetensors
 	$(half) $(py) train_ppo.py $(real_ppo) --out $(R)/ppo --ptx_coef 0
@@ -314,7 +315,7 @@ $(call weights,$(SIZE)/rm): train_rm.py $(call weights,$(SIZE)/sft) $(wildcard $
                             | $(call weights,$(SIZE)/init)
 	$(py) train_rm.py --init $(G)/sft --out $(G)/rm --data $(COMPARISONS) \
 	  --val_data $(G)/data/valid/comparisons.jsonl --demonstrations $(G)/data/train/demonstrations.jsonl \
-	  $(gpt2_run) --batch_size 64 --lr $(call of_size,3) --micro_batch_size $(call of_size,4) \
+	  $(gpt2_run) --epochs 1 --batch_size 64 --lr $(call of_size,3) --micro_batch_size $(call of_size,4) \
 	  --save_every 1000
 
 $(call weights,$(SIZE)/sft_selected): evaluate.py $(call weights,$(SIZE)/rm)
@@ -326,9 +327,10 @@ $(call weights,$(SIZE)/ppo_ptx): train_ppo.py $(call weights,$(SIZE)/rm) $(call 
 	$(py) train_ppo.py --init $(G)/init --reward_model $(G)/rm --out $(G)/ppo_ptx \
 	  --data $(G)/data/train/prompts.jsonl --val_data $(G)/data/valid/prompts_200.jsonl \
 	  --pretrain_data $(G)/data/train/pretrain.txt --ptx_coef 1 --ptx_ratio 1 --ptx_tokens 512 \
-	  $(gpt2_run) --kl_coef 0.02 --batch_size 512 --max_steps 500 --lr $(call of_size,5) \
-	  --value_lr 9e-6 --micro_batch_size $(call of_size,6) --rollout_size $(call of_size,7) \
-	  --eval_every 50 --save_every 100
+	  $(gpt2_run) --kl_coef 0.02 --batch_size 512 --num_minibatches 8 --responses_per_prompt 1 \
+	  --max_steps 500 --warmup_steps 10 --ema 0.992 --lr $(call of_size,5) --value_lr 9e-6 \
+	  --micro_batch_size $(call of_size,6) --rollout_size $(call of_size,7) --eval_every 50 \
+	  --save_every 100
 
 gpt2_measure = $(py) evaluate.py measure --out $@ --reward_model $(G)/rm --reference $(G)/init \
                  --data $(G)/data/test/prompts_200.jsonl --pretrain_data $(G)/data/test/pretrain.txt \
