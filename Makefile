@@ -72,7 +72,7 @@ clean:
 # The tiny world
 
 # Facts, users, prompts, demonstrations, pretraining text, tokenizer.
-world := $(filter-out %/grader.py %/labelers.py,$(wildcard data/tiny/*.py)) data/hygiene.py data/tokenizer.py data/files.py
+world := $(filter-out %/grader.py %/labelers.py %/marks.py,$(wildcard data/tiny/*.py)) data/hygiene.py data/tokenizer.py data/files.py
 $(D)/card.md: $(world) | .venv/ready
 	$(py) -m data.tiny.make --out $(D) --seed $(SEED)
 

@@ -31,8 +31,8 @@ from evaluation.measure import measure
 from evaluation.public import measure_public
 from evaluation.report import write_report
 from evaluation.select import select
-from run import Parser, natural, whole
-from sample import Named, sampling_flags
+from run import Named, Parser, natural, whole
+from sample import sampling_flags
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import find_model, read_info, read_tokenizer
+from checkpoint import find_model, read_info
 from data import files
 from data.files import BadInput, Record
 from data.real.text_metrics import entropy_bits
@@ -184,8 +184,7 @@ def load_reward_model(args: Namespace) -> ScalarModel:
 def open_speaker(name: str, folder: str | Path, args: Namespace, judge: ScalarModel) -> Speaker:
     """A checkpoint that the reward model can judge: same tokenizer, contexts long enough."""
     how = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
-    speaker = load_speaker(name, folder, **how)
-    read_tokenizer(folder, same_as=args.reward_model)
+    speaker = load_speaker(name, folder, **how, same_as=args.reward_model)
     check_context(args, speaker.model, judge)
     return speaker
 
