@@ -66,6 +66,7 @@ def measure_flags(parser: argparse.ArgumentParser) -> None:
     add("--name", required=True, help="of the model in the report")
     add("--checkpoint", required=True, metavar="FOLDER", help="language model")
     add("--resample", action="store_true", help="for the baseline: sample twice, to compare these")
+    add("--best_of", type=natural, default=1, help="also the best of so many samples, by the judge")
     add("--best_prefix", action="store_true", help="also after the best of some texts (3.5)")
     add("--val_data", help="prompts.jsonl on which --best_prefix chooses")
     add("--reference", help="checkpoint folder that the KL is measured from")
