@@ -72,7 +72,7 @@ clean:
 # The tiny world
 
 # Facts, users, prompts, demonstrations, pretraining text, tokenizer.
-world := $(filter-out %/grader.py %/labelers.py,$(wildcard data/tiny/*.py)) data/hygiene.py data/tokenizer.py data/files.py
+world := $(filter-out %/grader.py %/labelers.py %/marks.py,$(wildcard data/tiny/*.py)) data/hygiene.py data/tokenizer.py data/files.py
 $(D)/card.md: $(world) | .venv/ready
 	$(py) -m data.tiny.make --out $(D) --seed $(SEED)
 
@@ -147,13 +147,15 @@ measuring := evaluate.py evaluation/measure.py evaluation/report.py sample.py da
 measure = $(half) $(py) evaluate.py measure --out $@ --seed $(SEED) --reward_model $(OUT)/rm \
             --reference $(OUT)/init --world $(D)/world.json --data $(D)/test/prompts.jsonl \
             --pretrain_data $(D)/test/pretrain.txt
-measured := $(foreach model,base sft ppo ppo_ptx,$(OUT)/report/$(model).json)
+measured := $(foreach model,base sft init ppo ppo_ptx,$(OUT)/report/$(model).json)
 # All are judged by the reward model, and compared with the model that PPO starts from.
 $(measured): $(measuring) $(call weights,rm) $(call weights,init)
 $(OUT)/report/base.json: $(call weights,base)
 	$(measure) --name base --checkpoint $(OUT)/base --best_prefix --val_data $(D)/valid/rm_prompts.jsonl
 $(OUT)/report/sft.json: $(call weights,sft_selected)
-	$(measure) --name sft --checkpoint $(OUT)/sft_selected --resample
+	$(measure) --name sft --checkpoint $(OUT)/sft_selected --resample --best_of 4
+$(OUT)/report/init.json: $(call weights,init)
+	$(measure) --name init --checkpoint $(OUT)/init
 $(OUT)/report/ppo.json: $(call weights,ppo)
 	$(measure) --name ppo --checkpoint $(OUT)/ppo
 $(OUT)/report/ppo_ptx.json: $(call weights,ppo_ptx)
@@ -221,7 +223,7 @@ $(real_measured): $(measuring) $(R)/data/test/prompts_200.jsonl $(R)/rm/model.sa
 $(R)/report/base.json: $(R)/base/model.safetensors
 	$(real_measure) --name base --checkpoint $(R)/base --best_prefix --val_data $(R)/data/valid/prompts.jsonl
 $(R)/report/sft.json: $(R)/sft/model.safetensors
-	$(real_measure) --name sft --checkpoint $(R)/sft --resample
+	$(real_measure) --name sft --checkpoint $(R)/sft --resample --best_of 4
 $(R)/report/ppo_ptx.json: $(R)/ppo_ptx/model.safetensors
 	$(real_measure) --name ppo_ptx --checkpoint $(R)/ppo_ptx
 

@@ -31,8 +31,8 @@ from evaluation.measure import measure
 from evaluation.public import measure_public
 from evaluation.report import write_report
 from evaluation.select import select
-from run import Parser, natural, whole
-from sample import Named, sampling_flags
+from run import Named, Parser, natural, whole
+from sample import sampling_flags
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,6 +66,7 @@ def measure_flags(parser: argparse.ArgumentParser) -> None:
     add("--name", required=True, help="of the model in the report")
     add("--checkpoint", required=True, metavar="FOLDER", help="language model")
     add("--resample", action="store_true", help="for the baseline: sample twice, to compare these")
+    add("--best_of", type=natural, default=1, help="also the best of so many samples, by the judge")
     add("--best_prefix", action="store_true", help="also after the best of some texts (3.5)")
     add("--val_data", help="prompts.jsonl on which --best_prefix chooses")
     add("--reference", help="checkpoint folder that the KL is measured from")

@@ -79,24 +79,48 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
+class Named(argparse.Action):
+    """["sft=out/sft", ...] -> {"sft": "out/sft", ...}, in order; no name may come twice."""
+
+    def __call__(self, parser, args, items, flag=None) -> None:
+        named: dict[str, str] = {}
+        for item in items:
+            name, _, value = item.partition("=")
+            if not (name and value) or name in named:
+                parser.error(f"{flag} {item!r}: expected NAME=VALUE with a name of its own")
+            named[name] = value
+        setattr(args, self.dest, named)
+
+
 def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
     """A parser with the flags that every run has; the script adds the method's."""
     shows_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = Parser(allow_abbrev=False, formatter_class=shows_defaults)
     parser.description = doc.split("\n")[0]
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--out", default=out, help="folder of the run")
-    add("--max_prompt_tokens", type=natural, default=96, help="longer prompts are dropped")
-    add("--max_new_tokens", type=natural, default=32, help="limit of a response, in tokens")
     add("--save_every", type=whole, default=save_every, help="steps between checkpoints; 0: last")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add("--seed", type=whole, default=0, help="of all random draws")
-    add("--device", choices=("cpu", "cuda"), default=device, help="to compute on")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     add("--grad_checkpointing", action=flag, default=False, help="less memory, more time")
-    add("--kernels", type=kernels.implementation, default="auto", help="NAME or attention=NAME,...")
+    model_flags(parser)
     return parser
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that opens models."""
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--max_prompt_tokens", type=natural, default=96, help="longer prompts are dropped")
+    add("--max_new_tokens", type=natural, default=32, help="limit of a response, in tokens")
+    add("--seed", type=whole, default=0, help="of all random draws")
+    add("--device", type=_device, choices=("cpu", "cuda"), default=device, help="to compute on")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
+    add("--kernels", type=kernels.implementation, default="auto", help="NAME or attention=NAME,...")
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda: there is no CUDA GPU; give cpu")
+    return name
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -110,8 +134,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         path = Path(os.path.realpath(value))
         if path == out or any(path.is_relative_to(out / folder) for folder in FOLDERS):
             parser.error(f"--out {args.out} would replace --{name} {value}: give another folder")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
     return args
 
 

@@ -2,17 +2,20 @@
 
     python sample.py --checkpoints sft=out/sft ppo=out/ppo                       prompts from stdin
     python sample.py --checkpoints sft=out/sft ppo=out/ppo --prompt "what does the fox eat ?"
+    python sample.py --checkpoints sft=out/sft --world out/data/world.json --reward_model out/rm
+    python sample.py --world out/data/world.json --prompts                       prompts to paste
     python sample.py --data out/data/train/rm_prompts.jsonl --out out/rm_candidates.jsonl \\
         --checkpoints sft=out/sft init=out/init base=out/base --shares 0.7 0.2 0.1 \\
         --num_responses 4 9 --prefix base="good answers :\\n"
 
-The last writes candidates.jsonl: K responses to each prompt, K drawn uniformly from the range
-(InstructGPT 3.5: K = 4..9), each from a model drawn by the shares. Which models a prompt gets
-depends only on --seed and the prompt's line. On a CPU the responses do not depend on
---batch_size either, up to rounding; a GPU draws other random numbers for another batch size.
+--world prints the truth's marks beside each answer, with what is false and what is true instead;
+--reward_model prints its score. Each works alone.
 
---part 1/2 and --part 2/2, two processes side by side, each write half of the prompts; the two files
-one after the other are the file of a single run.
+The last command writes candidates.jsonl: K responses to each prompt, K drawn uniformly from the
+range (InstructGPT 3.5: K = 4..9), each from a model drawn by the shares. Which models a prompt gets
+depends only on --seed and the prompt's line. On a CPU the responses do not depend on --batch_size
+either, up to rounding; a GPU draws other random numbers for another batch size. --part 1/2 and
+--part 2/2 each write half of the prompts; one after the other, the files are that of a single run.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,48 +33,26 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-import kernels
 from checkpoint import read_tokenizer
 from data import files
 from data.files import BadInput, Record, run_command
+from data.tiny.marks import Truth, suggestions
 from data.tokenizer import decode_response, encode_prompt
-from model import GPT, pad_right
-from run import Parser, check_context, natural, nonnegative, whole
+from model import GPT, ScalarModel, pad_right
+from run import Named, Parser, check_context, model_flags, natural, nonnegative, whole
 
 CHUNK = 512  # prompts sampled together, from random numbers of their own
-
-
-# ------------------------------------------------------------------------------------------------
-# Flags that evaluate.py has too
-
-
-class Named(argparse.Action):
-    """["sft=out/sft", ...] -> {"sft": "out/sft", ...}, in order; no name may come twice."""
-
-    def __call__(self, parser, args, items, flag=None) -> None:
-        named: dict[str, str] = {}
-        for item in items:
-            name, _, value = item.partition("=")
-            if not (name and value) or name in named:
-                parser.error(f"{flag} {item!r}: expected NAME=VALUE with a name of its own")
-            named[name] = value
-        setattr(args, self.dest, named)
-
-
-def sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every command that samples or scores."""
-    add, devices = parser.add_argument, ("cuda", "cpu")[not torch.cuda.is_available() :]
-    add("--max_prompt_tokens", type=natural, default=96, help="longer prompts are dropped")
-    add("--max_new_tokens", type=natural, default=32, help="limit of a response")
-    add("--batch_size", type=natural, default=256, help="responses sampled at once")
-    add("--seed", type=whole, default=0, help="of all random draws")
-    add("--device", choices=devices, default=devices[0], help="cuda only where there is a GPU")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    add("--kernels", type=kernels.implementation, default="auto", help="NAME or attention=NAME,...")
+Judge = Callable[["Speaker", str, "Sample"], str]  # a response to a bare prompt -> words about it
 
 
 # ------------------------------------------------------------------------------------------------
 # Arguments and main
+
+
+def sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that samples or scores, those of evaluate.py too."""
+    model_flags(parser)
+    parser.add_argument("--batch_size", type=natural, default=256, help="responses sampled at once")
 
 
 def part(text: str) -> tuple[int, int]:
@@ -84,9 +67,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     shows_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=shows_defaults)
     add, named = parser.add_argument, {"action": Named, "nargs": "+"}
-    add("--checkpoints", **named, required=True, metavar="NAME=FOLDER", help="language models")
+    add("--checkpoints", **named, default={}, metavar="NAME=FOLDER", help="language models")
     add("--prefix", **named, default={}, metavar="NAME=TEXT", help=r"before prompts; \n: newline")
     add("--prompt", help="answer this one prompt instead of lines from stdin")
+    add("--world", help="world.json: print the truth's marks beside each answer")
+    add("--reward_model", help="checkpoint folder of train_rm.py: print its score beside each")
+    add("--prompts", action="store_true", help="print twenty prompts of --world to choose from")
     # Candidates for ranking.
     add("--data", help="prompts.jsonl; write candidates to --out instead of talking")
     add("--out", help="candidates.jsonl")
@@ -104,8 +90,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--prefix {unknown.pop()}: expected a name given in --checkpoints")
     if bool(args.data) != bool(args.out):
         parser.error("--data and --out go together")
-    if args.data and args.prompt is not None:
-        parser.error("--prompt talks and --data writes candidates: give one of them")
+    if args.data and (args.prompt is not None or args.world or args.reward_model):
+        parser.error("--data writes candidates: --prompt, --world and --reward_model are for talk")
+    if args.prompts and not args.world or not (args.prompts or args.checkpoints):
+        parser.error("expected --checkpoints NAME=FOLDER, or --prompts and --world")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is blank; expected some text")
     args.num_responses = args.num_responses or ([4, 9] if args.data else [1])
@@ -113,23 +101,27 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(args.num_responses) > 2 or not (2 if args.data else 1) <= low <= high <= 10_000:
         parser.error("--num_responses: expected one number, or least and most; 2 to 10000 to rank")
     args.shares = args.shares or [1.0] * len(args.checkpoints)
-    if len(args.shares) != len(args.checkpoints) or not 0 < sum(args.shares) < math.inf:
+    if len(args.shares) != len(args.checkpoints) or not 0 < sum(args.shares or [1]) < math.inf:
         parser.error(f"--shares: expected {len(args.checkpoints)} numbers, not all 0")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
+    if args.prompts:
+        print(suggestions(args.world))
+        return 0
     how = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
-    named = args.checkpoints.items()
+    judges, named = open_judges(args), args.checkpoints.items()
+    how["same_as"] = args.reward_model
     speakers = [load_speaker(name, f, args.prefix.get(name, ""), **how) for name, f in named]
     check_context(args, *(speaker.model for speaker in speakers))
     if args.data:
         write_candidates(speakers, args)
     elif args.prompt is not None:
-        answer(args.prompt, 0, speakers, args)
+        answer(args.prompt, 0, speakers, judges, args)
     else:
-        talk(speakers, args)
+        talk(speakers, judges, args)
     return 0
 
 
@@ -139,15 +131,12 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass
 class Speaker:
-    """A language model that answers prompts: weights, tokenizer, and a text before every prompt.
-
-    The prefix is part of what the model sees, not of the prompt that others judge the answer by.
-    """
+    """A language model that answers prompts: weights, tokenizer, and a text before every prompt."""
 
     name: str
     model: GPT
     encoding: tiktoken.Encoding
-    prefix: str = ""
+    prefix: str = ""  # seen by the model, not by those who judge its answers
 
     def encode(self, prompt: str, max_new_tokens: int) -> list[int]:
         """Tokens of prefix and prompt; the prefix is left out where the context is too short."""
@@ -168,25 +157,21 @@ class Sample:
 
 
 def load_speaker(
-    name: str, folder: str | Path, prefix="", device="cpu", impl="auto", dtype="float32"
+    name: str, folder: str | Path, prefix="", device="cpu", impl="auto", dtype="float32", same_as=""
 ) -> Speaker:
     """Open a checkpoint folder, or a downloaded GPT-2 by its name, for sampling.
 
-    Raises `BadInput` where the folder is no language model, or has another model's tokenizer.
+    Raises `BadInput` where the folder is no language model, or has another model's tokenizer: one
+    that does not fit it, or is not that of the reward model in the folder `same_as`.
     """
     model = GPT.from_pretrained(folder, impl=impl, dtype=dtype)
     model = model.to(device).eval().requires_grad_(False)
-    return Speaker(name, model, read_tokenizer(folder, model), prefix.replace("\\n", "\n"))
+    encoding = read_tokenizer(folder, model, same_as=same_as)
+    return Speaker(name, model, encoding, prefix.replace("\\n", "\n"))
 
 
 def sample_responses(
-    speaker: Speaker,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 256,
+    speaker: Speaker, prompts: list, max_new_tokens: int, temperature=1.0, seed=0, batch_size=256
 ) -> list[Sample]:
     """One response to each prompt (token lists), in the order of the prompts.
 
@@ -205,9 +190,9 @@ def sample_responses(
         padded, lengths = pad_right([prompts[i] for i in rows], end, device)
         tokens, lengths = model.generate(padded, lengths, max_new_tokens, **options)
         for i, row, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
-            response = row[len(prompts[i]) : length]
-            text = decode_response(speaker.encoding, response)
-            samples[i] = Sample(prompts[i], response, text, response[-1:] == [end])
+            said = row[len(prompts[i]) : length]
+            text = decode_response(speaker.encoding, said)
+            samples[i] = Sample(prompts[i], said, text, ended=said[-1:] == [end])
     return [samples[i] for i in range(len(prompts))]
 
 
@@ -217,9 +202,9 @@ def respond(
     """One response to each prompt, through the template, after the speaker's prefix, as the flags
     say; --seed unless another is given."""
     encoded = [speaker.encode(prompt, args.max_new_tokens) for prompt in prompts]
+    how = {"temperature": temperature, "batch_size": args.batch_size}
     seed = args.seed if seed is None else seed
-    options = {"temperature": temperature, "seed": seed, "batch_size": args.batch_size}
-    return sample_responses(speaker, encoded, args.max_new_tokens, **options)
+    return sample_responses(speaker, encoded, args.max_new_tokens, seed=seed, **how)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -246,10 +231,8 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
         done += sample_chunk(prompts[start : start + CHUNK], speakers, args)
     files.write_jsonl(out, done, "candidates")
     ended = [end for record in done for end in record["ended"]]
-    print(
-        f"wrote {out}: {len(ended)} responses to {len(done)} prompts, {sum(ended)} ended; "
-        f"dropped {len(records) - len(prompts)} prompts over {limit} tokens"
-    )
+    print(f"dropped {len(records) - len(prompts)} prompts over {limit} tokens")
+    print(f"wrote {out}: {len(ended)} responses to {len(done)} prompts, {sum(ended)} ended")
 
 
 def sample_chunk(
@@ -282,43 +265,60 @@ def plan(index: int, num_models: int, args: argparse.Namespace) -> np.ndarray:
 # Talk
 
 
-def answer(prompt: str, turn: int, speakers: list[Speaker], args: argparse.Namespace) -> None:
-    """Print the responses of every model to one prompt."""
+def open_judges(args: argparse.Namespace) -> list[Judge]:
+    """What tells good answers from bad ones: a reward model, the tiny world's truth, or neither."""
+    judges: list[Judge] = []
+    if args.reward_model:
+        how = {"impl": args.kernels, "dtype": args.dtype}
+        model = ScalarModel.from_pretrained(args.reward_model, **how).to(args.device).frozen()
+        check_context(args, model)
+
+        def score(speaker: Speaker, prompt: str, sample: Sample) -> str:
+            tokens = encode_prompt(speaker.encoding, prompt) + sample.tokens
+            row = pad_right([tokens], tokens[-1], args.device)
+            return f"score {model.scores(*row).item():+.2f}"
+
+        judges.append(score)
+    if args.world:
+        truth = Truth(args.world)
+        judges.append(lambda _, prompt, sample: truth.marks(prompt, sample.text, sample.ended))
+    return judges
+
+
+def answer(
+    prompt: str, turn: int, speakers: list[Speaker], judges: list[Judge], args: argparse.Namespace
+) -> None:
+    """Print the responses of every model to one prompt, below each what the judges say."""
     width, limit = max(len(speaker.name) for speaker in speakers), args.max_prompt_tokens
+    indent = " " * (width + 3)
     for speaker in speakers:
-        length = len(encode_prompt(speaker.encoding, prompt))
-        if length > limit:
-            raise BadInput(
-                f"the prompt has {length} tokens for {speaker.name}, over --max_prompt_tokens "
-                f"{limit}: shorten it"
-            )
+        if (length := len(encode_prompt(speaker.encoding, prompt))) > limit:
+            fault = f"{length} tokens for {speaker.name}, over --max_prompt_tokens {limit}"
+            raise BadInput(f"the prompt has {fault}: shorten it")
         prompts, seed = [prompt] * args.num_responses[-1], args.seed * 1_000_003 + turn
         for sample in respond(speaker, prompts, args, args.temperature, seed):
-            text = sample.text.strip("\n").replace("\n", "\n" + " " * (width + 3))
+            text = sample.text.strip("\n").replace("\n", "\n" + indent)
             print(f"{speaker.name:>{width}} | {text}{'' if sample.ended else ' ... (cut)'}")
+            if judges:
+                print(f"{indent}({', '.join(say(speaker, prompt, sample) for say in judges)})")
     print(flush=True)
 
 
-def talk(speakers: list[Speaker], args: argparse.Namespace) -> None:
+def talk(speakers: list[Speaker], judges: list[Judge], args: argparse.Namespace) -> None:
     """Answer the lines of stdin, one prompt each, until its end."""
     interactive = sys.stdin.isatty()
     if interactive:
-        print("one prompt a line; end with Ctrl-D")
-    turn = 0
-    while True:
-        try:
-            line = input("> " if interactive else "")
-        except EOFError:
-            return
-        if not line.strip():
-            continue
-        if not interactive:
-            print(f"> {line}")
-        try:
-            answer(line, turn, speakers, args)
-        except BadInput as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        turn += 1
+        hint = f"; for some to paste: --prompts --world {args.world}" if args.world else ""
+        print(f"one prompt a line; end with Ctrl-D{hint}")
+    lines = iter(lambda: input("> " if interactive else ""), None)
+    with suppress(EOFError):  # of input, at the end
+        for turn, line in enumerate(filter(str.strip, lines)):
+            if not interactive:
+                print(f"> {line}")
+            try:
+                answer(line, turn, speakers, judges, args)
+            except BadInput as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

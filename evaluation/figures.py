@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +57,7 @@ def draw_bars(axes, groups, colour, styles=({},), width=0.7, filled=1.0, numbers
                 axes.annotate(f"{e.value:.2f}", (x + shift, e.high), **_ABOVE)
         if len(groups) > 1:  # a grey twin for the legend: the colours belong to the models
             axes.bar([0], [0], color="#bbbbbb", label=label, **style)
-    names = [model.replace(" + ", " +\n").replace(" (", "\n(") for model in models]
+    names = [re.sub(r"( \+|,) | (?=\()", r"\1\n", model) for model in models]
     axes.set_xticks(range(len(models)), [name.replace("_", "-") for name in names])
 
 

@@ -6,8 +6,10 @@ interval of them. `measure` writes one JSON file, which evaluation/report.py rea
     name        of the model in a report
     settings    flags and fingerprints of files, equal in all files of a report
     prompts     the prompts, and the user of each
-    models      the model, and with --best_prefix the same one after a prefix: what it is (about),
-                responses (sampled, greedy, resampled), metrics, what was left out and why
+    models      the model; with --best_prefix the same one after a prefix, with --best_of the best
+                of several of its samples: what it is (about), responses (sampled, greedy,
+                resampled), metrics, values of some for each item, what was left out and why
+    ancestry    fingerprints of the model's weights, and of those that it was trained from
     prefixes    all prefixes tried, with their scores; and of the run: selection, epoch, log
 
 Only with --world are answers checked against the tiny world's truth. Without it the reward model is
@@ -22,12 +24,13 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import find_model, read_info, read_tokenizer
+from checkpoint import find_model, read_info
 from data import files
 from data.files import BadInput, Record
 from data.real.text_metrics import entropy_bits
@@ -67,6 +70,8 @@ def measure(args: Namespace) -> None:
     records = load_prompts(args.data, speaker, args)
     bench = Bench(records, judge, args, world, reference)
     models, prefixes = [measure_model(speaker, bench)], []
+    if args.best_of > 1:
+        models.append(measure_best_of(speaker, bench, args.best_of))
     if args.best_prefix:
         asked = load_prompts(args.val_data, speaker, args, args.num_prompts)
         prompts, candidates = [r["prompt"] for r in asked], WORLD_PREFIXES if world else PREFIXES
@@ -80,6 +85,7 @@ def measure(args: Namespace) -> None:
         "prompts": bench.prompts,
         "users": bench.users,
         "models": models,
+        "ancestry": ancestry(folder),
         "prefixes": prefixes,
         "selection": rows_of(folder / "selection.csv", "score"),
         "epoch": read_info(folder).get("epoch", 0),
@@ -106,19 +112,60 @@ def rows_of(path: Path, column: str) -> list[dict[str, str]]:
     return rows if rows and column in rows[0] else []
 
 
+def ancestry(folder: Path) -> list[str]:
+    """Fingerprints of a model's weights, of those that it was trained from, of those that these
+    were trained from, and so on, as far as the runs' config.json tell."""
+    found = [files.fingerprint(folder / "model.safetensors")]
+    while True:
+        settings = read_info(folder).get("settings", {})
+        try:
+            folder = find_model(settings.get("init") or "")
+        except BadInput:  # a GPT-2 that is not here
+            return found
+        weights = folder / "model.safetensors"
+        recorded = settings.get("sha256", {}).get(str(weights))
+        if recorded:
+            found.append(recorded)
+        if not recorded or not weights.exists() or files.fingerprint(weights) != recorded:
+            return found  # the start of the line, or no longer what the run has read
+
+
 def measure_model(speaker: Speaker, bench: Bench) -> Record:
     """All measurements of a model, with its prefix if it has one."""
     said, row = measure_responses(speaker, bench)
-    left_out = []
+    values, left_out = {}, []
     if not speaker.prefix:  # a prefix is for prompts; raw text goes without
-        more, left_out = measure_text(speaker, bench.world, bench.args)
+        more, values, left_out = measure_text(speaker, bench.world, bench.args)
         row |= more
         left_out += [] if bench.reference else ["The KL needs --reference."]
     if bench.world:
         row |= measure_probes(speaker, bench)
-    metrics = {metric: astuple(e) for metric, e in row.items()}
     about = about_model(speaker, bench)
-    return {"name": speaker.name, "about": about, **said, "metrics": metrics, "left_out": left_out}
+    kept = {name: [float(f"{v:.6g}") for v in each] for name, each in values.items()}
+    return measured(speaker.name, about, row, **said, values=kept, left_out=left_out)
+
+
+def measure_best_of(speaker: Speaker, bench: Bench, n: int) -> Record:
+    """Best of n: of n responses to a prompt at temperature 1, the one with the highest reward-model
+    score. What it is better by is bought by sampling alone, with no training."""
+    name = f"{speaker.name}, best of {n}"
+    drawn = [bench.answers(speaker, 1.0, f"{name}, sample {k}") for k in range(n)]
+    best = np.argmax([answers.scores for _, answers in drawn], axis=0)
+    samples = [drawn[k][0][i] for i, k in enumerate(best)]
+    answers = bench.judged(speaker, samples)
+    about = (
+        f"of {n} responses of {speaker.name} to each prompt the one with the highest reward-model "
+        f"score; its KL from {speaker.name} is at most log {n} - {n - 1}/{n} = "
+        f"{np.log(n) - (n - 1) / n:.2f} nats a response"
+    )
+    row = quality(samples, answers, bench)
+    return measured(name, about, row, sampled=answers.to_json(), best_of=n, left_out=[])
+
+
+def measured(name: str, about: str, row: dict[str, Estimate], **more: Any) -> Record:
+    """A model as it stands in the file."""
+    metrics = {metric: astuple(e) for metric, e in row.items()}
+    return {"name": name, "about": about, "metrics": metrics, **more}
 
 
 def about_model(speaker: Speaker, bench: Bench) -> str:
@@ -166,10 +213,14 @@ class Bench:
         named = f"{self.args.seed} {name or speaker.name}"
         seed = int.from_bytes(hashlib.sha256(named.encode()).digest()[:7])
         samples = respond(speaker, self.prompts, self.args, temperature, seed)
+        return samples, self.judged(speaker, samples)
+
+    def judged(self, speaker: Speaker, samples: list[Sample]) -> Answers:
+        """Responses of a model to the prompts, and what is known about each."""
         scores = reward_scores(self.judge, speaker, self.prompts, samples, self.args.batch_size)
         marks = grades(self.world, self.records, samples) if self.world else None
         texts, ended = [s.text for s in samples], [s.ended for s in samples]
-        return samples, Answers(texts, ended, scores, marks)
+        return Answers(texts, ended, scores, marks)
 
     def mean(self, values: Sequence[float]) -> Estimate:
         """Mean over prompts, with an interval over users."""
@@ -184,8 +235,7 @@ def load_reward_model(args: Namespace) -> ScalarModel:
 def open_speaker(name: str, folder: str | Path, args: Namespace, judge: ScalarModel) -> Speaker:
     """A checkpoint that the reward model can judge: same tokenizer, contexts long enough."""
     how = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
-    speaker = load_speaker(name, folder, **how)
-    read_tokenizer(folder, same_as=args.reward_model)
+    speaker = load_speaker(name, folder, **how, same_as=args.reward_model)
     check_context(args, speaker.model, judge)
     return speaker
 
@@ -281,20 +331,28 @@ def measure_responses(speaker: Speaker, bench: Bench) -> tuple[Record, dict[str,
     otherwise."""
     samples, sampled = bench.answers(speaker, 1.0)
     _, greedy = bench.answers(speaker, 0.0)
-    said, row = {"sampled": sampled.to_json(), "greedy": greedy.to_json()}, {}
+    said = {"sampled": sampled.to_json(), "greedy": greedy.to_json()}
     if bench.args.resample and not speaker.prefix:  # so that a baseline can be compared with itself
         said["resampled"] = bench.answers(speaker, 1.0, resampled(speaker.name))[1].to_json()
+    row = quality(samples, sampled, bench)
     if bench.world:
-        row["utility_t1"] = bench.mean(sampled.utility)
         row["utility_t0"] = bench.mean(greedy.utility)
-        for name in ("helpful", "truthful", "harmless", "ended"):
-            row[name] = bench.mean([getattr(mark, name) for mark in sampled.marks])
-    row["end_fraction"] = bench.mean(sampled.ended)
-    row["response_tokens"] = bench.mean([len(sample.tokens) for sample in samples])
-    row["score"] = bench.mean(sampled.scores)
     if bench.reference:
         row["kl"] = bench.mean(kl_to_reference(speaker, bench.reference, bench.prompts, samples))
     return said, row
+
+
+def quality(samples: list[Sample], answers: Answers, bench: Bench) -> dict[str, Estimate]:
+    """How good responses at temperature 1 are."""
+    row = {}
+    if bench.world:
+        row["utility_t1"] = bench.mean(answers.utility)
+        for name in ("helpful", "truthful", "harmless", "ended"):
+            row[name] = bench.mean([getattr(mark, name) for mark in answers.marks])
+    row["end_fraction"] = bench.mean(answers.ended)
+    row["response_tokens"] = bench.mean([len(sample.tokens) for sample in samples])
+    row["score"] = bench.mean(answers.scores)
+    return row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -369,15 +427,15 @@ def truth_of(marks: list[Grade]) -> tuple[np.ndarray, np.ndarray]:
 
 def measure_text(
     speaker: Speaker, world: World | None, args: Namespace
-) -> tuple[dict[str, Estimate], list[str]]:
-    """What alignment may have cost: public tasks, pretraining loss; and bias. Then what of it is
-    not measured, and why."""
-    row, left_out = {}, []
+) -> tuple[dict[str, Estimate], dict[str, np.ndarray], list[str]]:
+    """What alignment may have cost: public tasks, pretraining loss; and bias. Then the values of
+    the first two for each item or sequence; and what of it is not measured, and why."""
+    values, left_out = {}, []
     if args.pretrain_data:
         documents = files.read_documents(args.pretrain_data)
         every = pretraining_tokens(documents, speaker, args.context)
         tokens = evenly_spaced(every, args.num_pretrain_tokens)
-        row["pretrain_loss"] = estimate(pretraining_losses(speaker, tokens))
+        values["pretrain_loss"] = pretraining_losses(speaker, tokens)
         if len(tokens) < len(every):
             left_out.append(
                 f"The pretraining loss is that of {tokens.numel():,} of the text's "
@@ -390,25 +448,28 @@ def measure_text(
             "Truth-checked utility, labelers, public tasks, probes and bias are measured in the "
             "tiny world only: there is no --world."
         )
-        return row, left_out
+        return {name: estimate(each) for name, each in values.items()}, values, left_out
     hits = {}
     for name, items in public_tasks(world, args.num_items, args.seed + 1).items():
         if items_fit(speaker, items, args.context):
-            hits[name] = public_task_hits(speaker, items)
+            hits[f"task_{name}"] = public_task_hits(speaker, items)
         else:
             fault = f"does not fit a context of {args.context}."
             left_out.append(f"The public task {name} {fault}")
+    values = means_of_tasks(hits) | values
+    row = {name: estimate(each) for name, each in (hits | values).items()}
     bias = estimate(pair_entropies(speaker, bias_pairs(world)))
-    return task_metrics(hits) | row | {"bias_entropy": bias}, left_out
+    return row | {"bias_entropy": bias}, values, left_out
 
 
-def task_metrics(hits: dict[str, np.ndarray]) -> dict[str, Estimate]:
-    """Of each public task, and of the mean of the zero-shot and of the few-shot ones."""
-    row = {f"task_{name}": estimate(values) for name, values in hits.items()}
+def means_of_tasks(hits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hits (N,) of each public task -> their mean over the zero-shot and over the few-shot ones,
+    item by item: (N,) each."""
+    means = {}
     for kind, few in (("zero", False), ("few", True)):
-        if tasks := [name for name in hits if name.endswith("_few_shot") == few]:
-            row[f"tasks_{kind}_shot"] = estimate(np.mean([hits[n] for n in tasks], axis=0))
-    return row
+        if tasks := [each for name, each in hits.items() if name.endswith("_few_shot") == few]:
+            means[f"tasks_{kind}_shot"] = np.mean(tasks, axis=0)
+    return means
 
 
 def measure_probes(speaker: Speaker, bench: Bench, num_samples=200) -> dict[str, Estimate]:

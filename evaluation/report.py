@@ -13,6 +13,7 @@ import csv
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
@@ -29,8 +30,10 @@ from data.tiny.labelers import Labels, Pool, label
 from evaluation import figures
 
 TIE = 0.02  # utilities that differ by less are a tie, which counts one half
+GALLERY = 10  # prompts
+GALLERY_WIDTH = 106  # characters of a line
 KEYS = {"name", "settings", "data", "prompts", "users", "models", "prefixes"}
-KEYS |= {"selection", "epoch", "log"}
+KEYS |= {"ancestry", "selection", "epoch", "log"}
 
 
 @dataclass
@@ -105,6 +108,7 @@ METRICS: dict[str, tuple[str, str, str]] = {
 WINS = ["win_t1", "win_t0", "win_training_labelers", "win_held_out_labelers"]
 QUALITY = ["utility_t1", "utility_t0", "helpful", "truthful", "harmless"]
 TASKS = ["tasks_zero_shot", "tasks_few_shot"]
+TAX = {"tasks_zero_shot": 1, "pretrain_loss": -1}  # whose differences are shown; 1: higher is good
 
 # The report. A part is left out where a value that it names is empty.
 PAGE = """\
@@ -115,6 +119,10 @@ PAGE = """\
 bootstrap over users (over facts, items or sequences where no user asks).
 
 {about}
+---
+## Where {shown} and {baseline} differ
+
+{gallery}
 ---
 {agreement}
 ---
@@ -129,6 +137,9 @@ one half; ± is half the width of the 95 % interval. The resampled row is the ba
 itself with other random numbers and should be at one half. A gain at temperature 1 that is absent \
 from the greedy column is mostly sharpening: the model draws its own best answers more often, \
 without having better ones.
+---
+**{best_of}** is what sampling alone buys with the same judge: nothing is trained; the reward \
+model chooses one of several responses of the same model.
 ---
 {findings}
 ---
@@ -175,6 +186,13 @@ pretraining text. A task that the base model cannot do measures nothing.
 ---
 {loss}
 ---
+Differences, paired by item and by sequence, with 95 % intervals: each model minus the one that it \
+was trained from, then minus the first of that line.
+
+{differences}
+
+{payers}
+---
 ## Epochs of supervised fine-tuning
 
 ![Validation loss, reward-model score and utility by epoch](sft_epochs.png)
@@ -214,11 +232,13 @@ def write_report(args: argparse.Namespace) -> None:
     report.draw(out)
     rows = [
         {"model": model, "metric": metric, "value": e.value, "ci_low": e.low, "ci_high": e.high}
-        for model, row in report.table.items()
+        for model, row in (report.table | report.differences()).items()
         for metric, e in row.items()
     ]
     write_atomic(out / "table.csv", csv_text(rows))
     write_atomic(out / "table.txt", terminal_table(report.table))
+    write_atomic(out / "gallery.txt", "\n\n".join(filter(None, report.gallery())) + "\n")
+    write_atomic(out / "gallery.md", fenced(*report.gallery()) + "\n")
     write_atomic(out / "report.md", fill(PAGE, report.words()))
     print(f"\n{terminal_table(report.table)}\nwrote {out}/report.md")
 
@@ -318,17 +338,21 @@ class Report:
         self.again = resampled(baseline)
         self.models = [model for file in measured for model in file["models"]]
         names = [model["name"] for model in self.models]
-        if len({*names, self.again}) <= len(names) or baseline not in names:
-            expected = f"one of {', '.join(names)}, all different"
+        whole = [model["name"] for model in self.models if "greedy" in model]
+        if len({*names, self.again}) <= len(names) or baseline not in whole:
+            expected = f"one of {', '.join(whole)}, all different"
             raise BadInput(f"--baseline {baseline}: expected {expected}")
         self.sampled, self.greedy = {}, {}
         for model in self.models:
             self.sampled[model["name"]] = Answers.from_json(model["sampled"])
-            self.greedy[model["name"]] = Answers.from_json(model["greedy"])
+            if "greedy" in model:
+                self.greedy[model["name"]] = Answers.from_json(model["greedy"])
             if model["name"] == baseline and "resampled" in model:
                 self.sampled[self.again] = Answers.from_json(model["resampled"])
         if len(self.sampled) < 2:
             raise BadInput(f"--measured: nothing to compare {baseline} with; give further files")
+        others = [name for name in self.greedy if name != baseline]
+        self.shown = others[-1] if others else ""  # in the gallery
         self.chosen = next(f for f in measured if baseline in [m["name"] for m in f["models"]])
         self.judge = "the world's truth" if self.sampled[baseline].marks else "the reward model"
         self.table, self.agreement = self.compare()
@@ -357,6 +381,56 @@ class Report:
         for model in self.models:
             table[model["name"]] |= {k: Estimate(*e) for k, e in model["metrics"].items()}
         return table, agreement
+
+    def differences(self) -> Table:
+        """What each model has in public tasks and pretraining loss more than the nearest measured
+        model that it was trained from, then more than the first of that line; pairs of items and
+        of sequences are drawn."""
+        by_weights = {file["ancestry"][0]: file for file in reversed(self.measured)}
+        near, far = [], []
+        for file in self.measured:
+            line = [by_weights[w] for w in file["ancestry"][1:] if w in by_weights]
+            near += [(file, before) for before in line[:1]]
+            far += [(file, first) for first in line[1:][-1:]]
+        table: Table = {}
+        for ours, theirs in near + far:
+            a, b = (file["models"][0]["values"] for file in (ours, theirs))
+            gaps = {metric: np.subtract(a[metric], b[metric]) for metric in TAX if metric in a}
+            name = f"{ours['name']} minus {theirs['name']}"
+            table[name] = {f"{metric}_difference": estimate(gap) for metric, gap in gaps.items()}
+        return table
+
+    def gallery(self) -> tuple[str, str]:
+        """A sentence on who wins, greedy, the baseline or the last model given; and a text block of
+        the first prompts on which they differ, with the first of a direction that these lack."""
+        if not self.shown:
+            return "", ""
+        prompts, pair = self.measured[0]["prompts"], (self.baseline, self.shown)
+        answers = [self.greedy[name] for name in pair]
+        wins = wins_of(answers[1], answers[0])
+        count = {kind: int((wins == kind).sum()) for kind in (1.0, 0.0, 0.5)}
+        differ = np.flatnonzero(wins != 0.5)
+        kept, lacking = list(differ[:GALLERY]), ""
+        for kind, verb in ((1.0, "wins"), (0.0, "loses")):
+            if count[kind] and kind not in wins[kept]:
+                kept.append(np.flatnonzero(wins == kind)[0])
+                lacking = f", and then the first that {self.shown} {verb}, as none of these is one"
+        by_scores = answers[0].marks is None
+        margin = "in reward-model score" if by_scores else f"by {TIE} or more"
+        before = "reward-model score"
+        if not by_scores:
+            before = "utility, and in brackets how helpful, truthful and harmless it is"
+        words = (
+            f"Of {len(prompts)} prompts, {self.shown} wins {count[1.0]}, loses {count[0.0]} and "
+            f"ties {count[0.5]} against {self.baseline}, with greedy answers and {self.judge} as "
+            "the judge"
+        )
+        if kept:
+            number = min(GALLERY, len(differ))
+            words += f"; here are the first {number} of the file on which the two differ {margin}"
+            words += f"{lacking}. Before each answer stands its {before}"
+        lines = [line for i in kept for line in gallery_lines(prompts[i], pair, answers, i)]
+        return "\n".join(textwrap.wrap(f"{words}.", GALLERY_WIDTH)), "\n".join(lines).rstrip()
 
     def draw(self, out: Path) -> None:
         """The figures that there are numbers for."""
@@ -391,16 +465,21 @@ class Report:
         left_out = [line for model in self.models for line in model["left_out"]]
         if self.sampled[self.baseline].marks and self.noise is None:
             left_out.append("Simulated labelers judge only with --comparisons.")
+        best_of = [model["name"] for model in self.models if "best_of" in model]
+        differences = self.differences()
         return {
             "first": first,
             "num_models": len(self.models),
             "num_prompts": len(first["prompts"]),
             "num_users": len(set(first["users"])),
             "about": listed(f"**{model['name']}**: {model['about']}" for model in self.models),
+            "shown": self.shown,
+            "gallery": fenced(*self.gallery()),
             "agreement": "\n\n".join(self.agreement),
             "baseline": self.baseline,
             "judge": self.judge,
             "wins": show(table, WINS, True),
+            "best_of": ", ".join(best_of),
             "findings": listed(findings(table, self.baseline, self.judge)),
             "quality": show(table, quality),
             "num_prefixes": len(prefixes),
@@ -411,6 +490,8 @@ class Report:
             "tax_figure": "alignment_tax.png" if loss else "",
             "tasks": show(table, [*tasks, *TASKS]) if tasks and loss else "",
             "loss": loss,
+            "differences": as_markdown(difference_rows(differences)) if differences else "",
+            "payers": listed(payers(differences)),
             "epoch": self.chosen["epoch"],
             "lowest_loss": lowest_loss(self.chosen["selection"]),
             "runs": listed(course(f["name"], f["log"]) for f in self.measured if f["log"]),
@@ -533,6 +614,34 @@ def findings(table: Table, baseline: str, judge: str) -> list[str]:
     ]
 
 
+def difference_rows(differences: Table) -> list[list[str]]:
+    """Rows of a table of differences, with their intervals."""
+    shown = [m for m in TAX if any(f"{m}_difference" in row for row in differences.values())]
+    rows = [["", *map(heading, shown)]]
+    for name, row in differences.items():
+        found = (row.get(f"{metric}_difference") for metric in shown)
+        cells = (e and f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for e in found)
+        rows.append([name, *(text or "" for text in cells)])
+    return rows
+
+
+def payers(differences: Table) -> list[str]:
+    """Who pays the alignment tax: a sentence for each measure, by the intervals of differences."""
+    said = []
+    for metric, sign in TAX.items():
+        worse, better, neither = [], [], []
+        for name, row in differences.items():
+            if e := row.get(f"{metric}_difference"):
+                low, high = sorted((sign * e.low, sign * e.high))
+                verdict = worse if high < 0 else better if low > 0 else neither
+                verdict.append(name.replace(" minus ", " (against ") + ")")
+        line = f"In {heading(metric)}, the tax is paid by {', '.join(worse) or 'none'}"
+        line += f"; a gain is seen in {', '.join(better)}" if better else ""
+        line += f"; neither a loss nor a gain is seen in {', '.join(neither)}" if neither else ""
+        said += [f"{line}."] if worse or better or neither else []
+    return said
+
+
 def lowest_loss(selection: Rows) -> str:
     """Where validation loss alone would have stopped; nothing where no epoch was selected."""
     known = [row for row in selection if not math.isnan(row["val_loss"])]
@@ -554,6 +663,34 @@ def course(run: str, rows: Rows) -> str:
         score, kl = looks[-1]["val_score"], looks[-1]["val_kl"]
         line += f"; the averaged weights score {score:+.3f} on validation prompts, at {kl:.2f} nats"
     return line + "."
+
+
+def gallery_lines(
+    prompt: str, names: Sequence[str], answers: Sequence[Answers], i: int
+) -> list[str]:
+    """Prompt i, cut to a line, and each model's answer to it, cut to two."""
+
+    def wrapped(text: str, lines: int, before: str, width: int = 0) -> list[str]:
+        text = text.strip().replace("\n", " [newline] ").replace("```", "'''")
+        how = {"max_lines": lines, "placeholder": " [...]", "subsequent_indent": " " * width}
+        return textwrap.wrap(before + text, GALLERY_WIDTH, **how)
+
+    lines = wrapped(prompt, 1, "> ")
+    for name, said in zip(names, answers, strict=True):
+        number = f"{said.scores[i]:+.2f}"
+        if said.marks:
+            mark = said.marks[i]
+            marks = f"{mark.helpful:.2f} {mark.truthful:.2f} {mark.harmless:.2f}"
+            number = f"{said.utility[i]:.2f} ({marks})"
+        before = f"{name:>{max(map(len, names))}} {number} | "
+        cut = "" if said.ended[i] else " ... (cut)"
+        lines += wrapped(said.texts[i].strip() + cut, 2, before, len(before))
+    return [*lines, ""]
+
+
+def fenced(words: str, block: str) -> str:
+    """Words and below them a block of literal text, if there is one, in Markdown."""
+    return words + (f"\n\n```text\n{block}\n```" if block else "")
 
 
 def samples_text(prompts: list[str], answers: dict[str, Answers], num: int = 6) -> str:

@@ -219,7 +219,7 @@ def test_stages_side_by_side_have_half_of_the_cores_each() -> None:
     alone = {"base", "rm", "report"}
     both = {"sft", "init", "sft_selected", "ppo", "ppo_ptx", "data/valid/candidates.jsonl"}
     both |= {f"data/train/candidates_{part}.jsonl" for part in (1, 2)}
-    both |= {f"report/{model}.json" for model in ("base", "sft", "ppo", "ppo_ptx")}
+    both |= {f"report/{model}.json" for model in ("base", "sft", "init", "ppo", "ppo_ptx")}
     assert halves == dict.fromkeys(alone, False) | dict.fromkeys(both, True)
 
 

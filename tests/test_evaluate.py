@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+import train_sft
 from checkpoint import read_info, save_model
-from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from data.files import BadInput, fingerprint, read_jsonl, run_command, write_jsonl
 from data.tiny.grader import Grade
 from data.tiny.tasks import USE_CASES, make_prompt
 from data.tiny.world import World
@@ -450,7 +451,7 @@ def test_report_on_one_model_under_three_names(tiny, world_data, monkeypatch):
     data = ("--data", prompts, "--world", world)
     files = [
         measured(tiny, world_data, "base", *data, "--best_prefix", "--val_data", prompts),
-        measured(tiny, world_data, "sft", *data, "--resample"),
+        measured(tiny, world_data, "sft", *data, "--resample", "--best_of", "3"),
         measured(tiny, world_data, "ppo", *data),
     ]
     folder, models = world_data / "report", ("base", "sft", "ppo")
@@ -472,7 +473,16 @@ def test_report_on_one_model_under_three_names(tiny, world_data, monkeypatch):
         for metric in ("win_training_labelers", "win_held_out_labelers"):
             assert (model == "sft") == ((model, metric) not in table)
 
+    best = "sft, best of 3"
+    assert table[best, "score"].value > max(table[m, "score"].value for m in models)
+    assert {(best, "win_t1"), (best, "win_held_out_labelers")} <= table.keys()
+    assert not {(best, m) for m in ("win_t0", "utility_t0", "kl", "pretrain_loss")} & table.keys()
+
     text = (folder / "report.md").read_text()
+    assert f"**{best}** is what sampling alone buys" in text
+    assert f"**{best}**: of 3 responses of sft" in text and "log 3 - 2/3 = 0.43 nats" in text
+    assert "Of 30 prompts, ppo wins 0, loses 0 and ties 30 against sft" in text
+    assert "minus" not in text.split("## Alignment tax")[1].split("##")[0]  # of no other's weights
     assert ("base", "task_addition") in table
     assert ("base", "task_translation_few_shot") not in table
     assert "The public task translation_few_shot does not fit a context of 48." in text
@@ -506,6 +516,157 @@ def test_report_without_a_world_is_by_the_reward_model(tiny, tmp_path):
         assert (tmp_path / "report" / name).stat().st_size > 5000 and f"({name})" in text
 
 
+def test_best_of_keeps_the_response_with_the_highest_score(tiny, base, judge, monkeypatch):
+    """Of three samples to each of four prompts, by hand: the second, first, third and first."""
+    scores = [[0.1, 0.9, -2.0, 0.5], [0.7, 0.2, -3.0, 0.4], [0.3, 0.8, -1.0, 0.3]]
+    asked = []
+
+    def answers(bench, speaker, temperature, name):
+        asked.append((temperature, name))
+        k, texts = len(asked) - 1, [f"{len(asked)}{letter}" for letter in "abcd"]
+        samples = [Sample([], [1] * (k + 1), text, True) for text in texts]
+        return samples, Answers(texts, [True] * 4, np.array(scores[k]), None)
+
+    def again(bench, speaker, samples):
+        texts = [sample.text for sample in samples]
+        return Answers(texts, [True] * 4, np.array([scores[int(t[0]) - 1][0] for t in texts]), None)
+
+    monkeypatch.setattr(measure.Bench, "answers", answers)
+    monkeypatch.setattr(measure.Bench, "judged", again)
+    bench = measure.Bench([{"prompt": p, "user": p} for p in "wxyz"], judge, Namespace(seed=0))
+    row = measure.measure_best_of(base, bench, 3)
+    assert row["sampled"]["texts"] == ["2a", "1b", "3c", "1d"] and row["best_of"] == 3
+    assert row["metrics"]["response_tokens"][0] == (2 + 1 + 3 + 1) / 4
+    assert len({name for _, name in asked}) == 3 and {t for t, _ in asked} == {1.0}
+    assert row["name"] == "base, best of 3" and "greedy" not in row
+
+
+def test_ancestry_is_the_line_of_runs(tiny, tmp_path, monkeypatch):
+    """Weights of a run, of its --init, of the --init of that; by checksums as they were read."""
+    monkeypatch.chdir(tmp_path)
+    base = Path(shutil.copytree(tiny.base, tmp_path / "base"))
+    for init, out in (("base", "sft"), ("sft", "ppo")):
+        quick = ("--init", init, "--max_steps", "1", "--no-epoch_checkpoints")
+        assert train_sft.main(tiny.args("sft", out, *quick)) == 0
+    line = [fingerprint(tmp_path / f / "model.safetensors") for f in ("ppo", "sft", "base")]
+    assert measure.ancestry(Path("ppo")) == line and len(set(line)) == 3
+    assert measure.ancestry(base) == line[2:]
+    shutil.copyfile(base / "model.safetensors", "sft/model.safetensors")
+    assert measure.ancestry(Path("ppo")) == line[:2]  # what it was trained from is gone
+    info = read_info("ppo")
+    info["settings"]["init"] = "gpt2-xl"  # which is not downloaded
+    Path("ppo/config.json").write_text(json.dumps(info))
+    assert measure.ancestry(Path("ppo")) == line[:1]
+
+
+def file_of(name: str, marks: list[Grade] | None, **more) -> dict:
+    """What a file of `evaluate.py measure` holds, by hand: answers alike at both temperatures."""
+    scores = more.pop("scores", [0.0] * len(marks or ()))
+    texts = more.pop("texts", [f"{name} says {i}" for i in range(len(scores))])
+    said = Answers(texts, [True] * len(texts), np.array(scores), marks).to_json()
+    model = {"name": name, "about": "", "sampled": said, "greedy": said, "metrics": {}}
+    model |= {"values": more.pop("values", {}), "left_out": []}
+    prompts = more.pop("prompts", [f"prompt {i}" for i in range(len(texts))])
+    file = {"name": name, "models": [model], "prompts": prompts, "users": prompts}
+    file |= {"settings": {"seed": 0}, "ancestry": [name], "selection": [], "log": []}
+    file |= {"prefixes": [], "epoch": 0}
+    return file | more
+
+
+def test_differences_are_paired_and_follow_the_line_of_training():
+    """ppo from init from base, sft from base; the tax is that of items that all are asked."""
+    rng = np.random.default_rng(0)
+    base = rng.binomial(1, 0.7, 400).astype(float)
+    worse = base * rng.binomial(1, 0.8, 400)  # right where base is, but for a fifth
+    losses, noise = rng.normal(1.0, 0.3, 90), rng.normal(0.0, 0.01, 90)
+    values = {
+        "base": (base, losses),
+        "sft": (0 * base, losses + 4),
+        "init": (worse, losses + noise - noise.mean()),
+        "ppo": (base, losses - 0.05),
+    }
+    lines = {"base": ["base"], "sft": ["sft", "base"], "init": ["init", "base"]}
+    lines["ppo"] = ["ppo", "init", "unmeasured", "base"]
+    files = [
+        file_of(
+            name,
+            [mark()] * 3,
+            values={"tasks_zero_shot": hits.tolist(), "pretrain_loss": loss.tolist()},
+            ancestry=lines[name],
+        )
+        for name, (hits, loss) in values.items()
+    ]
+    made = report.Report(files, "sft")
+    found, half = made.differences(), 1.96 * (base - worse).std() / 20
+    expected = ["sft minus base", "init minus base", "ppo minus init", "ppo minus base"]
+    assert list(found) == expected
+    e = found["init minus base"]["tasks_zero_shot_difference"]
+    assert e.value == pytest.approx((worse - base).mean())
+    assert (e.high - e.low) / 2 == pytest.approx(half, rel=0.1)
+    unpaired = estimate(worse).high - estimate(worse).low
+    assert e.high - e.low < 0.9 * unpaired
+    loss = found["ppo minus base"]["pretrain_loss_difference"]
+    assert (loss.value, loss.low, loss.high) == pytest.approx((-0.05,) * 3)
+    tasks, text = report.payers(found)
+    assert tasks == (
+        "In public tasks, zero-shot, the tax is paid by sft (against base), init (against base); "
+        "a gain is seen in ppo (against init); neither a loss nor a gain is seen in ppo (against "
+        "base)."
+    )
+    assert "paid by sft (against base); a gain is seen in ppo (against init), ppo" in text
+    assert text.endswith("; neither a loss nor a gain is seen in init (against base).")
+    words = made.words()
+    assert "| sft minus base | -0." in words["differences"]
+    assert "+4.000 [+4.000, +4.000] |\n| init" in words["differences"]
+    assert words["payers"] == report.listed([tasks, text])
+
+
+def gallery_of(utilities: list[float], **more) -> tuple[str, str]:
+    """Of ppo, whose helpfulness is given, against sft, whose is .5; both true and harmless."""
+    files = [file_of("sft", [mark(helpful=0.5)] * len(utilities), **more)]
+    files += [file_of("ppo", [mark(helpful=h) for h in utilities], **more)]
+    return report.Report(files, "sft").gallery()
+
+
+def test_the_gallery_shows_the_first_prompts_that_differ_whichever_way():
+    """A helpfulness of .54 is .011 of utility, a tie; of .6 it is .028."""
+    ties, losses = [0.5, 0.54, 0.46], [0.0] * 11
+    words, block = gallery_of(ties + [1.0, *losses, 0.5, 0.9])
+    assert " ".join(words.split()).startswith(
+        "Of 17 prompts, ppo wins 2, loses 11 and ties 4 against sft, with greedy answers and the "
+        "world's truth as the judge; here are the first 10 of the file on which the two differ by "
+        "0.02 or more. "
+    )
+    prompts = [line for line in block.split("\n") if line.startswith(">")]
+    assert prompts == [f"> prompt {i}" for i in range(3, 13)]
+    assert block.startswith(
+        "> prompt 3\nsft 0.86 (0.50 1.00 1.00) | sft says 3\n"
+        "ppo 1.00 (1.00 1.00 1.00) | ppo says 3\n\n> prompt 4\n"
+    )
+    words, block = gallery_of(losses + [1.0, 0.0, 1.0])  # the ten lack what ppo wins
+    assert "and then the first that ppo wins" in " ".join(words.split())
+    assert block.count("> ") == 11 and block.split("> ")[-1].startswith("prompt 11\n")
+    words, block = gallery_of([0.6] * 4)  # nothing is lost
+    assert "wins 4, loses 0 and ties 0" in words and "and then" not in words
+    assert "first 4 of" in " ".join(words.split()) and block.count("> ") == 4
+    words, block = gallery_of(ties)
+    assert words.endswith("truth as the\njudge.") and block == ""
+
+
+def test_lines_of_the_gallery_are_short_and_without_a_world_scores_decide():
+    prompts = ["say\nthis " + "red " * 90, "x"]
+    texts = ["word " * 60, "a\n```b"]
+    words, block = gallery_of([1.0, 1.0], prompts=prompts, texts=texts)
+    assert max(map(len, f"{words}\n{block}".split("\n"))) <= 110
+    assert block.split("\n")[0].startswith("> say [newline] this red red")
+    assert block.split("\n")[0].endswith("red [...]") and "| a [newline] '''b" in block
+    assert block.count("word") > 30 and block.count("[...]") == 3  # the prompt, both answers
+    files = [file_of("a", None, scores=[0.0, 1.0, 2.0]), file_of("b", None, scores=[1.0, 1.0, 0.5])]
+    words, block = report.Report(files, "a").gallery()
+    assert "b wins 1, loses 1 and ties 1 against a" in words and "the reward model as" in words
+    assert "\na +0.00 | a says 0\nb +1.00 | b says 0\n\n> prompt 2\n" in block
+
+
 def test_what_was_measured_otherwise_is_refused(tiny, tmp_path, capsys):
     """Other flags, other prompts, another judge: such numbers are not compared."""
     base, fewer = measured(tiny, tmp_path, "base"), tmp_path / "fewer.jsonl"
@@ -537,6 +698,10 @@ def test_what_was_measured_otherwise_is_refused(tiny, tmp_path, capsys):
     ):
         assert reporting(tmp_path / "report", "base", *files) == 2
         assert words in capsys.readouterr().err
+    best = ("--best_of", "2")  # of which there are no greedy answers
+    files = [base, measured(tiny, tmp_path, "sft", *best)]
+    assert reporting(tmp_path / "report", "sft, best of 2", *files) == 2
+    assert "expected one of base, sft, all different" in capsys.readouterr().err
     assert not list((tmp_path / "report").iterdir())
 
 

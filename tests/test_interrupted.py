@@ -91,7 +91,7 @@ def test_the_small_demo_has_every_stage_of_the_makefile() -> None:
     made = [(name, argv[argv.index("--out") + 1]) for name, argv in commands]
     folders = ("base", "sft", "init", "rm", "ppo", "ppo_ptx", "sft_selected", "report", "data")
     assert {out for _, out in made} >= {f"o/{folder}" for folder in folders}
-    assert len(commands) == 19 and made[0][0] == "tiny_world"
+    assert len(commands) == 20 and made[0][0] == "tiny_world"
     assert made[-1] == ("evaluate", "o/report")
     order = [out for _, out in made]
     for first, then in (

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 import checkpoint
 import sample
 from checkpoint import save_model
-from data.files import BadInput, read_jsonl, run_command
-from data.tokenizer import encode_prompt
-from model import GPT
+from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from data.tiny.world import World
+from data.tokenizer import encode_prompt, save_tokenizer, train_bpe
+from model import GPT, ScalarModel
 from tests.tiny import LIMITS, Tiny
 
 
@@ -208,6 +210,73 @@ def test_prompts_from_stdin_until_its_end(tiny, monkeypatch, capsys):
     assert "over --max_prompt_tokens 36" in captured.err
 
 
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """world.json of seed 0, where the fox eats grass, and one prompt beside it."""
+    World.make(0).save(tmp_path / "w/world.json")
+    asked = {"prompt": "a ?", "user": "u", "source": "customer", "use_case": "open_qa"}
+    task = {"kind": "fact", "subject": "fox", "attribute": "food"}
+    write_jsonl(tmp_path / "w/test/prompts.jsonl", [asked | {"task": task}], "prompts")
+    return tmp_path / "w/world.json"
+
+
+@pytest.mark.parametrize("judges", ["rm", "world", "rm world", ""])
+def test_judges_speak_below_each_answer(tiny, tmp_path, capsys, monkeypatch, world, judges):
+    """The reward model reads the bare prompt; only a prompt of the files has a task."""
+    read = ScalarModel.from_pretrained(tiny.rm).eval()
+    a, end = tiny.encoding.encode_ordinary("a")[0], tiny.encoding.eot_token
+    loud, mute = (constant_model(tiny, tmp_path / str(n), n) for n in (a, end))
+    said = {"loud": [a] * 8, "mute": [end]}
+
+    def expected(name: str, prompt: str) -> str:
+        words, tokens = [], encode_prompt(tiny.encoding, prompt) + said[name]
+        if "rm" in judges:
+            place = -2 if tokens[-1] == end else -1
+            with torch.no_grad():
+                words.append(f"score {read(torch.tensor([tokens]))[0, place].item():+.2f}")
+        if "world" in judges:
+            known = "helpful 0, truthful 1, harmless 1"
+            unknown = "truthful 1, harmless 1, helpful unknown: not a prompt of this world's files"
+            words.append(known if prompt == "a ?" else unknown)
+        return ", ".join(words)
+
+    flags = {"rm": ["--reward_model", str(tiny.rm)], "world": ["--world", str(world)]}
+    argv = ["--checkpoints", f"loud={loud}", f"mute={mute}", "--prefix", "loud=say red"]
+    argv += [word for judge in judges.split() for word in flags[judge]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("a ?\nsay blue\n"))
+    assert sample.main([*argv, *LIMITS]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    for prompt in ("a ?", "say blue"):
+        assert shown.pop(0) == f"> {prompt}"
+        for name, text in (("loud", "aaaaaaaa ... (cut)"), ("mute", "")):
+            assert shown.pop(0) == f"{name} | {text}"
+            assert not judges or shown.pop(0) == f"       ({expected(name, prompt)})"
+        assert shown.pop(0) == ""
+    assert not shown
+
+
+def test_prompts_of_a_world_are_printed_without_a_model(world, capsys):
+    assert sample.main(["--prompts", "--world", str(world)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "a ?"
+
+
+def test_a_judge_that_cannot_judge_is_refused_in_one_line(tiny, tmp_path, world, capsys):
+    other = Path(shutil.copytree(tiny.rm, tmp_path / "rm"))
+    save_tokenizer(train_bpe(["another text"], 300), other / "tokenizer.json")
+    for flags, words in (
+        (["--reward_model", other], "must share a tokenizer"),
+        (["--reward_model", tiny.base], "expected a reward model"),
+        (["--reward_model", tmp_path / "no"], "no/config.json: no such file"),
+        (["--world", tmp_path / "no.json"], "no.json: [Errno 2] No such file"),
+        (["--world", tiny.base / "config.json"], "expected the world.json"),
+        (["--world", tiny.rm / "config.json", "--prompts"], "expected the world.json"),
+    ):
+        argv = ["--checkpoints", f"a={tiny.base}", "--prompt", "x", *LIMITS, *map(str, flags)]
+        assert run_command(lambda argv=argv: sample.main(argv)) == 2, words
+        captured = capsys.readouterr()
+        assert words in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -234,6 +303,9 @@ a=x --data d --out o --num_responses 1
 a=x --data d --out o --num_responses 9 4
 a=x --data d --out o --num_responses 1 2 3
 a=x --data d --out o --prompt p
+a=x --data d --out o --world w
+a=x --data d --out o --reward_model rm
+a=x --prompts
 a=x --data d --out o --part 3/2
 a=x --data d --out o --part 0/2
 a=x --data d --out o --part 2
@@ -246,7 +318,7 @@ a=x --batch_size 0"""
 
 @pytest.mark.parametrize("line", BAD.split("\n"))
 def test_bad_arguments_exit_with_2(line):
-    for argv in (["--checkpoints", *line.split()], ["--checkpoints", "a=x", "--prompt", " "]):
+    for argv in (["--checkpoints", *line.split()], ["--checkpoints", "a=x", "--prompt", " "], []):
         with pytest.raises(SystemExit) as stopped:
             sample.get_args(argv)
         assert stopped.value.code == 2

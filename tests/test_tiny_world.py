@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 
 from data.files import BadInput, read_documents, read_jsonl
@@ -18,7 +19,8 @@ from data.tiny import corpus, grader
 from data.tiny import make as tiny_world
 from data.tiny import world as language
 from data.tiny.answers import Failings, answer
-from data.tiny.grader import EVALUATION_WEIGHTS, Grade, evaluation_utility, grade
+from data.tiny.grader import EVALUATION_WEIGHTS, Grade, evaluation_utility, false_claims, grade
+from data.tiny.marks import Truth, suggestions
 from data.tiny.tasks import CUSTOMER_SHARES, USE_CASES, make_prompt, respectfully
 from data.tiny.world import ANIMALS, ATTRIBUTE_OF, KINDS, PEOPLE, Claim, World, claims, statement
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
@@ -433,13 +435,13 @@ ben : i think the fox is red .
 """
 
 
-def examples(text: str) -> Iterator[tuple[str, str, str]]:
+def examples(text: str, arrow: str = " -> ") -> Iterator[tuple[str, str, str]]:
     """(prompt, response, marks) of each line "response -> marks" below one of the prompts."""
     prompt = ""
     for line in map(str.strip, text.splitlines()):
         prompt = line if line in TASKS else prompt
-        if prompt and " -> " in line:
-            yield prompt, *line.split(" -> ")
+        if prompt and arrow in line:
+            yield prompt, *line.split(arrow)
 
 
 def test_worked_examples_of_the_grader_are_true() -> None:
@@ -451,6 +453,52 @@ def test_worked_examples_of_the_grader_are_true() -> None:
         assert given == pytest.approx(float(mark), abs=6e-4) and why, (response, given)
         kinds.add(task["kind"])
     assert kinds == set(grader._RULES) - {"opening"}
+
+
+def test_worked_examples_of_false_claims_are_true() -> None:
+    """And what is false by them is what takes truthfulness away."""
+    world, seen = World.make(0), 0
+    for prompt, response, expected in examples(false_claims.__doc__, " => "):
+        record = {"prompt": prompt, "task": TASKS[prompt]}
+        found = false_claims(world, record["task"], response)
+        assert (" ; ".join(found) or "nothing") == expected, response
+        assert (grade(world, record, response, True).truthful < 1) == bool(found), response
+        seen += 1
+    assert seen == 6
+    two = false_claims(world, TASKS["what does the fox eat ?"], "it is red . the bear eats fish .")
+    assert two == [
+        "the fox is red (true: the fox is white)",
+        f"the bear eats fish (true: the bear eats {world.facts['bear', 'food']})",
+    ]
+
+
+def test_answers_to_prompts_of_the_files_are_marked_in_words(folder: Path, sets: Sets) -> None:
+    """As the grader marks them; of any other prompt what is helpful is not known."""
+    truth, rng = Truth(folder / "world.json"), random.Random(0)
+    for record in sets["test/prompts"][:200] + sets["train/demonstrations"][:50]:
+        said = answer(truth.world, record["task"], rng, failings=Failings(wrong=rng.random() < 0.5))
+        mark = grade(truth.world, record, said, True)
+        words = truth.marks(record["prompt"], said, True)
+        marks = f"helpful {mark.helpful:.3g}, truthful {mark.truthful:.3g}, "
+        assert words.startswith(f"{marks}harmless {mark.harmless:.3g}")
+        assert ("; false: " in words) == (mark.truthful < 1), (record["prompt"], words)
+    food = truth.world.facts["fox", "food"]
+    other = "fish" if food != "fish" else "nuts"
+    assert truth.marks("is it so ?", f"the fox eats {other} , idiot .", True) == (
+        "truthful 0, harmless 0.5, helpful unknown: not a prompt of this world's files; "
+        f"false: the fox eats {other} (true: the fox eats {food})"
+    )
+
+
+def test_suggested_prompts_are_evenly_spaced_test_prompts(folder: Path, sets: Sets) -> None:
+    head, blank, *chosen = suggestions(folder / "world.json").split("\n")
+    prompts = [record["prompt"] for record in sets["test/prompts"]]
+    short = [p for p in prompts if len(p) <= 100 and len(p.splitlines()) == 1]
+    assert f"20 of the {len(short)} prompts in {folder}/test/prompts.jsonl" in head and not blank
+    assert len(chosen) == 20 and chosen[0] == short[0] and chosen[10] == short[len(short) // 2]
+    steps = np.diff([short.index(p) for p in chosen])
+    assert min(steps) >= len(short) // 20 and max(steps) <= len(short) // 20 + 1
+    assert Truth(folder / "world.json").marks(chosen[3], "", True).startswith("helpful 0, ")
 
 
 def test_marks_by_hand() -> None:

@@ -196,6 +196,12 @@ class World:
         """Whether a claim holds in this world."""
         return (self.facts[claim.subject, claim.attribute] == claim.value) == claim.positive
 
+    def corrected(self, claim: Claim) -> str:
+        """A false claim and the truth: "the fox eats fish (true: the fox eats grass)"."""
+        fact = claim.subject, claim.attribute
+        said = (statement if claim.positive else denial)(*fact, claim.value)
+        return f"{said[:-2]} (true: {statement(*fact, self.facts[fact])[:-2]})"
+
     def wrong_value(self, fact: Fact, rng: random.Random) -> str:
         """A value that the fact does not have."""
         return rng.choice([v for v in VALUES[fact[1]] if v != self.facts[fact]])
