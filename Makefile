@@ -80,7 +80,7 @@ $(D)/card.md: $(world) | .venv/ready
 $(call weights,base): train_sft.py model.py $(D)/card.md
 	$(py) train_sft.py --out $(OUT)/base --seed $(SEED) --tokenizer $(D)/tokenizer.json \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
-	  --epochs 1 --batch_size 16 --lr 4e-3 --warmup_steps 50 --weight_decay 0.1 --resid_pdrop 0
+	  --epochs 1 --batch_size 8 --lr 3e-3 --warmup_steps 50 --weight_decay 0.1 --resid_pdrop 0
 
 # Step 1: SFT, and the model that PPO starts from (C.3).
 sft_data = --data $(D)/train/demonstrations.jsonl --val_data $(D)/valid/demonstrations.jsonl
@@ -121,7 +121,7 @@ $(D)/valid/comparisons_held_out.jsonl: $(D)/valid/candidates.jsonl $(labelers) $
 
 $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid/comparisons.jsonl \
                     $(D)/valid/comparisons_held_out.jsonl
-	$(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) --epochs 2 \
+	$(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) \
 	  --data $(D)/train/comparisons.jsonl --val_data $(D)/valid/comparisons.jsonl \
 	  --held_out_data $(D)/valid/comparisons_held_out.jsonl \
 	  --demonstrations $(D)/train/demonstrations.jsonl
@@ -132,11 +132,11 @@ $(call weights,sft_selected): evaluate.py evaluation/select.py sample.py $(call 
 	$(half) $(py) evaluate.py select --run $(OUT)/sft --reward_model $(OUT)/rm --out $(OUT)/sft_selected \
 	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --select_every 3 --seed $(SEED) --world $(D)/world.json
 
-# Step 3: PPO and PPO-ptx. Four responses to a prompt: its own tokens go through each model once.
+# Step 3: PPO and PPO-ptx, which differ in the pretraining gradients alone.
 ppo = $(half) $(py) train_ppo.py --init $(OUT)/init --reward_model $(OUT)/rm --seed $(SEED) \
-        --responses_per_prompt 4 --data $(D)/train/ppo_prompts.jsonl --val_data $(D)/valid/ppo_prompts.jsonl
+        --data $(D)/train/ppo_prompts.jsonl --val_data $(D)/valid/ppo_prompts.jsonl
 $(call weights,ppo): train_ppo.py model.py $(call weights,rm) $(call weights,init)
-	$(ppo) --out $(OUT)/ppo --lr 3e-4 --max_steps 40
+	$(ppo) --out $(OUT)/ppo
 
 $(call weights,ppo_ptx): train_ppo.py model.py $(call weights,rm) $(call weights,init)
 	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1 --pretrain_data $(D)/train/pretrain.txt

@@ -62,7 +62,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--demonstrations", help="demonstrations.jsonl that are to score 0 on average")
     add("--init", default="out/sft", help="checkpoint folder of the SFT model")
     # Optimisation.
-    add("--epochs", type=natural, default=1, help="passes over --data (paper: 1; demo: 2)")
+    add("--epochs", type=natural, default=2, help="passes over --data (paper: 1)")
     add("--max_steps", type=whole, default=0, help="stop after this many steps; 0: by --epochs")
     add("--batch_size", type=natural, default=16, help="prompts a step (paper: 64)")
     add("--micro_batch_size", type=whole, default=0, help="prompts a forward pass; 0: all")

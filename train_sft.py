@@ -75,7 +75,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_steps", type=whole, default=0, help="stop after this many steps; 0: by --epochs")
     add("--batch_size", type=natural, default=32, help="sequences a step (paper: 32; 175B: 8)")
     add("--micro_batch_size", type=whole, default=0, help="sequences a forward pass; 0: all")
-    add("--lr", type=nonnegative, default=2e-3, help="peak (paper: 9.65e-6 for 1.3B and 6B)")
+    add("--lr", type=nonnegative, default=1.5e-3, help="peak (paper: 9.65e-6 for 1.3B and 6B)")
     add("--warmup_steps", type=whole, default=0, help="linear warm-up (paper: none in SFT)")
     add("--weight_decay", type=nonnegative, default=0.0, help="decoupled, on matrices")
     add("--grad_clip", type=nonnegative, default=1.0, help="limit of the gradient's norm; 0: none")

@@ -58,7 +58,7 @@ LABELER_SHARE = {"demonstrations": 0.89, "rm_prompts": 0.20, "ppo_prompts": 0.0}
 # What demonstrators do wrong: content or count, one sentence or word where more was asked for,
 # going on after the answer, accepting a false premise. People write in haste, and judge better than
 # they write: that is the room which feedback has.
-DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.35, "ramble": 0.25, "credulous": 0.50}
+DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.40, "ramble": 0.30, "credulous": 0.60}
 RESPECTFUL_SHARE = 0.11  # of prompts that ask for respect; these are seldom alike, so more stay
 PERSONAL_DATA_SHARE = 0.01
 RESUBMITTED_SHARE = 0.04  # of customers' prompts that they send once more
@@ -83,13 +83,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="out/data", metavar="DIR", help="folder to write")
     add("--seed", type=int, default=0, help="of the world, its users and its text")
     add("--vocab_size", type=int, default=1024, help="tokenizer entries")
-    add("--pretrain_tokens", type=int, default=2_000_000, help="train/pretrain.txt, tokens")
+    add("--pretrain_tokens", type=int, default=3_000_000, help="train/pretrain.txt, tokens")
     add("--heldout_tokens", type=int, default=12_000, help="the same, valid and test each")
     add("--train_demonstrations", type=int, default=1440)
     add("--valid_demonstrations", type=int, default=160)
-    add("--train_rm_prompts", type=int, default=4000, help="prompts to rank; paper 33,207")
+    add("--train_rm_prompts", type=int, default=10_000, help="prompts to rank; paper 33,207")
     add("--valid_rm_prompts", type=int, default=600)
-    add("--train_ppo_prompts", type=int, default=4000, help="paper 31,144")
+    add("--train_ppo_prompts", type=int, default=8000, help="paper 31,144")
     add("--valid_ppo_prompts", type=int, default=300)
     add("--test_prompts", type=int, default=600, help="of held-out customers; paper 3,196")
     add("--balanced_prompts", type=int, default=50, help="per use case, in a second test set")

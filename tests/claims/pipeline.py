@@ -30,7 +30,7 @@ CORES = 2
 # Width and layers of the smaller policies, 4 heads; and their cost by that of the demo's.
 SIZES = {"64x2": (64, 2, 0.35), "96x2": (96, 2, 0.5)}
 LARGE = {"192x4": (192, 4, 2.4)}  # a base model more than ten times the smallest policy
-LARGE_LR = 2.7e-3  # the demo's, times the ratio of the widths
+LARGE_LR = 2e-3  # the demo's, times the ratio of the widths
 PTX_FACTORS = (0, 0.1, 3, 10)  # times the demo's --ptx_coef
 KL_FACTORS = (0.1, 10, 100)  # times the demo's --kl_coef
 # Where feedback pays (`headroom`), beside the demo's own point of each. How often demonstrators are
