@@ -158,7 +158,7 @@ def ppo(path: Path, logs: dict[str, Rows], colour: dict[str, str]) -> None:
                 axes[0].errorbar(step, gain, half, **bars)
                 axes[1].plot(step, kl, "o-", markersize=4, **look)
                 axes[2].errorbar(root, gain, half, **bars)
-    gain, kl = "reward-model score, gain over the start", "KL to the reference, nats"
+    gain, kl = "score: gain over the start", "KL to the reference, nats"
     labels = [("iteration", gain), ("iteration", kl), ("square root of the KL", gain)]
     for panel, (x, y) in zip(axes, labels, strict=True):
         panel.set_xlabel(x)

@@ -1079,6 +1079,34 @@ def test_the_result_is_the_average_of_the_weights(tiny: Tiny, tmp_path: Path) ->
         assert not torch.equal(last, start[name])
 
 
+def test_a_resumed_run_does_not_validate_the_start_again(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in step 3, the newest checkpoint being of step 2."""
+    whole, out, evaluate = tmp_path / "whole", tmp_path / "out", train_ppo.evaluate
+    assert train_ppo.main(tiny.args("ppo", whole)) == 0
+    asked = []
+
+    def look(model: GPT, start_scores: Tensor | None, *args: Any) -> dict:
+        asked.append(None if start_scores is None else start_scores.tolist())
+        return evaluate(model, start_scores, *args)
+
+    monkeypatch.setattr(train_ppo, "evaluate", look)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        steps, prompts_of_step = iter([1, 2]), train_ppo.prompts_of_step
+        at_most_two = lambda *args: prompts_of_step(*args) if next(steps, 0) else killed()  # noqa: E731
+        patch.setattr(train_ppo, "prompts_of_step", at_most_two)
+        train_ppo.main(tiny.args("ppo", out))
+    assert asked[0] is None and len(asked) == 2  # of the start, and after step 2
+    assert train_ppo.main([*tiny.args("ppo", out), "--resume"]) == 0
+    assert len(asked) == 3 and asked[2] == asked[1] != [0.0] * 20
+    assert (out / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
+
+
+def killed() -> None:
+    raise KeyboardInterrupt
+
+
 def test_ptx_coef_0_is_ppo_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     args = tiny.args("ppo", tmp_path / "ppo", "--ptx_coef", "0")
     at = args.index("--pretrain_data")
