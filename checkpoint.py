@@ -214,7 +214,7 @@ def read_tokenizer(
             )
     if other and other.read_bytes() != path.read_bytes():
         raise BadInput(
-            f"{other} differs from {path}: policy and reward model must share a tokenizer; give "
+            f"{other} differs from {path}: the models of a run must share a tokenizer; give "
             "models that grew from one base model"
         )
     return encoding

@@ -31,7 +31,8 @@ from evaluation.measure import measure
 from evaluation.public import measure_public
 from evaluation.report import write_report
 from evaluation.select import select
-from run import Named, Parser, natural, whole
+from model import MISSING_EOS_SCORE
+from run import Named, Parser, natural, number, whole
 from sample import sampling_flags
 
 
@@ -85,6 +86,8 @@ def judge_flags(parser: argparse.ArgumentParser) -> None:
     add("--world", help="world.json: check the truth of responses")
     add("--data", required=True, help="prompts.jsonl; `measure` takes the probes beside it too")
     add("--num_prompts", type=whole, default=100, help="used for choices; 0: all")
+    low = {"type": number, "default": MISSING_EOS_SCORE}
+    add("--missing_eos_score", **low, help="of a response without an end token, as in PPO")
     sampling_flags(parser)
 
 

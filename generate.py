@@ -36,13 +36,16 @@ def generate(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     static: bool | None = None,
+    uniforms: Tensor | None = None,
+    at_once: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Sample a response to each prompt: arguments and result as of `GPT.generate`.
 
     The randomness is one uniform number per row and step, all drawn at the start as
-    (B, max_new_tokens): a row's sample does not depend on when other rows end. With `static` (on a
-    GPU, and in tests) a step's tensors keep their addresses and batch sizes are few, so that a step
-    can be one CUDA graph. Raises ValueError if a prompt and its response do not fit n_positions.
+    (B, max_new_tokens): a row's sample depends neither on when other rows end nor on `at_once`.
+    With `static` (on a GPU, and in tests) a step's tensors keep their addresses and batch sizes are
+    few, so that a step can be one CUDA graph. Raises ValueError if a prompt and its response do not
+    fit n_positions.
     """
     device, end = prompts.device, model.config.eos_token_id
     static = device.type == "cuda" if static is None else static
@@ -60,7 +63,15 @@ def generate(
     lengths = prompt_lengths.long().clone()  # grows with the responses
     if max_new_tokens == 0:
         return tokens, lengths.int()
-    uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
+    if uniforms is None:
+        uniforms = torch.rand(B, max_new_tokens, generator=generator, device=device)
+    if 0 < at_once < B:
+        for rows in prompt_lengths.argsort(stable=True).split(at_once):  # of similar length
+            given = prompts[rows, : int(prompt_lengths[rows].max())], prompt_lengths[rows]
+            how = {"static": static, "uniforms": uniforms[rows]}
+            part, ends = generate(model, *given, max_new_tokens, temperature, **how)
+            tokens[rows, : part.shape[1]], lengths[rows] = part, ends.long()
+        return tokens, lengths.int()
 
     model = for_decoding(model)
     with model.autocast():

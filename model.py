@@ -32,6 +32,8 @@ import generate
 import kernels
 from checkpoint import check_config, find_model, load_model
 
+MISSING_EOS_SCORE = -4.0  # of a response without an end token, see `ScalarModel.response_scores`
+
 
 @dataclass
 class GPTConfig:
@@ -269,16 +271,21 @@ class GPT(nn.Module):
         *,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        uniforms: Tensor | None = None,
+        at_once: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """A response to each prompt, until the end token or the limit: see generate.py.
 
         prompts (B, P) int64 right-padded, prompt_lengths (B,) int32 -> tokens
         (B, P + max_new_tokens) int64 and lengths (B,) int32. Each row is its prompt, then its
         response without a gap, the tail filled with the end token; a length counts prompt, response
-        and end token. Temperature 0 takes the likeliest token.
+        and end token. Temperature 0 takes the likeliest token. The random numbers, `uniforms`
+        (B, max_new_tokens) from 0 to 1, come from the generator unless given. `at_once`: so many
+        rows at a time, those with prompts of similar length together; 0: all.
         """
+        how = {"uniforms": uniforms, "at_once": at_once}
         return generate.generate(
-            self, prompts, prompt_lengths, max_new_tokens, temperature, generator
+            self, prompts, prompt_lengths, max_new_tokens, temperature, generator, **how
         )
 
     def cast(self, module: nn.Module) -> nn.Module:
@@ -345,6 +352,20 @@ class ScalarModel(nn.Module):
         last = lengths.long() - 1
         ended = tokens[rows, last] == self.config.eos_token_id
         return self._head(hidden[rows, (last - ended.long()).clamp_min(0)])
+
+    @torch.no_grad()
+    def response_scores(
+        self, tokens: Tensor, lengths: Tensor, missing_eos_score: float, at_once: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a response is worth, in PPO and in evaluation: the model's number, or without an end
+        token `missing_eos_score`. Returns that, the model's number, and whether the response ended:
+        (B,) each. Computed on `at_once` rows at a time (0: all)."""
+        size = at_once or len(tokens)
+        parts = zip(tokens.split(size), lengths.split(size), strict=True)
+        own = torch.cat([self.scores(y[:, : int(n.max())], n) for y, n in parts])
+        last = tokens.gather(1, lengths[:, None].long() - 1).squeeze(1)
+        ended = last == self.config.eos_token_id
+        return torch.where(ended, own, missing_eos_score), own, ended
 
     def _head(self, hidden: Tensor) -> Tensor:
         # Always in float32: 16 bits would round a score of 4 to steps of 0.03.

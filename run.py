@@ -195,6 +195,7 @@ class Run:
         files.check_writable(self.out)
         for name in ("", *FOLDERS):
             files.remove_leftovers(self.out / name)
+        self.start_row = {}
         self.done, self.saved, self.models = 0, [], set()  # step, checkpoints, models that are kept
         newest = self._restore() if args.resume else None
         self.logs = [Log(self.out / name, newest) for name in ("log.csv", "timing.csv")]
@@ -247,6 +248,13 @@ class Run:
             value = torch.as_tensor(value).detach().double()
             self.sums[name] = torch.maximum(self.sums.get(name, value), value)
 
+    def mean(self, values: dict[str, torch.Tensor]) -> None:
+        """For each tensor of independent numbers a column with their mean, and one, NAME_ci, with
+        half of its 95 % interval, 1.96 standard errors."""
+        for name, each in values.items():
+            error = each.double().std(correction=0) / math.sqrt(len(each))
+            self.add({name: each.double().mean(), f"{name}_ci": 1.96 * error})
+
     def lap(self, name: str, tokens: int | None = None) -> None:
         """Seconds since the last lap, a column of timing.csv; with `tokens`, also their rate."""
         if self.args.device == "cuda":
@@ -256,22 +264,34 @@ class Run:
         if tokens is not None:
             self.rates["tok_per_s"] = tokens / self.clocks[name]
 
+    def log_start(self, values: dict[str, torch.Tensor]) -> None:
+        """The `mean` of what is measured before step 1: row 0 of log.csv, written with row 1."""
+        self.mean(values)
+        row, self.sums = {name: value.item() for name, value in self.sums.items()}, {}
+        shown = [f"{k} {v:.4g}" for k, v in row.items() if k in self.shows.split()]
+        print(" | ".join([f"{self.out.name} {0:05d}/{self.total}", *shown]), flush=True)
+        self.start_row, self.last_lap = {"step": 0} | row, time.perf_counter()
+
     def log(self, row: dict[str, float | int | None]) -> None:
         """Write `row` and what was added to log.csv and the laps to timing.csv; print if due.
 
-        The first row sets the columns; None is an empty cell. A value that is not finite ends the
-        run with code 1, before anything of this step is saved.
+        The first row sets the columns; one that is None or missing is an empty cell. A value that
+        is not finite ends the run with code 1, before anything of this step is saved.
         """
         if twice := row.keys() & self.sums.keys():
             raise ValueError(f"columns {sorted(twice)} are in the row and were added: rename one")
         row = {"step": self.step} | row | {name: v.item() for name, v in self.sums.items()}
-        bad = [f"{k} {v}" for k, v in row.items() if v is not None and not math.isfinite(v)]
+        every = [*self.start_row.items(), *row.items()]
+        bad = [f"{k} {v}" for k, v in every if v is not None and not math.isfinite(v)]
         if bad:
             print(f"error: step {self.step}: not finite: {', '.join(bad)}", end="", file=sys.stderr)
             print("; checkpoints are kept; start over with a lower learning rate", file=sys.stderr)
             raise SystemExit(1)
         step = {"step": self.step, "step_s": sum(self.clocks.values())}
         clocks = self.clocks | self.rates | {"mem_gib": self._memory()}
+        if self.start_row:
+            self.logs[0].write(dict.fromkeys(row) | self.start_row)
+            self.start_row = {}
         for log, values in zip(self.logs, (row, step | clocks), strict=True):
             log.write(values)
         shown = {k: row[k] for k in self.shows.split() if row.get(k) is not None}

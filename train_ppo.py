@@ -10,9 +10,10 @@ of this script, the paper's iteration, draws prompts, samples a response to each
 clipped policy-gradient updates over random minibatches.
 
 Four models: the policy pi starts from --init, which the paper calls the RL start (C.3); the
-reference pi_ref is the same weights, frozen; the reward model, frozen; the value network, a copy of
-the reward model with an optimizer of its own. The result is the exponential moving average of the
-policy's weights.
+reference pi_ref is the start, frozen, or --reference; the reward model, frozen; the value network,
+a copy of the reward model with an optimizer of its own. The result is the exponential moving
+average of the policy's weights. Scores depend on the prompts that were drawn. What was learned is
+the gain: the score minus that of the start on the same prompts, from the same random numbers.
 
 Every per-token quantity is (B, T) and indexed by the token it is about. For the row
 "p0 p1 | r2 r3 end" (two prompt tokens, a response of three with its end token, then padding; the
@@ -54,7 +55,7 @@ from torch.nn.utils import clip_grad_norm_
 from checkpoint import read_tokenizer
 from data.files import BadInput, read_documents, read_jsonl, run_command
 from data.tokenizer import decode_response, encode_prompt
-from model import GPT, ScalarModel, pad_right
+from model import GPT, MISSING_EOS_SCORE, ScalarModel, pad_right
 from run import Run, check_context, fraction, natural, nonnegative, number, parse, parser, whole
 
 # ------------------------------------------------------------------------------------------------
@@ -65,38 +66,40 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags = parser(__doc__, out="out/ppo", save_every=20)
     add = flags.add_argument
     add("--data", default="out/data/train/ppo_prompts.jsonl", help="prompts.jsonl of customers")
-    add("--val_data", help="prompts.jsonl for val_score and val_kl of the averaged weights")
+    add("--val_data", help="prompts.jsonl to validate the averaged weights on")
     add("--pretrain_data", help="pretrain.txt; needed with --ptx_coef over 0")
-    add("--init", default="out/init", help="checkpoint folder: the policy's start and reference")
+    add("--init", default="out/init", help="checkpoint folder: the policy's start")
+    add("--reference", help="checkpoint folder that the KL is measured from; default: --init")
     add("--reward_model", default="out/rm", help="checkpoint folder of train_rm.py")
     # The objective.
     add("--kl_coef", type=nonnegative, default=0.2, help="price of the KL (paper's beta: 0.02)")
     add("--ptx_coef", type=nonnegative, default=0.0, help="0: PPO (paper's gamma: 27.8)")
-    add("--ptx_ratio", type=nonnegative, default=0.5, help="text sequences an episode (paper: 8)")
+    add("--ptx_ratio", type=nonnegative, default=0.125, help="text sequences an episode (paper: 8)")
     add("--ptx_tokens", type=natural, default=128, help="tokens of such a sequence (paper: 2048)")
     add("--ptx_anywhere", type=fraction, default=0.25, help="share cut anywhere (paper: 1)")
-    add("--missing_eos_score", type=number, default=-4.0, help="score without an end token")
+    add("--missing_eos_score", type=number, default=MISSING_EOS_SCORE, help="without end token")
     add("--gamma", type=fraction, default=1.0, help="discount (paper: none)")
     add("--lam", type=fraction, default=0.95, help="lambda of GAE (not in the paper)")
     add("--cliprange", type=nonnegative, default=0.2, help="of the policy's ratio (paper: 0.2)")
     add("--cliprange_value", type=nonnegative, default=0.2, help="of the value (Ziegler: 0.2)")
     # Optimisation.
-    add("--max_steps", type=natural, default=60, help="iterations (paper: 500)")
-    add("--batch_size", type=natural, default=128, help="episodes an iteration (paper: 512)")
-    add("--responses_per_prompt", type=natural, default=1, help="episodes a prompt (paper: 1)")
-    add("--num_minibatches", type=natural, default=8, help="updates an iteration (paper: 8)")
+    add("--max_steps", type=natural, default=40, help="iterations (paper: 500)")
+    add("--batch_size", type=natural, default=512, help="episodes an iteration (paper: 512)")
+    add("--responses_per_prompt", type=natural, default=4, help="episodes a prompt (paper: 1)")
+    add("--num_minibatches", type=natural, default=4, help="updates an iteration (paper: 8)")
     add("--micro_batch_size", type=whole, default=8, help="sequences a forward pass; 0: all")
     add("--rollout_size", type=whole, default=0, help="responses sampled at once; 0: all")
     add("--inner_epochs", type=natural, default=1, help="passes over an iteration (paper: 1)")
-    add("--lr", type=nonnegative, default=6e-4, help="of the policy (paper: 2.55e-6 to 2.55e-5)")
-    add("--value_lr", type=nonnegative, default=5e-4, help="of the value network (paper: 9e-6)")
-    add("--warmup_steps", type=whole, default=10, help="iterations from a tenth of lr (paper: 10)")
+    add("--lr", type=nonnegative, default=8e-4, help="of the policy (paper: 2.55e-6 to 2.55e-5)")
+    add("--value_lr", type=nonnegative, default=7e-4, help="of the value network (paper: 9e-6)")
+    add("--warmup_steps", type=whole, default=2, help="iterations from a tenth of lr (paper: 10)")
     add("--grad_clip", type=nonnegative, default=1.0, help="limit of each gradient's norm; 0: none")
-    add("--ema", type=fraction, default=0.992, help="decay of the average (paper: 0.992)")
+    add("--ema", type=fraction, default=0.95, help="decay of the average (paper: 0.992)")
     add("--eval_every", type=whole, default=20, help="steps between validations; 0: at the end")
     add("--keep_every", type=whole, default=0, help="steps between models kept in OUT/steps/")
     add("--print_samples", type=whole, default=2, help="samples shown at each validation")
     args = parse(flags, argv)
+    args.reference = args.reference or args.init
     updates = args.num_minibatches * args.responses_per_prompt
     if args.batch_size % updates:
         flags.error(
@@ -124,10 +127,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
     torch.manual_seed(args.seed)
-    policy, reward_model, encoding = load_models(args)
+    policy, reference, reward_model, encoding = load_models(args)
     value_network = copy.deepcopy(reward_model)  # starts as the reward model, then learns
     ema = copy.deepcopy(policy).requires_grad_(False)
-    reference, reward_model = policy.frozen(), reward_model.frozen()
+    start, reward_model = policy.frozen(), reward_model.frozen()
+    reference = start if reference is policy else reference.frozen()
     four_models = policy, reference, reward_model, value_network
 
     # Data: customers' prompts, and pretraining text.
@@ -140,18 +144,20 @@ def main(argv: list[str] | None = None) -> int:
     options = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
     adam = torch.optim.AdamW(policy.parameters(), **options)
     value_adam = torch.optim.AdamW(value_network.parameters(), **options)
-    networks = {"policy": policy, "value_network": value_network, "ema": ema}
-    run = Run(
-        args,
-        "ppo",
-        result=ema,
-        tokenizer=args.init,
-        state=networks | {"adam": adam, "value_adam": value_adam},
-        shows="score kl reward entropy response_len policy_loss value_loss ptx_loss approx_kl "
-        "clipfrac explained_variance val_score val_kl",
-    )
+    validation = torch.nn.Module()  # in the state: the start's scores on validation prompts
+    validation.start_scores = torch.nn.Buffer(torch.zeros(len(val_prompts), device=args.device))
+    state = {"policy": policy, "value_network": value_network, "ema": ema}
+    state |= {"adam": adam, "value_adam": value_adam, "validation": validation}
+    shows = "score_gain score kl reward entropy response_len policy_loss value_loss ptx_loss "
+    shows += "approx_kl clipfrac explained_variance val_gain val_gain_ci val_score val_kl"
+    run = Run(args, "ppo", result=ema, tokenizer=args.init, state=state, shows=shows)
+    judged_by = reference, reward_model, val_prompts, encoding, args  # in validation
 
     for step in run.steps(args.max_steps):
+        if step == 1 and val_prompts:  # of the start: row 0 of the log
+            found = evaluate(start, None, *judged_by)
+            validation.start_scores.copy_(found["val_score"])
+            run.log_start(found)
         rng = np.random.default_rng([args.seed, 1, step])  # of minibatches and pretraining text
         warm_up = learning_rate_factor(step, args.warmup_steps)
         for optimizer, lr in ((adam, args.lr), (value_adam, args.value_lr)):
@@ -176,7 +182,18 @@ def main(argv: list[str] | None = None) -> int:
         whiten(episodes)  # after the returns, which keep the scale of the scores
         run.lap("score_s")
 
-        # 3. Update: one optimizer step a minibatch.
+        # 3. The gain over the start, which answers some prompts (an eighth of the episodes, one of
+        #    each prompt) from the same random numbers.
+        R = args.responses_per_prompt
+        few = slice(0, (args.batch_size + 7) // 8 * R, R)
+        theirs, _, their_lengths = sample(start, batch, seed, args, few)
+        how = args.missing_eos_score, args.micro_batch_size
+        ours, _, _ = reward_model.response_scores(tokens[few], lengths[few], *how)
+        theirs, _, _ = reward_model.response_scores(theirs, their_lengths, *how)
+        run.mean({"score_gain": ours - theirs})
+        run.lap("gain_s")
+
+        # 4. Update: one optimizer step a minibatch.
         num_updates = args.inner_epochs * len(minibatches)
         for minibatch in args.inner_epochs * minibatches:
             count = sum(e.mask.sum() for e in minibatch)  # response tokens
@@ -212,39 +229,42 @@ def main(argv: list[str] | None = None) -> int:
 
         row = {"episodes": step * args.batch_size, "lr": warm_up * args.lr}
         row |= rollout_metrics(episodes)
-        if val_prompts:
-            row |= {"val_score": None, "val_kl": None}
-            if run.due(args.eval_every):
-                row |= evaluate(ema, reference, reward_model, val_prompts, encoding, args)
+        if val_prompts and run.due(args.eval_every):
+            run.mean(evaluate(ema, validation.start_scores, *judged_by))
         if args.keep_every and step % args.keep_every == 0:
             run.keep(f"steps/{step:05}")
         run.log(row)
-    return run.finish(reference=args.init)
+    return run.finish(reference=args.reference)
 
 
 # ------------------------------------------------------------------------------------------------
 # Models
 
 
-def load_models(args: argparse.Namespace) -> tuple[GPT, ScalarModel, tiktoken.Encoding]:
-    """The policy's start and the reward model; and their tokenizer.
+def load_models(args: argparse.Namespace) -> tuple[GPT, GPT, ScalarModel, tiktoken.Encoding]:
+    """The policy's start, the KL's reference (by default the same object), the reward model; and
+    their tokenizer.
 
     No dropout anywhere in RL: it would make old and new log-probs differ.
     """
     options = {"impl": args.kernels, "dtype": args.dtype}
-    policy = GPT.from_pretrained(args.init, **options)
+    policy = reference = GPT.from_pretrained(args.init, **options)
+    if args.reference != args.init:
+        reference = GPT.from_pretrained(args.reference, **options)
     reward_model = ScalarModel.from_pretrained(args.reward_model, **options)
-    encoding = read_tokenizer(args.init, policy, reward_model, same_as=args.reward_model)
-    check_context(args, policy, reward_model)
+    models = policy, reference, reward_model
+    for folder in (args.reference, args.reward_model):
+        encoding = read_tokenizer(args.init, *models, same_as=folder)
+    check_context(args, *models)
     if args.ptx_coef and args.ptx_tokens > policy.config.n_positions:
         raise BadInput(
             f"--ptx_tokens {args.ptx_tokens} is over the policy's context of "
             f"{policy.config.n_positions}; lower it"
         )
-    for trunk in (policy, reward_model.trunk):
+    for trunk in (policy, reference, reward_model.trunk):
         trunk.gradient_checkpointing = args.grad_checkpointing
         trunk.packs = args.responses_per_prompt > 1  # see `Packing`
-    return policy.to(args.device).eval(), reward_model.to(args.device).eval(), encoding
+    return *(model.to(args.device).eval() for model in models), encoding
 
 
 # ------------------------------------------------------------------------------------------------
@@ -305,30 +325,17 @@ def prompts_of_step(
     return [prompt for prompt in chosen for _ in range(args.responses_per_prompt)]
 
 
-@torch.no_grad()
 def sample(
-    policy: GPT, prompts: list[list[int]], seed: int, args: argparse.Namespace
+    model: GPT, prompts: list[list[int]], seed: int, args: argparse.Namespace, rows=slice(None)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A response to each prompt: tokens (B, T), prompt_lengths (B,), and lengths (B,), which count
-    prompt, response and end token.
-
-    With --rollout_size, that many at a time, those with prompts of similar length together.
-    """
-    end = policy.config.eos_token_id
-    generator = torch.Generator(args.device).manual_seed(seed)
-    padded, prompt_lengths = pad_right(prompts, end, args.device)
-    tokens = F.pad(padded, (0, args.max_new_tokens), value=end)
-    lengths = torch.empty_like(prompt_lengths)
-    order = torch.arange(len(prompts), device=args.device)
-    if args.rollout_size:
-        order = prompt_lengths.argsort(stable=True)
-    for rows in order.split(args.rollout_size or len(prompts)):
-        longest = int(prompt_lengths[rows].max())
-        part, lengths[rows] = policy.generate(
-            padded[rows, :longest], prompt_lengths[rows], args.max_new_tokens, generator=generator
-        )
-        tokens[rows, : part.shape[1]] = part
-    return tokens, prompt_lengths, lengths
+    prompt, response and end token. Of some `rows` alone, with their share of the random numbers."""
+    shape, generator = (len(prompts), args.max_new_tokens), torch.Generator(args.device)
+    uniforms = torch.rand(shape, generator=generator.manual_seed(seed), device=args.device)[rows]
+    padded, lengths = pad_right(prompts, model.config.eos_token_id, args.device)
+    how = {"uniforms": uniforms, "at_once": args.rollout_size}
+    tokens, ends = model.generate(padded[rows], lengths[rows], args.max_new_tokens, **how)
+    return tokens, lengths[rows], ends
 
 
 def draw_minibatches(
@@ -394,7 +401,7 @@ def make_episodes(
     mask = response_mask(tokens, prompt_lengths, lengths)
     logprobs, entropy = policy.logprobs(tokens, lengths, mask=mask)
     ref_logprobs, _ = reference.logprobs(tokens, lengths, mask=mask)
-    scores, ended = response_scores(reward_model, tokens, lengths, args.missing_eos_score)
+    scores, _, ended = reward_model.response_scores(tokens, lengths, args.missing_eos_score)
     values = values_before(value_network, tokens, lengths) * mask
     rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, lengths, args.kl_coef)
     advantages = gae(rewards, values, mask, args.gamma, args.lam)
@@ -406,16 +413,6 @@ def response_mask(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Te
     """1 for response tokens, the first end token included: (B, T) bool."""
     t = torch.arange(tokens.shape[1], device=tokens.device)
     return (t >= prompt_lengths[:, None]) & (t < lengths[:, None])
-
-
-def response_scores(
-    reward_model: ScalarModel, tokens: Tensor, lengths: Tensor, missing_eos_score: float
-) -> tuple[Tensor, Tensor]:
-    """The reward model's score of each response, or `missing_eos_score` where it was cut off; and
-    whether it ended: (B,) each."""
-    last = tokens.gather(1, lengths[:, None].long() - 1).squeeze(1)
-    ended = last == reward_model.config.eos_token_id
-    return torch.where(ended, reward_model.scores(tokens, lengths), missing_eos_score), ended
 
 
 def values_before(value_network: ScalarModel, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -552,18 +549,20 @@ def rollout_metrics(episodes: list[Episodes]) -> dict[str, float]:
 @torch.no_grad()
 def evaluate(
     model: GPT,
+    start_scores: Tensor | None,
     reference: GPT,
     reward_model: ScalarModel,
     prompts: list[list[int]],
     encoding: tiktoken.Encoding,
     args: argparse.Namespace,
-) -> dict[str, float]:
-    """Mean score of `model` and its KL to the reference on validation prompts, and a few samples.
+) -> dict[str, Tensor]:
+    """Of a response of `model` to each validation prompt: score, gain over the start's score (None:
+    this is the start), log(pi / pi_ref), (N,) each. Prints a few.
 
     The random numbers are the same each time, so that differences are the model's; each batch of
     prompts has its own.
     """
-    scores, kls = [], []
+    scores, kl = [], []
     for first in range(0, len(prompts), args.batch_size):
         part = prompts[first : first + args.batch_size]
         seed = int(np.random.default_rng([args.seed, 2, first]).integers(2**62))
@@ -573,13 +572,15 @@ def evaluate(
             mask = response_mask(y, prompt_lengths[rows], n)
             logprobs, _ = model.logprobs(y, n, mask=mask)
             ref_logprobs, _ = reference.logprobs(y, n, mask=mask)
-            kls.append((logprobs - ref_logprobs).sum(1))
-            scores.append(response_scores(reward_model, y, n, args.missing_eos_score)[0])
+            kl.append((logprobs - ref_logprobs).sum(1))
+            scores.append(reward_model.response_scores(y, n, args.missing_eos_score)[0])
         for row in range(min(len(part), args.print_samples) if first == 0 else 0):
             response = tokens[row, prompt_lengths[row] : lengths[row]].tolist()
             answer = decode_response(encoding, response)
             print(f"    {encoding.decode(part[row]).strip()!r} -> {answer!r}", flush=True)
-    return {"val_score": torch.cat(scores).mean().item(), "val_kl": torch.cat(kls).mean().item()}
+    scores = torch.cat(scores)
+    gains = scores - (scores if start_scores is None else start_scores)
+    return {"val_gain": gains, "val_score": scores, "val_kl": torch.cat(kl)}
 
 
 if __name__ == "__main__":

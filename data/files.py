@@ -399,13 +399,14 @@ class Log:
             self.file = self.path.open("a", buffering=1)
 
     def write(self, row: dict[str, float | int | None]) -> None:
-        """Append one row; None is an empty cell, floats keep 9 digits (float32 is exact)."""
+        """Append one row; None or no value is an empty cell, floats keep 9 digits (float32 is
+        exact). Raises ValueError for a column that the header lacks."""
         if not self.lines:
             self._append(row)
         columns = self.lines[0].strip().split(",")
-        if odd := sorted(set(row) ^ set(columns)):
-            raise ValueError(f"{self.path}: the row and the header differ in {odd}")
-        cells = [row[name] for name in columns]
+        if odd := sorted(set(row) - set(columns)):
+            raise ValueError(f"{self.path}: the header has no columns {odd}")
+        cells = [row.get(name) for name in columns]
         self._append(
             [f"{c:.9g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
         )

@@ -135,24 +135,37 @@ def sft_epochs(path: Path, rows: Rows, chosen: int, colour: str) -> None:
 
 
 def ppo(path: Path, logs: dict[str, Rows], colour: dict[str, str]) -> None:
-    """PPO runs: score and KL by iteration, and score against the square root of the KL."""
+    """PPO runs: gain over the start and KL by iteration, and gain against the square root of the
+    KL. Rollouts are faint, with the gain's running mean; validations are points with intervals."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.3))
     for run, rows in logs.items():
-        looks = [row for row in rows if not math.isnan(row.get("val_score", math.nan))]
-        faint = {"color": colour[run], "alpha": 0.45, "linewidth": 1}
-        clear = {"color": colour[run], "label": run.replace("_", "-")}
-        for those, start, style in ((rows, "", faint), (looks, "val_", clear)):
-            steps = [row["step"] for row in those]
-            kl, score = ([row[start + name] for row in those] for name in ("kl", "score"))
-            line = "o-" if start else "-"
-            axes[0].plot(steps, score, line, **style)
-            axes[1].plot(steps, kl, line, **style)
-            axes[2].plot(np.sqrt(np.maximum(0.0, kl)), score, line if start else ".", **style)
-    kl, score = "KL to the reference, nats", "reward-model score"
-    labels = [("iteration", score), ("iteration", kl), ("square root of the KL", score)]
+        for name, look in (("score", {"alpha": 0.35}), ("val", {"label": run.replace("_", "-")})):
+            known = [row for row in rows if not math.isnan(row.get(f"{name}_gain", math.nan))]
+            step, gain, half = (
+                np.array([row[column] for row in known])
+                for column in ("step", f"{name}_gain", f"{name}_gain_ci")
+            )
+            kl = np.array([row["kl" if name == "score" else "val_kl"] for row in known])
+            root, look = np.sqrt(np.maximum(0.0, kl)), {"color": colour[run], **look}
+            if name == "score":
+                window = np.ones(min(5, len(gain)))
+                mean = np.convolve(gain, window, "same") / np.convolve(1 + 0 * gain, window, "same")
+                axes[0].plot(step, gain, linewidth=0.8, **look)
+                axes[0].plot(step, mean, linewidth=2, **look)
+                axes[1].plot(step, kl, linewidth=1, **look)
+                axes[2].plot(root, gain, ".", **look)
+            else:
+                bars = {"capsize": 3, "elinewidth": 1, "fmt": "o-", "markersize": 4, **look}
+                axes[0].errorbar(step, gain, half, **bars)
+                axes[1].plot(step, kl, "o-", markersize=4, **look)
+                axes[2].errorbar(root, gain, half, **bars)
+    gain, kl = "score: gain over the start", "KL to the reference, nats"
+    labels = [("iteration", gain), ("iteration", kl), ("square root of the KL", gain)]
     for panel, (x, y) in zip(axes, labels, strict=True):
         panel.set_xlabel(x)
         panel.set_ylabel(y)
+    for panel in axes[::2]:
+        panel.axhline(0, color="black", linewidth=0.8, linestyle="--")
     axes[0].legend(fontsize=9)
     axes[1].set_title("points: averaged weights on validation prompts; faint: the rollouts")
     figure.tight_layout(w_pad=2)

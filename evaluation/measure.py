@@ -45,7 +45,7 @@ from sample import Sample, Speaker, load_speaker, respond, sample_responses
 
 # Flags that decide the numbers, beside the files that are read.
 SETTINGS = ("seed", "dtype", "max_prompt_tokens", "max_new_tokens", "num_items")
-SETTINGS += ("num_pretrain_tokens", "context")
+SETTINGS += ("missing_eos_score", "num_pretrain_tokens", "context")
 Items = Sequence[tuple[str, str]]  # of a public task: text and answer
 TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_premise")
 
@@ -89,7 +89,7 @@ def measure(args: Namespace) -> None:
         "prefixes": prefixes,
         "selection": rows_of(folder / "selection.csv", "score"),
         "epoch": read_info(folder).get("epoch", 0),
-        "log": rows_of(folder / "log.csv", "kl"),  # of PPO
+        "log": rows_of(folder / "log.csv", "score_gain"),  # of PPO
     }
     files.write_atomic(out, json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"wrote {out}: {', '.join(model['name'] for model in models)}")
@@ -150,15 +150,15 @@ def measure_best_of(speaker: Speaker, bench: Bench, n: int) -> Record:
     score. What it is better by is bought by sampling alone, with no training."""
     name = f"{speaker.name}, best of {n}"
     drawn = [bench.answers(speaker, 1.0, f"{name}, sample {k}") for k in range(n)]
-    best = np.argmax([answers.scores for _, answers in drawn], axis=0)
+    best = np.argmax([answers.scores for *_, answers in drawn], axis=0)
     samples = [drawn[k][0][i] for i, k in enumerate(best)]
-    answers = bench.judged(speaker, samples)
+    raw, answers = bench.judged(speaker, samples)
     about = (
         f"of {n} responses of {speaker.name} to each prompt the one with the highest reward-model "
         f"score; its KL from {speaker.name} is at most log {n} - {n - 1}/{n} = "
         f"{np.log(n) - (n - 1) / n:.2f} nats a response"
     )
-    row = quality(samples, answers, bench)
+    row = quality(samples, raw, answers, bench)
     return measured(name, about, row, sampled=answers.to_json(), best_of=n, left_out=[])
 
 
@@ -208,19 +208,20 @@ class Bench:
 
     def answers(
         self, speaker: Speaker, temperature: float, name: str = ""
-    ) -> tuple[list[Sample], Answers]:
-        """Responses of a model, from random numbers of its own: models are independent."""
+    ) -> tuple[list[Sample], np.ndarray, Answers]:
+        """Responses of a model, from random numbers of its own: models are independent. With the
+        reward model's raw numbers."""
         named = f"{self.args.seed} {name or speaker.name}"
         seed = int.from_bytes(hashlib.sha256(named.encode()).digest()[:7])
         samples = respond(speaker, self.prompts, self.args, temperature, seed)
-        return samples, self.judged(speaker, samples)
+        return samples, *self.judged(speaker, samples)
 
-    def judged(self, speaker: Speaker, samples: list[Sample]) -> Answers:
-        """Responses of a model to the prompts, and what is known about each."""
-        scores = reward_scores(self.judge, speaker, self.prompts, samples, self.args.batch_size)
+    def judged(self, speaker: Speaker, samples: list[Sample]) -> tuple[np.ndarray, Answers]:
+        """Responses of a model to the prompts: the reward model's raw scores, and what is known."""
+        scores, raw = reward_scores(self.judge, speaker, self.prompts, samples, self.args)
         marks = grades(self.world, self.records, samples) if self.world else None
         texts, ended = [s.text for s in samples], [s.ended for s in samples]
-        return Answers(texts, ended, scores, marks)
+        return raw, Answers(texts, ended, scores, marks)
 
     def mean(self, values: Sequence[float]) -> Estimate:
         """Mean over prompts, with an interval over users."""
@@ -272,20 +273,20 @@ def batches(
 
 @torch.no_grad()
 def reward_scores(
-    judge: ScalarModel, speaker: Speaker, prompts: list[str], samples: list[Sample], batch_size=256
-) -> np.ndarray:
-    """The reward model's score of each response to its bare prompt, without any prefix: (N,).
-
-    A response that did not end is read at its last token as it is, with no penalty.
+    judge: ScalarModel, speaker: Speaker, prompts: list[str], samples: list[Sample], args: Namespace
+) -> tuple[np.ndarray, np.ndarray]:
+    """The score of each response to its bare prompt, without any prefix, by PPO's rule: the reward
+    model's number, or --missing_eos_score without an end token. And that number alone: (N,) each.
     """
     sequences = [
         encode_prompt(speaker.encoding, prompt) + sample.tokens
         for prompt, sample in zip(prompts, samples, strict=True)
     ]
-    scores = np.zeros(len(sequences))
-    for rows, tokens, lengths in batches(judge, sequences, batch_size):
-        scores[rows] = judge.scores(tokens, lengths).double().cpu().numpy()
-    return scores
+    both = np.zeros((2, len(sequences)))
+    for rows, tokens, lengths in batches(judge, sequences, args.batch_size):
+        scores, raw, _ = judge.response_scores(tokens, lengths, args.missing_eos_score)
+        both[:, rows] = torch.stack((scores, raw)).double().cpu().numpy()
+    return both[0], both[1]
 
 
 def kl_to_reference(
@@ -329,12 +330,12 @@ def total_logprobs(
 def measure_responses(speaker: Speaker, bench: Bench) -> tuple[Record, dict[str, Estimate]]:
     """A model's responses to the prompts, and their quality: at temperature 1 unless the name says
     otherwise."""
-    samples, sampled = bench.answers(speaker, 1.0)
-    _, greedy = bench.answers(speaker, 0.0)
+    samples, raw, sampled = bench.answers(speaker, 1.0)
+    *_, greedy = bench.answers(speaker, 0.0)
     said = {"sampled": sampled.to_json(), "greedy": greedy.to_json()}
     if bench.args.resample and not speaker.prefix:  # so that a baseline can be compared with itself
-        said["resampled"] = bench.answers(speaker, 1.0, resampled(speaker.name))[1].to_json()
-    row = quality(samples, sampled, bench)
+        said["resampled"] = bench.answers(speaker, 1.0, resampled(speaker.name))[-1].to_json()
+    row = quality(samples, raw, sampled, bench)
     if bench.world:
         row["utility_t0"] = bench.mean(greedy.utility)
     if bench.reference:
@@ -342,8 +343,10 @@ def measure_responses(speaker: Speaker, bench: Bench) -> tuple[Record, dict[str,
     return said, row
 
 
-def quality(samples: list[Sample], answers: Answers, bench: Bench) -> dict[str, Estimate]:
-    """How good responses at temperature 1 are."""
+def quality(
+    samples: list[Sample], raw: np.ndarray, answers: Answers, bench: Bench
+) -> dict[str, Estimate]:
+    """How good responses at temperature 1 are; `raw` are scores without the rule for the end."""
     row = {}
     if bench.world:
         row["utility_t1"] = bench.mean(answers.utility)
@@ -352,6 +355,8 @@ def quality(samples: list[Sample], answers: Answers, bench: Bench) -> dict[str, 
     row["end_fraction"] = bench.mean(answers.ended)
     row["response_tokens"] = bench.mean([len(sample.tokens) for sample in samples])
     row["score"] = bench.mean(answers.scores)
+    if (raw != answers.scores).any():
+        row["score_raw"] = bench.mean(raw)
     return row
 
 
@@ -516,12 +521,13 @@ PREFIXES = (
 
 def choose_prefix(
     speaker: Speaker, texts: Sequence[str], prompts: list[str], judge: ScalarModel, args: Namespace
-) -> list[tuple[str, float]]:
-    """(prefix, mean reward-model score of responses after it), the best first."""
+) -> list[tuple[str, float, float]]:
+    """(prefix, mean score of responses after it, mean of the reward model's raw numbers), the best
+    score first."""
     scored = []
     for prefix in texts:
         prompted = replace(speaker, prefix=prefix)
         samples = respond(prompted, prompts, args)
-        scores = reward_scores(judge, prompted, prompts, samples, args.batch_size)
-        scored.append((prefix, float(scores.mean())))
+        scores, raw = reward_scores(judge, prompted, prompts, samples, args)
+        scored.append((prefix, float(scores.mean()), float(raw.mean())))
     return sorted(scored, key=lambda pair: -pair[1])

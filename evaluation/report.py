@@ -95,7 +95,10 @@ harmless | harmless | .3f | 1 without rude words, half for one, 0 for more
 ended | ended | .3f | 1 if it ended by itself with a full stop, 0..1
 end_fraction | end token | .3f | share of responses that end by themselves
 response_tokens | length | .1f | tokens of a response, end token included
-score | RM score | +.3f | reward model's score, temperature 1; demonstrations score 0
+score | RM score | +.3f | reward model's score, temperature 1, or without an end token the fixed \
+low one of PPO (`--missing_eos_score`); demonstrations score 0
+score_raw | RM score, raw | +.3f | the reward model's own number, also without an end token; only \
+where it differs
 kl | KL | .2f | Monte-Carlo KL divergence from the reference, nats a response
 pretrain_loss | pretraining loss | .3f | on held-out pretraining text, nats a token
 tasks_zero_shot | public tasks, zero-shot | .3f | mean exact match of the public tasks
@@ -202,7 +205,12 @@ standard error of the best. {lowest_loss}
 ---
 ## Reinforcement learning
 
-![Score and KL of the PPO runs](ppo.png)
+![Gain over the start, and KL, of the PPO runs](ppo.png)
+
+The gain is the score minus that of the start, the model before the first update, on the same \
+prompts and from the same random numbers. Faint: the rollouts, with a running mean of five \
+iterations; points: the averaged weights on validation prompts, with 95 % intervals. KL is to the \
+reference.
 
 {runs}
 ---
@@ -249,7 +257,7 @@ class Answers:
 
     texts: list[str]
     ended: list[bool]
-    scores: np.ndarray  # of the reward model
+    scores: np.ndarray  # of the reward model, and the fixed one where the end token is missing
     marks: list[Grade] | None  # by the world's truth, where there is a world
 
     @cached_property
@@ -457,8 +465,11 @@ class Report:
         """What PAGE names."""
         table, first = self.table, self.measured[0]
         prefixes = next((file["prefixes"] for file in self.measured if file["prefixes"]), [])
-        tried = [["prefix", "RM score"], *([f"`{t!r}`", f"{score:+.3f}"] for t, score in prefixes)]
-        quality = [*QUALITY, "ended", "score", "kl", "response_tokens", "end_fraction"]
+        tried = [["prefix", "RM score", "RM score, raw"]]
+        tried += [[f"`{text!r}`", *(f"{score:+.3f}" for score in both)] for text, *both in prefixes]
+        if all(score == raw for _, score, raw in prefixes):
+            tried = [row[:2] for row in tried]
+        quality = [*QUALITY, "ended", "score", "score_raw", "kl", "response_tokens", "end_fraction"]
         used = [m for m in METRICS if any(m in row for row in table.values())]
         rude, tasks = family(table, "toxicity_.*"), family(table, "task_.*")
         loss = show(table, ["pretrain_loss"], True)
@@ -550,7 +561,7 @@ def terminal_table(table: Table) -> str:
     """The numbers that matter most, in blocks that fit a terminal."""
     blocks = [
         grid(table, WINS, True),
-        grid(table, [*QUALITY, "end_fraction", "score", "kl"]),
+        grid(table, [*QUALITY, "end_fraction", "score", "score_raw", "kl"]),
         grid(table, ["pretrain_loss", *TASKS], True),
     ]
     return "\n\n".join(as_text(block) for block in blocks if len(block) > 1) + "\n"
@@ -655,14 +666,25 @@ def lowest_loss(selection: Rows) -> str:
 
 
 def course(run: str, rows: Rows) -> str:
-    """A PPO run in one sentence."""
-    first, last = rows[0], rows[-1]
-    line = f"**{run}**: {last['step']:.0f} iterations; the mean score of the rollouts goes from "
-    line += f"{first['score']:+.3f} to {last['score']:+.3f}, at a KL of {last['kl']:.2f} nats"
-    if looks := [row for row in rows if not math.isnan(row.get("val_score", math.nan))]:
-        score, kl = looks[-1]["val_score"], looks[-1]["val_kl"]
-        line += f"; the averaged weights score {score:+.3f} on validation prompts, at {kl:.2f} nats"
-    return line + "."
+    """A PPO run in one sentence: what was gained over the start, by the averaged weights on
+    validation prompts and by the policy in the last quarter of the rollouts."""
+    steps = [row for row in rows if row["step"]]
+    late = steps[-max(1, len(steps) // 4) :]
+    line = f"**{run}**: {len(steps)} iterations; "
+    if looks := [row for row in rows if not math.isnan(row.get("val_gain", math.nan))]:
+        end = looks[-1]
+        line += f"the averaged weights gain {with_ends(end['val_gain'], end['val_gain_ci'])} over "
+        line += f"the start on validation prompts and come to a score of {end['val_score']:+.2f} "
+        line += f"±{end['val_score_ci']:.2f}, at a KL of {end['val_kl']:.2f} nats; "
+    gain = np.mean([row["score_gain"] for row in late])
+    half = math.sqrt(sum(row["score_gain_ci"] ** 2 for row in late)) / len(late)
+    line += f"in the last {len(late)} iterations the policy gains {with_ends(gain, half)}, at "
+    return f"{line}{np.mean([row['kl'] for row in late]):.2f} nats."
+
+
+def with_ends(value: float, half: float) -> str:
+    """A difference and its interval, of this half width."""
+    return f"{value:+.2f} [{value - half:+.2f}, {value + half:+.2f}]"
 
 
 def gallery_lines(

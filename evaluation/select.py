@@ -46,17 +46,20 @@ def select(args: argparse.Namespace) -> None:
     first = open_speaker("first", kept[0], args, judge)
     records = load_prompts(args.data, first, args, limit=args.num_prompts)
     prompts = [record["prompt"] for record in records]
-    rows, every = [], []
+    rows, every, raws = [], [], []
     for folder in tqdm(kept, desc="epochs"):
         speaker, info = open_speaker(folder.name, folder, args, judge), read_info(folder)
         samples = respond(speaker, prompts, args)
-        scores = reward_scores(judge, speaker, prompts, samples, args.batch_size)
+        scores, raw = reward_scores(judge, speaker, prompts, samples, args)
         row = {"epoch": int(folder.name), "val_loss": info.get("val_loss"), "score": scores.mean()}
         if world:
             marks = grades(world, records, samples)
             row["utility"] = np.mean([evaluation_utility(mark) for mark in marks])
         rows.append(row)
         every.append(scores)
+        raws.append(raw)
+    if not np.array_equal(every, raws):  # some responses did not end
+        rows = [row | {"score_raw": raw.mean()} for row, raw in zip(rows, raws, strict=True)]
     best = last_of_the_best(np.array(every))
 
     def write(aside: Path) -> None:

@@ -219,9 +219,10 @@ def bytes_lost(reference: dict[str, bytes], found: dict[str, bytes]) -> int:
 
 
 def same_steps(out: Path) -> bool:
-    """timing.csv, where there is one, has a row for each row of log.csv."""
+    """timing.csv, where there is one, has a row for each row of log.csv but row 0."""
     logs = [out / name for name in ("log.csv", "timing.csv") if (out / "timing.csv").exists()]
     steps = [[line.split(",")[0] for line in log.read_text().splitlines()] for log in logs]
+    steps = [[step for step in each if step != "0"] for each in steps]
     return steps[:1] == steps[1:]
 
 
@@ -251,11 +252,13 @@ def run_killed(
 
 
 def torn_logs(out: Path) -> str:
-    """What is wrong with log.csv right after a kill: its rows must be steps 1, 2, ... in order, of
-    as many cells as the header has; a last line without its end is left to a resume to cut off."""
+    """What is wrong with log.csv right after a kill: its rows must be steps 0, 1, 2, ... in order
+    (0 is optional), of as many cells as the header has; a last line without its end is left to a
+    resume to cut off."""
     path = out / "log.csv"
     header, *lines = (path.read_text() if path.exists() else "").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    first = 0 if lines and lines[0].startswith("0,") else 1
+    for number, line in enumerate(lines[:-1], start=first):
         if line.count(",") != header.count(",") or line.split(",")[0] != str(number):
             return f"row {number} of {path} is {line!r}"
     return ""

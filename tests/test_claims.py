@@ -380,7 +380,7 @@ def test_order_agreement_by_hand(tmp_path: Path, monkeypatch) -> None:
         groups = lambda self, name: ["a", "b"]  # noqa: E731
         speaker = judge = lambda self, name: None  # noqa: E731
 
-    monkeypatch.setattr(measure, "reward_scores", lambda *args: np.array(next(turns)))
+    monkeypatch.setattr(measure, "reward_scores", lambda *args: (np.array(next(turns)), None))
     # First prompt: 5 pairs differ; right are 0-1, half 0-3, wrong 0-2, 1-3, right 2-3.
     # Second: 0-3 right, 1-3 wrong, 2-3 right.
     share = Drawn(tmp_path, 0).order_agreement("rm", "sft")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+import train_ppo
 import train_sft
 from checkpoint import read_info, save_model
 from data.files import BadInput, fingerprint, read_jsonl, run_command, write_jsonl
@@ -24,11 +25,11 @@ from data.tiny.world import World
 from data.tokenizer import encode_prompt, encode_response
 from evaluation import figures, measure, report, select
 from evaluation.report import Answers, Estimate, estimate
-from model import GPT, ScalarModel
+from model import GPT, ScalarModel, pad_right
 from sample import Sample, Speaker, load_speaker, respond
 from tests.tiny import LIMITS, Tiny
 
-SAMPLING = {"max_new_tokens": 8, "batch_size": 256, "seed": 0}
+SAMPLING = {"max_new_tokens": 8, "batch_size": 256, "seed": 0, "missing_eos_score": -4.0}
 PROMPTS = ["say red", "which colour is blue ?", "say gold 3 times ( 7 )"]
 
 
@@ -117,14 +118,54 @@ def test_win_scores_and_ties():
 
 
 def test_reward_is_read_after_the_bare_prompt(tiny, base, judge):
+    """And by PPO's rule: without an end token, the fixed score; the raw number beside it."""
     prompted = Speaker("p", base.model, base.encoding, "say gold\n")
     samples = samples_of(prompted, ["red", "blue blue", ""], PROMPTS)
-    scores = measure.reward_scores(judge, prompted, PROMPTS, samples, batch_size=2)
-    for prompt, sample, score in zip(PROMPTS, samples, scores, strict=True):
+    samples[1].tokens.pop()  # was cut off
+    args = Namespace(batch_size=2, missing_eos_score=-6.5)
+    scores, raw = measure.reward_scores(judge, prompted, PROMPTS, samples, args)
+    for i, (prompt, sample) in enumerate(zip(PROMPTS, samples, strict=True)):
         tokens = torch.tensor([encode_prompt(tiny.encoding, prompt) + sample.tokens])
-        read = -1 - (tokens[0, -1] == tiny.encoding.eot_token).long()  # before an end token
-        assert score == pytest.approx(judge(tokens)[0, read].item(), abs=1e-5)
-    assert len(set(scores.round(4))) == 3
+        read = -1 if i == 1 else -2  # before an end token
+        assert raw[i] == pytest.approx(judge(tokens)[0, read].item(), abs=1e-5)
+        assert scores[i] == (-6.5 if i == 1 else raw[i])
+    assert len(set(raw.round(4))) == 3
+
+
+def test_ppo_and_evaluation_score_alike(tiny, base, judge):
+    """The same responses get the same numbers from an iteration of PPO and from a report."""
+    records = read_jsonl(tiny.prompts, "prompts")
+    prompts, args = [record["prompt"] for record in records], Namespace(**SAMPLING)
+    samples = respond(base, prompts, args)
+    scores, raw = measure.reward_scores(judge, base, prompts, samples, args)
+    start = [encode_prompt(tiny.encoding, prompt) for prompt in prompts]
+    whole = [prompt + sample.tokens for prompt, sample in zip(start, samples, strict=True)]
+    tokens, lengths = pad_right(whole, tiny.encoding.eot_token, "cpu")
+    prompt_lengths = torch.tensor([len(prompt) for prompt in start])
+    flags = train_ppo.get_args(["--device", "cpu"])
+    four = base.model, base.model, judge, judge
+    e = train_ppo.make_episodes(tokens, prompt_lengths, lengths, *four, flags)
+    assert scores == pytest.approx(e.scores.numpy(), abs=1e-5)
+    assert 0 < e.ended.sum() < len(prompts) and (scores != raw).tolist() == (~e.ended).tolist()
+
+
+def test_a_response_without_end_is_worth_the_fixed_score(tiny, tmp_path):
+    """In tables, in win rates by the reward model; the raw number stands beside it."""
+    never = constant_speaker(tiny, {tiny.encoding.encode_ordinary("a")[0]: 0.0}).model
+    always = constant_speaker(tiny, {tiny.encoding.eot_token: 0.0}).model
+    files = []
+    for name, model in (("never", never), ("always", always)):
+        save_model(tmp_path / name, model, tiny.tokenizer.read_text(), {"stage": "sft"})
+        more = ("--checkpoint", str(tmp_path / name), "--missing_eos_score")
+        files.append(measured(tiny, tmp_path, name, *more, "-90"))
+        lenient = measured(tiny, tmp_path, f"lenient_{name}", *more, "90")
+    assert reporting(tmp_path / "report", "always", *files) == 0
+    table = table_of(tmp_path / "report")
+    assert table["never", "score"].value == -90 != table["never", "score_raw"].value
+    assert ("always", "score_raw") not in table
+    assert table["never", "win_t1"].value == table["never", "win_t0"].value == 0
+    assert "RM score, raw" in (tmp_path / "report/report.md").read_text()
+    assert reporting(tmp_path / "other", "always", files[1], lenient) == 2  # by another rule
 
 
 def test_kl_of_two_constant_models_in_closed_form(tiny):
@@ -230,10 +271,10 @@ def test_labelers_prefer_the_better_model():
 
 def test_the_best_prefix_comes_first(base, judge, monkeypatch):
     worth = {"one ": 0.1, "two ": 0.9, "three ": -0.4}
-    score = lambda judge, speaker, *rest: np.array([worth[speaker.prefix]])  # noqa: E731
+    score = lambda judge, speaker, *_: np.array([[worth[speaker.prefix]], [2.5]])  # noqa: E731
     monkeypatch.setattr(measure, "reward_scores", score)
     scored = measure.choose_prefix(base, list(worth), ["x"], judge, Namespace(**SAMPLING))
-    assert scored == [("two ", 0.9), ("one ", 0.1), ("three ", -0.4)]
+    assert scored == [("two ", 0.9, 2.5), ("one ", 0.1, 2.5), ("three ", -0.4, 2.5)]
     assert base.prefix == ""
 
 
@@ -281,14 +322,24 @@ def scores_by_epoch(tiny: Tiny, judge: ScalarModel, num_prompts: int) -> list[fl
 
 
 def test_select_takes_the_epoch_with_the_best_score(tiny, judge, run_folder, monkeypatch):
+    """These responses do not end: the choice is by their number only where the rule says so."""
     expected = scores_by_epoch(tiny, judge, 5)
     best = max(range(4), key=expected.__getitem__)
+    out = selected(tiny, run_folder, "--num_prompts", "5")
+    assert selection(out, "score") == [-4] * 4 and read_info(out)["epoch"] == 4
+    assert selection(out, "score_raw") == pytest.approx(expected, abs=1e-4)
+
+    def by_number(model: ScalarModel, tokens: torch.Tensor, lengths: torch.Tensor, _) -> tuple:
+        return model.scores(tokens, lengths), model.scores(tokens, lengths), None
+
+    monkeypatch.setattr(ScalarModel, "response_scores", torch.no_grad()(by_number))
     monkeypatch.setattr(select, "last_of_the_best", lambda scores: scores.mean(1).argmax())
     assert best != 1, "the epoch of the lowest validation loss must not be the best by score"
     out = selected(tiny, run_folder, "--num_prompts", "5")
     assert selection(out, "epoch") == [1, 2, 3, 4]
     assert selection(out, "score") == pytest.approx(expected, abs=1e-4)
     assert selection(out, "val_loss") == [0.9, 0.5, 0.7, 0.8]
+    assert "score_raw" not in (out / "selection.csv").read_text()
     source = run_folder / f"epochs/{best + 1:02}/model.safetensors"
     assert (out / "model.safetensors").read_bytes() == source.read_bytes()
     info = read_info(out)
@@ -319,7 +370,7 @@ def test_select_takes_the_last_of_epochs_that_cannot_be_told_apart(tiny, run_fol
     assert select.last_of_the_best(np.zeros((3, 2))) == 2
     with pytest.raises(BadInput, match="epoch 2 looked at"):
         select.last_of_the_best(np.array([[1.0], [np.nan], [2.0]]))
-    monkeypatch.setattr(select, "reward_scores", lambda *args: np.ones(3))
+    monkeypatch.setattr(select, "reward_scores", lambda *args: np.ones((2, 3)))
     assert read_info(selected(tiny, run_folder))["epoch"] == 4
 
 
@@ -499,7 +550,9 @@ def test_report_on_one_model_under_three_names(tiny, world_data, monkeypatch):
 
 def test_report_without_a_world_is_by_the_reward_model(tiny, tmp_path):
     ppo = Path(shutil.copytree(tiny.base, tmp_path / "ppo"))
-    (ppo / "log.csv").write_text("step,score,kl,val_score,val_kl\n1,0.1,0,,\n2,0.2,0.5,0.3,0.4\n")
+    columns = "step,kl,score_gain,score_gain_ci,val_gain,val_gain_ci,val_score,val_score_ci,val_kl"
+    rows = "0,,,,0,0,-0.25,0.1,0", "1,0,0,0,,,,,", "2,0.5,0.2,0.1,0.5,0.125,0.25,0.1,0.4"
+    (ppo / "log.csv").write_text("\n".join((columns, *rows)) + "\n")
     (ppo / "selection.csv").write_text("epoch,val_loss,score\n1,2.5,0.1\n2,2.75,0.2\n")
     (ppo / "config.json").write_text(json.dumps(read_info(ppo) | {"epoch": 2}))
     files = [
@@ -511,6 +564,8 @@ def test_report_without_a_world_is_by_the_reward_model(tiny, tmp_path):
     assert "by the reward model" in text and "there is no --world" in text
     assert "the world's truth" not in text and "Truthfulness" not in text
     assert ("base", "utility_t1") not in table and ("base", "win_t1") in table
+    gain = "the averaged weights gain +0.50 [+0.38, +0.62] over the start on validation prompts"
+    assert f"**ppo**: 2 iterations; {gain} and come to a score of +0.25 ±0.10, at a KL of" in text
     assert "lowest at epoch 1 (2.500, against 2.750 at the last)" in text
     for name in ("ppo.png", "sft_epochs.png"):
         assert (tmp_path / "report" / name).stat().st_size > 5000 and f"({name})" in text
@@ -681,6 +736,7 @@ def test_what_was_measured_otherwise_is_refused(tiny, tmp_path, capsys):
         "data": ("--data", str(fewer)),
         "reward_model": ("--reward_model", str(tmp_path / "judge")),
         "context": ("--context", "40"),
+        "missing_eos_score": ("--missing_eos_score", "-5"),
     }
     for key, flags in others.items():
         other = measured(tiny, tmp_path, "sft", *flags)
@@ -735,6 +791,24 @@ def test_cells_and_colours():
     assert report.cell("win_t1", Estimate(math.nan, math.nan, math.nan)) == ""
     colour = figures.colours(["a", "b", "c"])
     assert len(set(colour.values())) == 3 and colour["a"] == figures.colours(["a"])["a"]
+
+
+def test_the_course_of_a_ppo_run():
+    """Hand-worked: the last quarter of eight iterations; the standard error of a mean of two."""
+    rows = [{"step": i, "score_gain": i / 10, "score_gain_ci": 0.06, "kl": 0.1} for i in range(9)]
+    rows[0] = {"step": 0, "score_gain": math.nan, "val_gain": 0.0}
+    rows[8]["score_gain_ci"] = 0.08
+    assert report.course("ppo", rows[1:]) == (
+        "**ppo**: 8 iterations; in the last 2 iterations the policy gains +0.75 [+0.70, +0.80], "
+        "at 0.10 nats."
+    )
+    rows[8] |= {"val_gain": 0.5, "val_gain_ci": 0.1, "val_score": -0.25, "val_score_ci": 0.2}
+    rows[8]["val_kl"] = 0.3
+    assert report.course("ppo", rows) == (
+        "**ppo**: 8 iterations; the averaged weights gain +0.50 [+0.40, +0.60] over the start on "
+        "validation prompts and come to a score of -0.25 ±0.20, at a KL of 0.30 nats; in the last "
+        "2 iterations the policy gains +0.75 [+0.70, +0.80], at 0.10 nats."
+    )
 
 
 def test_prompts_of_another_world_are_refused(tiny, world_data, capsys):

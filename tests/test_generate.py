@@ -98,6 +98,23 @@ def check_rows_are_independent() -> None:
         assert torch.equal(tokens[:2], alone)
 
 
+def check_given_random_numbers() -> None:
+    """A row's sample follows from its prompt and its own uniform numbers, which the generator draws
+    row by row unless they are given: any rows alone, and any number of rows at a time."""
+    torch.manual_seed(1)
+    model = make_gpt(end=2)
+    prompts, lengths = make_prompts((3, 7, 1, 5, 7, 2, 4, 4))
+    whole = model.generate(prompts, lengths, 10, generator=seeded())
+    uniforms = torch.rand(8, 10, generator=seeded())
+    for rows in (torch.arange(8), torch.tensor([6, 1, 3])):
+        for at_once in (0, 1, 3):
+            how = {"uniforms": uniforms[rows], "at_once": at_once}
+            same_results(
+                model.generate(prompts[rows], lengths[rows], 10, **how),
+                (whole[0][rows], whole[1][rows]),
+            )
+
+
 def check_padding() -> None:
     """What stands behind a prompt's end, and how much of it, changes nothing."""
     model = make_gpt()
@@ -248,6 +265,12 @@ def check_captured_step() -> None:
 
 
 BUGS = """
+parts take the first numbers: generate.generate; check_given_random_numbers
+    - "uniforms": uniforms[rows]
+    + "uniforms": uniforms[: len(rows)]
+parts are put back elsewhere: generate.generate; check_given_random_numbers
+    - tokens[rows, : part.shape[1]], lengths[rows] = part, ends.long()
+    + tokens[rows.flip(0), : part.shape[1]], lengths[rows] = part, ends.long()
 not causal: model.Attention.forward; check_cached_forward
     - kernels.attention(q, k, v, lengths, **self.how)
     + F.scaled_dot_product_attention(q, k, v)

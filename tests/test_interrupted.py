@@ -35,8 +35,9 @@ def test_validation_batches_have_random_numbers_of_their_own(
     more = ["--batch_size", "5", "--num_minibatches", "1", "--max_steps", "1"]
     args = tiny.args("ppo", tmp_path / "out", *more, "--val_data", str(tmp_path / "v.jsonl"))
     assert train_ppo.main(args) == 0
-    _, one, other = drawn  # the rollout, then validation
+    first, second, _, _, one, other = drawn  # validation, the rollout twice, validation
     assert one.shape == other.shape and not torch.equal(one, other)
+    assert first.shape == second.shape and not torch.equal(first, second)
     assert read_info(tmp_path / "out")["data"] == [str(tiny.prompts), str(tiny.pretrain)]
 
 

@@ -72,6 +72,26 @@ def check_padding() -> None:
         assert torch.equal(scalar.scores(tokens, lengths), scalar.scores(changed, lengths))
 
 
+def check_response_scores() -> None:
+    """By hand: the model's own number where a row's last token is the end token, else the fixed
+    one; whatever stands behind the row's end, and however many rows are computed at once."""
+    scalar = make_scalar()
+    tokens, lengths = make_prompts((9, 4, 12, 2, 6))
+    rows, outside = torch.arange(5), torch.arange(12) >= lengths[:, None]
+    tokens = torch.where(tokens == END, 0, tokens)
+    tokens[outside] = END
+    tokens[rows[:3], lengths[:3].long() - 1] = END
+    tokens[4, 2] = END  # as in a text before this one
+    own = [scalar(tokens[row : row + 1])[0, place].item() for row, place in enumerate((7, 2, 10))]
+    own += [scalar(tokens[row : row + 1])[0, place].item() for row, place in ((3, 1), (4, 5))]
+    expected = torch.tensor([[*own[:3], -2.5, -2.5], own])
+    for at_once in (0, 1, 2, 5, 9):
+        *found, ended = scalar.response_scores(tokens, lengths, -2.5, at_once)
+        assert (torch.stack(found) - expected).abs().max() < 1e-5
+        assert ended.tolist() == [True, True, True, False, False]
+    assert not found[0].requires_grad
+
+
 def check_batch_composition() -> None:
     """A row alone and the same row among longer ones: equal to 1e-5."""
     model, scalar = make_gpt(std=0.1), make_scalar(std=0.1)
@@ -270,6 +290,15 @@ def test_pad_right() -> None:
 
 
 BUGS = """
+the fixed score for all: model.ScalarModel.response_scores; check_response_scores
+    - torch.where(ended, own, missing_eos_score)
+    + torch.full_like(own, missing_eos_score)
+the end anywhere: model.ScalarModel.response_scores; check_response_scores
+    - last == self.config.eos_token_id
+    + (tokens == self.config.eos_token_id).any(1)
+the last column's token: model.ScalarModel.response_scores; check_response_scores
+    - lengths[:, None].long() - 1
+    + torch.full_like(lengths[:, None].long(), tokens.shape[1] - 1)
 score's place from token ids: model.ScalarModel.scores; check_padding, check_scores
     - last = lengths.long() - 1
     + last = (tokens != self.config.eos_token_id).sum(1).clamp(min=1) - 1

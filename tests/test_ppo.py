@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import train_ppo
-from checkpoint import read_info
+from checkpoint import read_info, save_model
 from data.files import BadInput, read_jsonl, read_log, write_documents
 from data.tokenizer import encode_prompt
 from model import GPT, GPTConfig, Packing, ScalarModel
@@ -425,8 +425,9 @@ def check_gradients_are_gone(run: Runner) -> None:
         return result
 
     seen = run("--max_steps 2", sample=look)
-    assert held == [False, False]
-    assert len({seed for _, _, seed, _ in seen.arguments["sample"]}) == 2  # one for each rollout
+    assert held == [False] * 4  # the policy's, and the start's
+    rollouts = [args for args in seen.arguments["sample"] if len(args) == 4]
+    assert len({seed for _, _, seed, _ in rollouts}) == 2  # one for each rollout
 
 
 def check_second_update(run: Runner) -> None:
@@ -559,26 +560,102 @@ def check_text_is_drawn_by_length() -> None:
 
 
 def check_sampling_in_parts(run: Runner) -> None:
-    """--rollout_size changes no response; each row has its own prompt and its response."""
+    """--rollout_size changes no response; nor does it that only some rows are asked for."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(50, (n,), generator=generator).tolist() for n in (9, 2, 5, 5, 7, 1, 3)]
-    ordered, policy = sorted(prompts, key=len), policy_of(run)
+    policy = policy_of(run)
 
-    def sampled(size: int, prompts: list[list[int]]) -> tuple[Tensor, ...]:
+    def sampled(size: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
         args = arguments(f"--max_new_tokens 8 --rollout_size {size}")
-        return train_ppo.sample(policy, prompts, 3, args)
+        return train_ppo.sample(policy, prompts, 3, args, rows)
 
-    whole, parts = sampled(0, ordered), sampled(3, ordered)
-    for a, b in zip(whole, parts, strict=True):
-        assert torch.equal(a, b)
-    assert len(set(whole[2].tolist())) > 1
-    tokens, prompt_lengths, lengths = sampled(3, prompts)
-    order = sorted(range(7), key=lambda i: len(prompts[i]))
-    for place, row in enumerate(order):
-        n = int(lengths[row])
-        assert tokens[row, : len(prompts[row])].tolist() == prompts[row]
-        assert int(prompt_lengths[row]) == len(prompts[row])
-        assert n == int(whole[2][place]) and torch.equal(tokens[row, :n], whole[0][place, :n])
+    whole, some = sampled(0), slice(0, 6, 2)
+    for size in (0, 1, 3):
+        assert all(map(torch.equal, sampled(size), whole))
+        assert all(map(torch.equal, sampled(size, some), (each[some] for each in whole)))
+    tokens, prompt_lengths, lengths = whole
+    assert len(set(lengths.tolist())) > 1
+    for row, prompt in enumerate(prompts):
+        assert tokens[row, : len(prompt)].tolist() == prompt and prompt_lengths[row] == len(prompt)
+
+
+def check_score_gain(run: Runner) -> None:
+    """Exactly 0 before the first update. Then by hand: the policy's first response to each of the
+    first prompts, and what the start says there from the same random numbers, one by one."""
+    flags = "--responses_per_prompt 2 --batch_size 32 --num_minibatches 2 --micro_batch_size 3"
+    for more in ("--lr 1e-2", "--dtype bfloat16 --rollout_size 5 --missing_eos_score -7"):
+        seen = run(f"{flags} --max_steps 2 --warmup_steps 0 {more}")
+        assert seen.log[0]["score_gain"] == seen.log[0]["score_gain_ci"] == "0"
+    seen = run(f"{flags} --max_steps 2 --lr 1e-2 --missing_eos_score -7")
+    start, judge = policy_of(run), ScalarModel.from_pretrained(run.tiny.rm)
+    rollouts = zip(seen.arguments["sample"], seen.results["sample"], strict=True)
+    *_, ((_, prompts, seed, _), (ours, _, ours_end)), _ = rollouts
+    uniforms = torch.rand(32, 8, generator=torch.Generator().manual_seed(seed))
+    gains = []
+    for row in (0, 2, 4, 6):  # 32 / 8 responses, one of each prompt
+        given = torch.tensor([prompts[row]]), torch.tensor([len(prompts[row])], dtype=torch.int32)
+        theirs, end = start.generate(*given, 8, uniforms=uniforms[row : row + 1])
+        scores = [
+            judge(y[None])[0, -2].item() if y[-1] == run.tiny.encoding.eot_token else -7.0
+            for y in (ours[row, : ours_end[row]], theirs[0, : end[0]])
+        ]
+        gains.append(scores[0] - scores[1])
+    assert np.std(gains) > 0.01
+    assert abs(float(seen.log[1]["score_gain"]) - np.mean(gains)) < 1e-5
+    assert abs(float(seen.log[1]["score_gain_ci"]) - 1.96 * np.std(gains) / 2) < 1e-5
+
+
+def check_validation(run: Runner) -> None:
+    """Row 0 is the start's; scores, gains over the start's and KL are those of the responses that
+    were drawn, each computed alone; the same random numbers for both."""
+    flags = "--max_steps 2 --eval_every 1 --lr 1e-2 --ema 0 --micro_batch_size 3"
+    seen = run(f"{flags} --missing_eos_score -7 --val_data {run.tiny.prompts}")
+    first, _, second = seen.log
+    assert (first["step"], first["score"], first["episodes"]) == ("0", "", "")
+    drawn = zip(seen.arguments["sample"], seen.results["sample"], strict=True)
+    looks = [found for found in drawn if found[0][2] > 10**9]  # by their seeds
+    start, judge = policy_of(run), ScalarModel.from_pretrained(run.tiny.rm)
+    batches = len(looks) // 3
+    scores, kl = [], []
+    for (_, prompts, _, _), (tokens, _, lengths) in [*looks[:batches], *looks[-batches:]]:
+        model = start if len(scores) < 20 else policy_of(run, seen.state["ema"])
+        for prompt, y, length in zip(prompts, tokens, lengths, strict=True):
+            y, n = y[None, :length], len(prompt)
+            ended = y[0, -1] == run.tiny.encoding.eot_token
+            scores.append(judge(y)[0, -2].item() if ended else -7.0)
+            both = [each.logprobs(y)[0][0, n:].sum().item() for each in (model, start)]
+            kl.append(both[0] - both[1])
+    scores, kl = np.reshape(scores, (2, 20)), np.reshape(kl, (2, 20))
+    for row, i in ((first, 0), (second, 1)):
+        columns = {"val_score": scores[i], "val_gain": scores[i] - scores[0], "val_kl": kl[i]}
+        for name, values in columns.items():
+            assert abs(float(row[name]) - values.mean()) < 1e-5, name
+            assert abs(float(row[f"{name}_ci"]) - 1.96 * values.std() / 20**0.5) < 1e-5
+    assert first["val_gain"] == first["val_gain_ci"] == first["val_kl"] == "0"
+    assert abs(float(second["val_kl"])) > 0.01 and float(second["val_gain_ci"]) > 0.01
+    assert [len(args[1]) for args, _ in looks[:batches]] == [8, 8, 4]
+
+
+def check_reference(run: Runner) -> None:
+    """--reference: the KL is measured from it, the gain from the start, which is still --init."""
+    other = GPT.from_pretrained(run.tiny.base)
+    for parameter in other.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    folder, tokenizer = run.folder / "other", run.tiny.tokenizer.read_text()
+    save_model(folder, other, tokenizer, {"stage": "base"})
+    seen = run(f"--reference {folder} --val_data {run.tiny.prompts}")
+    plain = run(f"--reference {run.tiny.base} --val_data {run.tiny.prompts}")
+    kl, policy = [], policy_of(run)
+    for e in seen.results["make_episodes"]:
+        pi, ref = (each.logprobs(e.tokens, e.lengths, mask=e.mask)[0] for each in (policy, other))
+        assert close([e.ref_logprobs], [ref])
+        kl += (pi - ref).sum(1).tolist()
+    assert abs(float(seen.log[1]["kl"]) - np.mean(kl)) < 1e-4 < abs(np.mean(kl))
+    for column in ("score_gain", "val_gain", "val_score"):
+        assert seen.log[0][column] == plain.log[0][column]
+    assert seen.log[1]["score_gain"] == "0" and float(seen.log[0]["val_kl"]) != 0
+    assert plain.log[1]["kl"] == plain.log[0]["val_kl"] == "0"
+    assert read_info(seen.out)["reference"] == str(folder)
 
 
 CHECKS = [value for name, value in globals().items() if name.startswith("check_")]
@@ -662,9 +739,39 @@ plant(
 )
 
 
-@plant("response_scores", "scores")
-def missing_end_ignored(f: Callable, model: ScalarModel, y: Tensor, n: Tensor, low: float) -> tuple:
-    return model.scores(y, n), f(model, y, n, low)[1]
+@plant("model.ScalarModel.response_scores", "scores score_gain validation")
+def missing_end_ignored(f: Callable, model: ScalarModel, *args: Any) -> tuple:
+    _, raw, ended = f(model, *args)
+    return raw, raw, ended
+
+
+plant(
+    "sample",
+    "score_gain",
+    the_start_answers_from_numbers_of_its_own=lambda f, model, prompts, seed, args, *rows: f(
+        model, prompts, seed + len(rows), args, *rows
+    ),
+    the_start_takes_the_first_numbers=lambda f, model, prompts, seed, args, *rows: f(
+        model, prompts[rows[0]] if rows else prompts, seed, args
+    ),
+)
+
+
+@plant("evaluate", "validation")
+def gain_over_nothing(f: Callable, model: GPT, start_scores: Tensor | None, *args: Any) -> dict:
+    return f(model, start_scores if start_scores is None else 0 * start_scores, *args)
+
+
+@plant("load_models", "reference")
+def reference_ignored(f: Callable, args: argparse.Namespace) -> tuple:
+    policy, _, *others = f(args)
+    return policy, policy, *others
+
+
+@plant("load_models", "reference")
+def start_is_the_reference(f: Callable, args: argparse.Namespace) -> tuple:
+    _, reference, *others = f(args)
+    return copy.deepcopy(reference), reference, *others
 
 
 def v_past_the_end(f: Callable, rewards: Tensor, v: Tensor, mask: Tensor, *how: float) -> Tensor:
@@ -866,10 +973,11 @@ def documents_alike(
     return sequences[starts[drawn]]
 
 
-@plant("model.GPT.generate", "sampling_in_parts")
-def generator_anew(f: Callable, *args: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+@plant("generate.generate", "sampling_in_parts")
+def the_same_in_every_part(f: Callable, *args: Any, **how: Any) -> tuple[Tensor, Tensor]:
     """Every part draws the same random numbers."""
-    return f(*args, generator=generator.manual_seed(3))
+    how["uniforms"] = torch.rand(how["uniforms"].shape, generator=torch.Generator().manual_seed(3))
+    return f(*args, **how)
 
 
 plant(
@@ -897,17 +1005,17 @@ def test_planted_bug_is_caught(target: str, bug: Callable, check: Callable, run:
 
 COLUMNS = """step episodes lr score score_std kl reward entropy response_len eos_frac
     explained_variance ratio_max approx_kl clipfrac policy_loss value_loss vf_clipfrac grad_norm
-    value_grad_norm""".split()
+    value_grad_norm score_gain score_gain_ci""".split()
+VALIDATION = {f"val_{name}{end}" for name in ("score", "gain", "kl") for end in ("", "_ci")}
 
 
-def test_a_task_with_a_known_optimum_is_learned(run: Runner) -> None:
+def test_a_task_with_a_known_optimum_is_learned(run: Runner, monkeypatch) -> None:
     """Half of the tokens that no prompt has score a point, a missing end -2: the best of 8 tokens
     score 7."""
 
-    def count(result: tuple, _: ScalarModel, tokens: Tensor, lengths: Tensor, low: float) -> tuple:
+    def count(model: ScalarModel, tokens: Tensor, lengths: Tensor) -> Tensor:
         inside = torch.arange(tokens.shape[1]) < lengths[:, None]
-        points = (good[tokens] & inside).sum(1).float()
-        return torch.where(result[1], points, low), result[1]
+        return (good[tokens] & inside).sum(1).float()
 
     encoding, prompts = run.tiny.encoding, read_jsonl(run.tiny.prompts, "prompts")
     good = torch.arange(encoding.n_vocab) % 2 == 1
@@ -916,16 +1024,20 @@ def test_a_task_with_a_known_optimum_is_learned(run: Runner) -> None:
 
     flags = "--batch_size 32 --num_minibatches 4 --micro_batch_size 0 --kl_coef 0.01 --lr 2e-3"
     flags += " --value_lr 3e-3 --missing_eos_score -2 --max_steps 50 --save_every 0"
-    scores = [float(row["score"]) for row in run(flags, response_scores=count).log]
+    monkeypatch.setattr(ScalarModel, "scores", count)
+    log = run(flags).log
+    scores, gains = ([float(row[name]) for row in log] for name in ("score", "score_gain"))
     assert scores[0] < 1 and sum(scores[-5:]) / 5 > 4
+    assert gains[0] == 0 and abs(sum(gains[-5:]) - sum(scores[-5:]) + 5 * scores[0]) < 5
 
 
 def test_the_log_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
     """Before the first update KL is 0; with one minibatch the first ratio is 1 in the log too."""
     flags = "--num_minibatches 1 --lr 1e-2"
     assert train_ppo.main(tiny.args("ppo", tmp_path, *flags.split())) == 0
-    rows = read_log(tmp_path / "log.csv")
-    assert set(rows[0]) == {*COLUMNS, "ptx_loss", "val_score", "val_kl"}
+    start, *rows = read_log(tmp_path / "log.csv")
+    assert set(start) == {*COLUMNS, "ptx_loss", *VALIDATION}
+    assert {name for name, value in start.items() if value} == {"step", *VALIDATION}
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert [row["episodes"] for row in rows] == ["8", "16", "24", "32"]
     assert float(rows[0]["kl"]) == 0 == float(rows[0]["approx_kl"])
@@ -939,7 +1051,8 @@ def test_the_log_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
         assert float(row["ptx_loss"]) > 1 and 0 <= float(row["eos_frac"]) <= 1
     assert float(rows[3]["ptx_loss"]) < float(rows[0]["ptx_loss"])
     for row, clock in zip(rows, read_log(tmp_path / "timing.csv"), strict=True):
-        seconds = [float(clock[name]) for name in ("rollout_s", "score_s", "update_s")]
+        names = ("rollout_s", "score_s", "gain_s", "update_s")
+        seconds = [float(clock[name]) for name in names]
         assert float(clock["step_s"]) == pytest.approx(sum(seconds), rel=0.01)
         new = 8 * float(row["response_len"])
         assert float(clock["tok_per_s"]) * seconds[0] == pytest.approx(new, rel=0.01)
@@ -959,11 +1072,39 @@ def test_the_result_is_the_average_of_the_weights(tiny: Tiny, tmp_path: Path) ->
     start = GPT.from_pretrained(tiny.base).state_dict()
     results = [GPT.from_pretrained(tmp_path / decay).state_dict() for decay in ("0", "1")]
     validated = [row["val_kl"] for row in read_log(tmp_path / "1/log.csv") if row["val_kl"]]
-    assert [float(kl) for kl in validated] == [0, 0]  # of the average
+    assert [float(kl) for kl in validated] == [0, 0, 0]  # of the average
     for name, last in policies[0].items():
         assert torch.equal(last, policies[1][name])  # the average has no influence on the run
         assert torch.equal(last, results[0][name]) and torch.equal(start[name], results[1][name])
         assert not torch.equal(last, start[name])
+
+
+def test_a_resumed_run_does_not_validate_the_start_again(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in step 3, the newest checkpoint being of step 2."""
+    whole, out, evaluate = tmp_path / "whole", tmp_path / "out", train_ppo.evaluate
+    assert train_ppo.main(tiny.args("ppo", whole)) == 0
+    asked = []
+
+    def look(model: GPT, start_scores: Tensor | None, *args: Any) -> dict:
+        asked.append(None if start_scores is None else start_scores.tolist())
+        return evaluate(model, start_scores, *args)
+
+    monkeypatch.setattr(train_ppo, "evaluate", look)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        steps, prompts_of_step = iter([1, 2]), train_ppo.prompts_of_step
+        at_most_two = lambda *args: prompts_of_step(*args) if next(steps, 0) else killed()  # noqa: E731
+        patch.setattr(train_ppo, "prompts_of_step", at_most_two)
+        train_ppo.main(tiny.args("ppo", out))
+    assert asked[0] is None and len(asked) == 2  # of the start, and after step 2
+    assert train_ppo.main([*tiny.args("ppo", out), "--resume"]) == 0
+    assert len(asked) == 3 and asked[2] == asked[1] != [0.0] * 20
+    assert (out / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
+
+
+def killed() -> None:
+    raise KeyboardInterrupt
 
 
 def test_ptx_coef_0_is_ppo_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:

@@ -12,13 +12,16 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint import save_model
 from data.files import read_log, run_command
 from data.tokenizer import save_tokenizer, train_bpe
+from model import GPT
 from run import Run
 from tests.crash import STAGES, Server, contents, run_dying_at, run_killed
 from tests.test_run import BUGS, assert_same, names, restore_without
@@ -76,7 +79,8 @@ def test_ctrl_c_saves_and_resumes(
     assert run.code == 130
     step = int(names(out / "checkpoints")[-1])
     assert run.stderr == f"stopped by a signal after step {step}; --resume goes on\n"
-    assert [int(row["step"]) for row in read_log(out / "log.csv")] == list(range(1, step + 1))
+    first = 0 if stage == "ppo" else 1  # with the start's validation
+    assert [int(row["step"]) for row in read_log(out / "log.csv")] == list(range(first, step + 1))
     assert not (out / "model.safetensors").exists()
     assert server.run(stage, [*tiny.args(stage, out), "--resume"]).code == 0
     assert_same(out, whole[stage][0])
@@ -116,7 +120,7 @@ def test_pretraining_resumes_exactly(server: Server, tiny: Tiny, tmp_path: Path)
 
 
 STATE = {"sft": "model adam", "rm": "model adam"}
-STATE["ppo"] = "policy value_network ema adam value_adam"
+STATE["ppo"] = "policy value_network ema adam value_adam validation"
 PLANTED = [(stage, name) for stage in STAGES for name in STATE[stage].split()] + [("sft", "seed")]
 
 
@@ -192,9 +196,17 @@ def copy_with(model: str, change: Callable[[Path], object]) -> Callable[[Tiny, P
     return write
 
 
-other_tokenizer = copy_with(
-    "rm", lambda f: save_tokenizer(train_bpe(["other words altogether"], 300), f / "tokenizer.json")
-)
+def other_words(folder: Path) -> None:
+    save_tokenizer(train_bpe(["other words altogether"], 300), folder / "tokenizer.json")
+
+
+def short_context(tiny: Tiny, folder: Path) -> str:
+    config = replace(GPT.from_pretrained(tiny.base).config, n_positions=40)
+    save_model(folder / "short", GPT(config), tiny.tokenizer.read_text(), {"stage": "base"})
+    return str(folder / "short")
+
+
+other_tokenizer = copy_with("rm", other_words)
 small_tokenizer = copy_with(
     "base", lambda f: save_tokenizer(train_bpe(["a b c d e f g h i"], 257), f / "tokenizer.json")
 )
@@ -226,6 +238,9 @@ BAD_INPUT = [
     ("rm", "--data", text_ranks, 'key "ranks": expected a list of whole numbers'),
     ("ppo", "--reward_model", lambda t, p: t.base, "expected a reward model"),
     ("ppo", "--reward_model", other_tokenizer, "must share a tokenizer"),
+    ("ppo", "--reference", copy_with("base", other_words), "must share a tokenizer"),
+    ("ppo", "--reference", lambda t, p: t.rm, "expected a language model"),
+    ("ppo", "--reference", short_context, "come to more than the context of 40: lower one"),
     ("ppo", "--ptx_tokens", "99999", "is over the policy.s context of 48"),
     ("sft", "--pretrain_data", "{tmp}/absent.txt", "{tmp}/absent.txt: no such file"),
 ]

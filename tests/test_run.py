@@ -523,6 +523,35 @@ def test_sums_maxima_and_laps(w: World, capsys: pytest.CaptureFixture) -> None:
     assert len(lines) == 1 and "00002/2 | loss 2.25 | a_s 4 | b_s 1 | tok_per_s 2.5" in lines[0]
 
 
+def test_what_is_measured_before_the_first_step_is_row_0(w: World, capsys) -> None:
+    """Hand-worked: mean and 1.96 standard errors; then the columns of the first row are known."""
+    clock = iter([0.0, 1.0, 9.0, 12.0, 20.0, 21.0, 22.0, 23.0])
+    w.patch.setattr(run_file.time, "perf_counter", lambda: next(clock))
+    run, half = a_run(w, shows="val_score"), 1.96 * math.sqrt(2 / 3) / math.sqrt(3)
+    for step in run.steps(2):
+        if step == 1:
+            run.lap("a_s")
+            run.log_start({"val_score": torch.tensor([1.0, 2.0, 3.0])})
+        run.lap("a_s")  # from the end of row 0 on
+        run.mean({"gain": torch.tensor([4.0, 4.0])})
+        if step == 2:
+            run.mean({"val_score": torch.tensor([5.0])})
+        run.log({"lr": 0.5})
+    rows = read_log(w.out / "log.csv")
+    assert list(rows[0]) == ["step", "lr", "gain", "gain_ci", "val_score", "val_score_ci"]
+    assert list(rows[0].values())[:5] == ["0", "", "", "", "2"]
+    assert float(rows[0]["val_score_ci"]) == pytest.approx(half)
+    assert list(rows[1].values()) == ["1", "0.5", "4", "0", "", ""]
+    assert list(rows[2].values()) == ["2", "0.5", "4", "0", "5", "0"]
+    assert [row["a_s"] for row in read_log(w.out / "timing.csv")] == ["3", "1"]
+    assert "\nout 00000/2 | val_score 2\n" in capsys.readouterr().out
+    run = a_run(w)
+    with pytest.raises(SystemExit):
+        for _ in run.steps(2):
+            run.log_start({"val_score": torch.tensor([math.inf, 0])})
+            run.log({})
+
+
 def test_due_is_every_so_often_and_at_the_end(w: World) -> None:
     run = a_run(w)
     due = {every: [] for every in (0, 1, 3)}
@@ -547,12 +576,13 @@ def test_the_first_row_of_a_log_sets_its_columns(tmp_path: Path) -> None:
     log.write({"step": 1, "loss": 0.1234567890123, "val_loss": None})
     log.write({"val_loss": 3, "loss": 2, "step": 10**10})
     assert path.read_text() == "step,loss,val_loss\n1,0.123456789,\n10000000000,2,3\n"
-    for row in ({"step": 2, "loss": 0.5}, {"step": 2, "loss": 1, "val_loss": 1, "more": 1}):
-        with pytest.raises(ValueError, match="the row and the header differ in"):
-            log.write(row)
+    log.write({"step": 3, "loss": 0.5})
+    with pytest.raises(ValueError, match=r"the header has no columns \['more'\]"):
+        log.write({"step": 4, "loss": 1, "val_loss": 1, "more": 1})
+    assert path.read_text().endswith("\n3,0.5,\n")
     with path.open("a") as stream:
         stream.write("2,0.4")  # torn
-    assert [row["step"] for row in read_log(path)] == ["1", "10000000000"]
+    assert [row["step"] for row in read_log(path)] == ["1", "10000000000", "3"]
 
 
 def test_a_log_replaces_what_was_there_when_it_is_kept(tmp_path: Path) -> None:

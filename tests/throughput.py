@@ -367,7 +367,7 @@ def stand_ins(stage: str, config: GPTConfig, prompts: list[list[int]]) -> dict[s
     def ppo_models(args: argparse.Namespace) -> tuple:
         packs = args.responses_per_prompt > 1
         models = [new_model(kind, config, args, packs).eval() for kind in (GPT, ScalarModel)]
-        return *models, None
+        return models[0], *models, None
 
     return {
         "sft": {"make_model": sft_model, "load_demonstrations": demonstrations},

@@ -35,7 +35,7 @@ from data.tiny.world import VALUES, World
 from data.tokenizer import encode_prompt, encode_response
 from evaluation import measure, report
 from evaluation.report import Estimate, estimate
-from model import GPTConfig, ScalarModel
+from model import MISSING_EOS_SCORE, GPTConfig, ScalarModel
 from sample import Sample, Speaker, load_speaker, respond, sample_responses
 from tests.throughput import forward_flops, iteration_flops
 
@@ -45,6 +45,7 @@ FOUR = (GPT, SFT, PPO, PTX)
 HOW = ((1.0, "sampled"), (0.0, "greedy"))  # temperatures
 PREFIXED = "+prefix"
 FLAGS = {"max_new_tokens": 32, "batch_size": 256}  # of all samples
+FLAGS["missing_eos_score"] = MISSING_EOS_SCORE
 DRAWS = 4  # samples of each response at temperature 1 to the sets that win rates are counted on
 DRAWN = ("prompts", "prompts_balanced", "prompts_web")
 Metric = Callable[[Grade], float | bool | None]
@@ -105,7 +106,7 @@ class Lab:
 
     @cached_property
     def asked(self) -> str:
-        """A fingerprint of the world and of all that models are asked or measured on."""
+        """A fingerprint of the world, of all that models are asked or measured on, and of how."""
         data = self.folder / "data"
         files = [
             data / "world.json",
@@ -113,7 +114,7 @@ class Lab:
             *data.glob("valid/*prompts.jsonl"),
             data / "valid" / "demonstrations.jsonl",
         ]
-        marks = [f"{file.name} {fingerprint(file)}" for file in sorted(files)]
+        marks = [f"{file.name} {fingerprint(file)}" for file in sorted(files)] + [f"{FLAGS}"]
         return sha256(" ".join(marks).encode()).hexdigest()[:16]
 
     def judge(self, name: str = "rm") -> ScalarModel:
@@ -204,7 +205,8 @@ class Lab:
                 ]
             else:
                 samples = respond(speaker, asked, Namespace(**FLAGS), temperature, seed)
-            scores = measure.reward_scores(self.judge(), speaker, asked, samples)
+            how = self.judge(), speaker, asked, samples, Namespace(**FLAGS)
+            scores, _ = measure.reward_scores(*how)
             return [
                 [s.prompt, s.tokens, s.text, s.ended, float(score)]
                 for s, score in zip(samples, scores, strict=True)
@@ -348,8 +350,8 @@ class Lab:
             asked = [record["prompt"] for record in self.records(prompts)]
             speaker, scores = self.speaker(model), []
             for answers in drawn:
-                values = measure.reward_scores(self.judge(judge), speaker, asked, answers.samples)
-                scores.append(values.tolist())
+                how = self.judge(judge), speaker, asked, answers.samples, Namespace(**FLAGS)
+                scores.append(measure.reward_scores(*how)[0].tolist())
             return scores
 
         scores = np.array(self.cached(f"{judge}_orders_{model}", [judge, model], make))
@@ -444,8 +446,8 @@ class Lab:
     # ------------------------------------------------------------------ logs
 
     def log(self, run: str) -> list[dict[str, str]]:
-        """The rows of a run's log.csv."""
-        return read_log(self.folder / run / "log.csv")
+        """The rows of a run's log.csv, one for each step."""
+        return [row for row in read_log(self.folder / run / "log.csv") if int(row["step"])]
 
     def setting(self, run: str, name: str):
         """A flag's value in a run."""
