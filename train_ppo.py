@@ -27,14 +27,15 @@ row's length is 5):
     rewards[t]        0     0     -c     -c     -c + score    0     c = kl_coef log(pi / pi_ref)[t]
     advantages[t]     0     0     A(2)   A(3)   A(4)          0
 
-From the paper: sampling at temperature 1, no discount, clip 0.2, one pass over 8 minibatches,
-constant learning rates after a warm-up of 10 iterations from a tenth, EMA 0.992, pretraining
+From the paper: sampling at temperature 1, no discount, clip 0.2, one pass over the minibatches,
+constant learning rates after a warm-up from a tenth, an average of the weights, pretraining
 gradients added before the same optimizer step, the value network's start.
 Where the paper is silent, as in Ziegler et al. 2019 and Stiennon et al. 2020: lambda 0.95,
 advantages whitened over response tokens, clipped value loss, no entropy bonus, a fixed low score
 for a response without end token. Gradient clip 1 as in GPT-3.
-Chosen for the tiny models here: kl_coef, learning rates, sizes, and ptx_coef, which multiplies a
-*mean* token loss (the paper's 27.8 belongs to another scale). The paper's values are in the help.
+Chosen for the tiny models here: rates, sizes, kl_coef, and ptx_coef, which multiplies a *mean*
+token loss (the paper's 27.8 belongs to another scale). A run of 50 iterations has a warm-up of 2
+and averages over about 20 updates, a tenth of it. The paper's values are in the help.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cliprange", type=nonnegative, default=0.2, help="of the policy's ratio (paper: 0.2)")
     add("--cliprange_value", type=nonnegative, default=0.2, help="of the value (Ziegler: 0.2)")
     # Optimisation.
-    add("--max_steps", type=natural, default=40, help="iterations (paper: 500)")
+    add("--max_steps", type=natural, default=50, help="iterations (paper: 500)")
     add("--batch_size", type=natural, default=512, help="episodes an iteration (paper: 512)")
     add("--responses_per_prompt", type=natural, default=4, help="episodes a prompt (paper: 1)")
     add("--num_minibatches", type=natural, default=4, help="updates an iteration (paper: 8)")
@@ -95,7 +96,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup_steps", type=whole, default=2, help="iterations from a tenth of lr (paper: 10)")
     add("--grad_clip", type=nonnegative, default=1.0, help="limit of each gradient's norm; 0: none")
     add("--ema", type=fraction, default=0.95, help="decay of the average (paper: 0.992)")
-    add("--eval_every", type=whole, default=20, help="steps between validations; 0: at the end")
+    add("--eval_every", type=whole, default=10, help="steps between validations; 0: at the end")
     add("--keep_every", type=whole, default=0, help="steps between models kept in OUT/steps/")
     add("--print_samples", type=whole, default=2, help="samples shown at each validation")
     args = parse(flags, argv)

@@ -45,7 +45,8 @@ Results = dict[str, dict[int, Result]]  # claim -> seed -> what was measured
 
 
 def seeds_of(claim: Claim, args: argparse.Namespace) -> range:
-    return range(args.seeds or (HEADLINE_SEEDS if claim.headline else SWEEP_SEEDS))
+    many = args.seeds or (HEADLINE_SEEDS if claim.headline else SWEEP_SEEDS)
+    return range(args.first_seed, args.first_seed + many)
 
 
 def build(args: argparse.Namespace) -> tuple[pipeline.Graph, list[str]]:
@@ -271,6 +272,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="out/claims", help="folder of all runs and results")
     default = f"{HEADLINE_SEEDS} of claims about the demo's models, {SWEEP_SEEDS} of the others"
     add("--seeds", type=int, default=0, help=f"seeds of every claim; default: {default}")
+    add("--first_seed", type=int, default=0, help="seeds are this one and those that follow")
     add("--only", nargs="+", metavar="CLAIM", help="these claims and the runs that they need")
     add("--fast", action="store_true", help="sizes of seconds, to try the machinery")
     add("--plan", action="store_true", help="show the stages and their expected minutes, and stop")
@@ -281,8 +283,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in [*(args.only or []), *([args.measure] if args.measure else [])]:
         if name not in CLAIMS:
             parser.error(f"--only {name}: expected some of {', '.join(CLAIMS)}")
-    if args.seeds < 0:
-        parser.error(f"--seeds {args.seeds}: expected at least 1")
+    for name in ("seeds", "first_seed"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)}: expected a natural number")
     return args
 
 
