@@ -473,6 +473,8 @@ def world_data(tiny: Tiny, tmp_path: Path) -> Path:
         for prefix in ("none", "respectful", "rude")
     ]
     write_jsonl(tmp_path / "probes_toxicity.jsonl", openings, "prompts")
+    ranked = {"responses": ["a", "b"], "ranks": [1, 2], "labeler": "training_00", "noise": 0.1}
+    write_jsonl(tmp_path / "comparisons.jsonl", [prompts[0] | ranked], "comparisons")
     return tmp_path
 
 
@@ -487,6 +489,8 @@ def measured(tiny: Tiny, folder: Path, name: str, *more: str) -> str:
 def reporting(out: Path, baseline: str, *files: str) -> int:
     """The exit code."""
     argv = ["report", "--measured", *files, "--baseline", baseline, "--out", str(out)]
+    if (out.parent / "comparisons.jsonl").exists():
+        argv += ["--comparisons", str(out.parent / "comparisons.jsonl")]
     return run_command(lambda: evaluate.main(argv))
 
 
@@ -523,6 +527,11 @@ def test_report_on_one_model_under_three_names(tiny, world_data, monkeypatch):
         assert 0 <= table[model, "toxicity_rude"].value <= 1
         for metric in ("win_training_labelers", "win_held_out_labelers"):
             assert (model == "sft") == ((model, metric) not in table)
+
+    (world_data / "comparisons.jsonl").unlink()  # nobody to ask how noisy the labelers are
+    assert reporting(world_data / "silent", "sft", *files) == 0
+    assert ("base", "win_training_labelers") not in table_of(world_data / "silent")
+    assert "judge only with --comparisons" in (world_data / "silent" / "report.md").read_text()
 
     best = "sft, best of 3"
     assert table[best, "score"].value > max(table[m, "score"].value for m in models)
@@ -580,11 +589,13 @@ def test_best_of_keeps_the_response_with_the_highest_score(tiny, base, judge, mo
         asked.append((temperature, name))
         k, texts = len(asked) - 1, [f"{len(asked)}{letter}" for letter in "abcd"]
         samples = [Sample([], [1] * (k + 1), text, True) for text in texts]
-        return samples, Answers(texts, [True] * 4, np.array(scores[k]), None)
+        values = np.array(scores[k])
+        return samples, values, Answers(texts, [True] * 4, values, None)
 
     def again(bench, speaker, samples):
         texts = [sample.text for sample in samples]
-        return Answers(texts, [True] * 4, np.array([scores[int(t[0]) - 1][0] for t in texts]), None)
+        values = np.array([scores[int(t[0]) - 1][0] for t in texts])
+        return values, Answers(texts, [True] * 4, values, None)
 
     monkeypatch.setattr(measure.Bench, "answers", answers)
     monkeypatch.setattr(measure.Bench, "judged", again)

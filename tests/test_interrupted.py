@@ -32,7 +32,16 @@ def test_validation_batches_have_random_numbers_of_their_own(
         return tokens, *lengths
 
     monkeypatch.setattr(train_ppo, "sample", sample)
-    more = ["--batch_size", "5", "--num_minibatches", "1", "--max_steps", "1"]
+    more = [
+        "--batch_size",
+        "5",
+        "--num_minibatches",
+        "1",
+        "--responses_per_prompt",
+        "1",
+        "--max_steps",
+        "1",
+    ]
     args = tiny.args("ppo", tmp_path / "out", *more, "--val_data", str(tmp_path / "v.jsonl"))
     assert train_ppo.main(args) == 0
     first, second, _, _, one, other = drawn  # validation, the rollout twice, validation

@@ -33,7 +33,8 @@ PROMPTS = [[1, 2], [3], [4, 5, 6, 7], [8, 9], [1], [2, 3, 4], [5, 6], [7, 8, 9]]
 
 
 def arguments(flags: str = "") -> argparse.Namespace:
-    base = "--device cpu --batch_size 8 --num_minibatches 2 --max_new_tokens 6"
+    base = "--device cpu --batch_size 8 --num_minibatches 2 --max_new_tokens 6 "
+    base += "--responses_per_prompt 1 --ptx_ratio 0.5 --lr 6e-4 --warmup_steps 10 --ema 0.992"
     return train_ppo.get_args(f"{base} {flags}".split())
 
 

@@ -61,6 +61,7 @@ def test_operations_of_an_iteration_by_hand() -> None:
     """Policy: sampling, scoring, 3 for the update; value network: scoring and 3; two frozen. Of
     pretraining sequences one an update."""
     flags = "--ptx_coef 1 --pretrain_data x --ptx_tokens 10 --ptx_ratio 1 --num_minibatches 5"
+    flags += " --responses_per_prompt 1"
     args = stage_args("ppo", "tiny", [*CPU, *flags.split(), "--batch_size", "5"])
     L, C, V = 3, 64, 101
     trunk = 24 * L * C * C * (12 + 20) + 4 * L * C * (12**2 + 20**2)
@@ -78,7 +79,9 @@ def test_operations_of_an_iteration_by_hand() -> None:
 
 def test_operations_of_a_step() -> None:
     flags = [*CPU, *"--batch_size 8 --max_prompt_tokens 12 --max_new_tokens 6".split()]
-    args = {stage: stage_args(stage, "tiny", flags) for stage in STAGES}
+    alone = ["--responses_per_prompt", "1"]
+    more = {"sft": [], "rm": [], "ppo": alone}
+    args = {stage: stage_args(stage, "tiny", [*flags, *more[stage]]) for stage in STAGES}
     sft = throughput.work("sft", SMALL, args["sft"])["sft_step"]
     assert sft["flops"] == 3 * forward_flops(SMALL, [18] * 8, 8 * 17)
     rm, K = throughput.work("rm", SMALL, args["rm"])["rm_step"], (4, 5, 6, 7, 8, 9, 4, 5)

@@ -27,7 +27,8 @@ ARGS = {
     "--val_data {comparisons} --epochs 2 --eval_every 2 " + TRAINS,
     "ppo": "--init {base} --reward_model {rm} --data {prompts} --val_data {prompts} "
     "--pretrain_data {pretrain} --ptx_coef 1 --ptx_tokens 12 --batch_size 8 --num_minibatches 2 "
-    "--max_steps 4 --eval_every 2 " + TRAINS,
+    "--responses_per_prompt 1 --ptx_ratio 0.5 --lr 6e-4 --value_lr 5e-4 --warmup_steps 10 "
+    "--ema 0.992 --max_steps 4 --eval_every 2 " + TRAINS,
     "sample": "--out {out}/candidates.jsonl --num_responses 2 3 "
     "--checkpoints base={base} again={base} " + INPUTS,
     "measure": "measure --name base --checkpoint {base} --out {out} --reward_model {rm} "

@@ -53,7 +53,8 @@ FAST = {
     "--valid_ppo_prompts 24 --test_prompts 24 --balanced_prompts 2",
     "train_sft.py": "--max_steps 8 --batch_size 8",
     "train_rm.py": "--max_steps 3 --batch_size 6",
-    "train_ppo.py": "--max_steps 3 --batch_size 16 --num_minibatches 4 --eval_every 2",
+    "train_ppo.py": "--max_steps 3 --batch_size 16 --num_minibatches 4 --ptx_ratio 0.5 "
+    "--eval_every 2",
     "evaluate.py": "--num_prompts 6 --select_every 9",
     "sample.py": "--num_prompts 40 --num_responses 4",
 }
