@@ -35,7 +35,8 @@ SMALL = {
     "rm": "--batch_size 4 --eval_every 2 --save_every 2",
     "select": "--num_prompts 4",
     "measure": "--num_prompts 4 --num_items 4",
-    "ppo": "--max_steps 3 --batch_size 16 --num_minibatches 4 --ptx_ratio 0.5 --eval_every 2 --save_every 2",
+    "ppo": "--max_steps 3 --batch_size 16 --num_minibatches 4 --ptx_ratio 0.5 --eval_every 2 "
+    "--save_every 2",
 }
 NAMES = {
     "data.tiny.make": "tiny_world",

@@ -205,7 +205,9 @@ def test_a_plan_by_hand() -> None:
     flags = "--max_prompt_tokens 3 --max_new_tokens 2 --micro_batch_size 2".split()
     P = 70 + 50 + 3 * 100 + 30 + 100 + 10 + 400 + 40 + 400 + 10 + 4 * 10 + 2 * 10
     assert throughput.parameters(config)[0] == P
-    plan = planned("ppo", config, *flags, "--batch_size", "8", "--rollout_size", "4")
+    plan = planned(
+        "ppo", config, *flags, *"--batch_size 8 --num_minibatches 2 --rollout_size 4".split()
+    )
     update = 8 * P + 64 * 10 * 10 + (12 * 70 + 8 * 10 * 10 + 2**26)  # activations, head
     rollout = 2 * 4 * 10 * 4 * 5 + 44 * 10 * 4 * 3 + 16 * 7 * 4
     assert plan["update"] == update and plan["rollout"] == rollout
@@ -315,7 +317,7 @@ def test_settings_of_a_size(size: str) -> None:
 # ---- the command
 
 
-FAST = "-- --device cpu --batch_size 8 --max_prompt_tokens 12 --max_new_tokens 6".split()
+FAST = "-- --device cpu --batch_size 16 --max_prompt_tokens 12 --max_new_tokens 6".split()
 
 
 def timings(path: Path, *argv: str) -> dict[str, dict[str, str]]:
@@ -333,9 +335,9 @@ def test_timings_at_a_tiny_size(tmp_path: Path) -> None:
         assert row["torch"] == torch.__version__ and row["device"].startswith("CPU")
         assert row["peak_gib"] == row["note"] == "" and float(row["plan_gib"]) > 0
     tokens = {what: float(row["tok_per_s"]) * float(row["p50_s"]) for what, row in rows.items()}
-    assert tokens["sft_step"] == pytest.approx(8 * 18, rel=0.01)
-    assert tokens["rm_step"] == pytest.approx((4 + 5 + 6 + 7 + 8 + 9 + 4 + 5) * 18, rel=0.01)
-    assert tokens["rollout"] <= 8 * 6 * 1.01
+    assert tokens["sft_step"] == pytest.approx(16 * 18, rel=0.01)
+    assert tokens["rm_step"] == pytest.approx(100 * 18, rel=0.01)  # 4 to 9, and again
+    assert tokens["rollout"] <= 16 * 6 * 1.01
     parts = sum(float(rows[what]["p50_s"]) for what in ("rollout", "scoring", "update"))
     assert parts == pytest.approx(float(rows["ppo_iteration"]["p50_s"]), rel=0.5)
 
@@ -353,7 +355,7 @@ def test_the_timed_steps_see_full_sequences(
     monkeypatch.setattr(train_sft, "sft_loss", spying)
     monkeypatch.chdir(tmp_path)
     timings(Path("t.csv"), "--stages", "sft", "--repeats", "3")
-    assert seen == [((8, 18), [18] * 8, 8 * 17)] * 4
+    assert seen == [((16, 18), [18] * 16, 16 * 17)] * 4
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 
