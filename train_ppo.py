@@ -5,9 +5,8 @@ The objective (Eq. 2) is, over responses y to customer prompts x and pretraining
     E[ r(x, y) - kl_coef log(pi(y | x) / pi_ref(y | x)) ]  +  ptx_coef E[ log pi(z) ]
 
 PPO has ptx_coef 0; with ptx_coef > 0 it is PPO-ptx, the model the paper calls InstructGPT. A step
-of this script, the paper's iteration, draws prompts, samples a response to each (or several,
---responses_per_prompt), scores it once, charges the KL term token by token, and makes one pass of
-clipped policy-gradient updates over random minibatches.
+of this script, the paper's iteration, draws prompts, samples responses to each, scores each once,
+charges the KL term token by token, and makes a pass of clipped updates over random minibatches.
 
 Four models: the policy pi starts from --init, which the paper calls the RL start (C.3); the
 reference pi_ref is the start, frozen, or --reference; the reward model, frozen; the value network,
