@@ -28,7 +28,7 @@ MAY_IMPORT = {  # beside the standard library; with data comes its tokenizer, ti
     "evaluation": "torch numpy tiktoken tqdm matplotlib kernels checkpoint model run sample data",
     "evaluate": "torch numpy tqdm kernels checkpoint model run sample data evaluation",
 }
-MACHINERY = ("run.lap", "run.log", "run.add", "run.max", "run.keep", "run.due")
+MACHINERY = ("run.lap", "run.log", "run.add", "run.max", "run.mean", "run.keep", "run.due")
 BUDGETS = [
     ("model", 380),
     ("generate", 210),

@@ -29,7 +29,7 @@ compute dtype:
                                            its responses; q, k, v and the output are kept for r
     head         (b + 8) V C + (b + 4) C t + 2^26     gradients of the unembedding; the workspace
     cache        2 b L C rows length       keys and values of a rollout
-    frozen       4P - (4 - b) M            reference and reward model
+    frozen       4P - (4 - b) M            reference, reward model; the start, if it is another
 
 PPO holds policy, value network, average, frozen models and Adam's moments, and beside them the
 larger of rollout (bM + cache + a prefill of (8 + 9 b) C a prompt token + 16 V a row) and update
@@ -281,7 +281,7 @@ def memory_plan(stage: str, config: GPTConfig, args: argparse.Namespace) -> dict
         "value_network": 4 * P,
         "average": 4 * P,
         "adam": 2 * plan["adam"],
-        "frozen": 2 * (4 * P - (4 - b) * M),
+        "frozen": (2 + (args.reference != args.init)) * (4 * P - (4 - b) * M),
     }
     rollout = (b * M if b == 2 else 0) + cache + prefill
     total = sum(held.values()) + max(rollout, update)
