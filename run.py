@@ -78,6 +78,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
+    def parse_args(self, *argv) -> argparse.Namespace:
+        args = super().parse_args(*argv)
+        if vars(args).get("device") == "cuda" and not torch.cuda.is_available():
+            self.error("--device cuda: there is no CUDA GPU; give --device cpu")
+        return args
+
 
 class Named(argparse.Action):
     """["sft=out/sft", ...] -> {"sft": "out/sft", ...}, in order; no name may come twice."""
@@ -112,15 +118,9 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_prompt_tokens", type=natural, default=96, help="longer prompts are dropped")
     add("--max_new_tokens", type=natural, default=32, help="limit of a response, in tokens")
     add("--seed", type=whole, default=0, help="of all random draws")
-    add("--device", type=_device, choices=("cpu", "cuda"), default=device, help="to compute on")
+    add("--device", choices=("cpu", "cuda"), default=device, help="to compute on")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     add("--kernels", type=kernels.implementation, default="auto", help="NAME or attention=NAME,...")
-
-
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("cuda: there is no CUDA GPU; give cpu")
-    return name
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:

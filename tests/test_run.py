@@ -604,7 +604,7 @@ REFUSED = [
     (["--data", "{tmp}/out"], "--out {tmp}/out would replace --data"),
     (["--init", "{tmp}/out/epochs/03"], "would replace --init"),
     (["--init", "{tmp}/out/checkpoints/00000006"], "would replace --init"),
-    (["--device", "cuda"], "argument --device: cuda: there is no CUDA GPU; give cpu"),
+    (["--device", "cuda"], "--device cuda: there is no CUDA GPU; give --device cpu"),
     (["--device", "tpu"], "argument --device: invalid choice"),
     (["--kernels", "fast"], "argument --kernels: "),
     (["--max_step", "3"], "unrecognized arguments: --max_step 3"),
