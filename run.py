@@ -78,9 +78,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
-    def parse_args(self, *how) -> argparse.Namespace:
-        args = super().parse_args(*how)
-        if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+    def parse_args(self, *argv) -> argparse.Namespace:
+        args = super().parse_args(*argv)
+        if vars(args).get("device") == "cuda" and not torch.cuda.is_available():
             self.error("--device cuda: there is no CUDA GPU; give --device cpu")
         return args
 
