@@ -26,12 +26,12 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-from tqdm import tqdm
 
 import kernels
 from checkpoint import read_tokenizer
 from data import files
 from data.files import BadInput, Record, run_command
+from data.stages import progress
 from data.tokenizer import decode_response, encode_prompt
 from model import GPT, pad_right
 from run import Parser, check_context, natural, nonnegative, whole
@@ -242,7 +242,7 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     starts, (part, parts) = range(0, len(prompts), CHUNK), args.part
     mine = starts[(part - 1) * len(starts) // parts : part * len(starts) // parts]
     done: list[Record] = []
-    for start in tqdm(mine, desc=out.name, unit="chunk"):
+    for start in progress(mine, out.name, "chunk"):
         done += sample_chunk(prompts[start : start + CHUNK], speakers, args)
     files.write_jsonl(out, done, "candidates")
     ended = [end for record in done for end in record["ended"]]
