@@ -24,6 +24,7 @@ on a CPU bit for bit.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import re
@@ -81,9 +82,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
     """A parser with the flags that every run has; the script adds the method's."""
-    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(allow_abbrev=False, formatter_class=shows_defaults)
-    parser.description = doc.split("\n")[0]
+    title, shape = doc.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=title, allow_abbrev=False, formatter_class=shape)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--out", default=out, help="folder of the run")
@@ -91,6 +91,7 @@ def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
     add("--max_new_tokens", type=natural, default=32, help="limit of a response, in tokens")
     add("--save_every", type=whole, default=save_every, help="steps between checkpoints; 0: last")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--tensorboard", metavar="FOLDER", help="where TensorBoard finds the logs, run by run")
     add("--seed", type=whole, default=0, help="of all random draws")
     add("--device", choices=("cpu", "cuda"), default=device, help="to compute on")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
@@ -110,6 +111,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         path = Path(os.path.realpath(value))
         if path == out or any(path.is_relative_to(out / folder) for folder in FOLDERS):
             parser.error(f"--out {args.out} would replace --{name} {value}: give another folder")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        parser.error("--tensorboard: the package tensorboard is missing: pip install tensorboard")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU; give --device cpu")
     return args
@@ -117,7 +120,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 def _inputs(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> file, folder or name of a model, of all that a run reads."""
-    no_input = ("out", "device", "dtype", "kernels", "score_mod")
+    no_input = ("out", "tensorboard", "device", "dtype", "kernels", "score_mod")
     flags = vars(args).items()
     return {name: value for name, value in flags if isinstance(value, str) and name not in no_input}
 
@@ -159,7 +162,7 @@ class Run:
     print_every: int = 1  # every so many steps
 
     KEEP = 2  # checkpoints
-    FREE = ("out", "resume", "save_every", "keep_every", "print_samples")  # decide no number
+    FREE = "out tensorboard resume save_every keep_every print_samples".split()  # decide no number
 
     def __post_init__(self):
         args, self.out = self.args, Path(self.args.out)
@@ -175,7 +178,10 @@ class Run:
             files.remove_leftovers(self.out / name)
         self.done, self.saved, self.models = 0, [], set()  # step, checkpoints, models that are kept
         newest = self._restore() if args.resume else None
-        self.logs = [Log(self.out / name, newest) for name in ("log.csv", "timing.csv")]
+        if board := args.tensorboard and Path(args.tensorboard, self.out.name):
+            of_torch = importlib.import_module("torch.utils.tensorboard")  # purge: later steps
+            board = of_torch.SummaryWriter(board, purge_step=self.done and self.done + 1)
+        self.logs = [Log(self.out / name, newest, board) for name in ("log.csv", "timing.csv")]
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left, up to `total`; saves and leaves between them.

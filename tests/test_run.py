@@ -249,7 +249,7 @@ def restore_without(name: str) -> Callable[[Run], Path | None]:
 LOG, TIDY = Log.__init__, Run._tidy
 BUGS = {f"{name} not restored": (Run, "_restore", restore_without(name)) for name in toy.STATE} | {
     "not seeded by the step": (torch, "manual_seed", lambda seed: torch.default_generator),
-    "log not cut back": (Log, "__init__", lambda log, path, _: LOG(log, path, path.parent)),
+    "log not cut back": (Log, "__init__", lambda log, path, *_: LOG(log, path, path.parent)),
     "earlier log overwritten": (Log, "__init__", lambda log, *args: LOG(log, *args) or log.keep()),
     "earlier result stays": (Path, "unlink", lambda path, missing_ok=False: None),
     "kept only by save": (Run, "_tidy", lambda r: TIDY(r) if hasattr(r, "step") else None),
