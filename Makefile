@@ -3,6 +3,7 @@
 #   make demo                    the tiny world, end to end: out/report/report.md
 #   make demo SEED=1 OUT=out/1   another world, users, models
 #   make claims                  every claim of the paper's results: out/claims/report.md
+#   make watch                   beside it: out/watch.png, the curves of what is being trained
 #   make test                    the test suite (TESTS="..." adds arguments for pytest)
 #   make real DATA=FOLDER        the same scripts on human data: out/real/report/report.md
 #   make public DATA=FOLDER      those models on public evaluation sets: out/real/public/report.md
@@ -24,21 +25,32 @@ $(error OUT="$(OUT)" is empty or has white space; give a folder name without)
 endif
 py      := .venv/bin/python
 # Two stages at a time where the graph allows it, each on half of the cores: small matrix products
-# use two separate cores better than two together. A stage that has to run alone gets them all.
+# use two separate cores better than two together. A stage that has to run alone gets all that are
+# free: two threads, one of them on a core that is taken, are far slower than one. Threads that wait
+# for each other spin for a millisecond at most, in case the core is taken later.
 MAKEFLAGS += --jobs=2
-half    := OMP_NUM_THREADS=$(shell $(PYTHON) -c 'import os; a = getattr(os, "sched_getaffinity", 0); \
-             print(max(1, (len(a(0)) if a else os.cpu_count()) // 2))')
+half    := OMP_NUM_THREADS=$(shell $(PYTHON) data/stages.py half)
+alone   := OMP_NUM_THREADS="$$($(py) data/stages.py free)"
+export GOMP_SPINCOUNT ?= 30000
+# The line that a stage of the demo begins with. Lines of two stages must not mix: bars become lines
+# where they can, and each line is written whole.
+started := $(shell date +%s)
+stage    = @$(py) data/stages.py start $(started) $(OUT) $@ $(MAKECMDGOALS)
 export TQDM_MININTERVAL := 5
+unexport PYTHONUNBUFFERED
 D       := $(OUT)/data
 weights  = $(OUT)/$(1)/model.safetensors
 
-.PHONY: demo claims test real public lint clean
+.PHONY: demo watch claims test real public lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
 demo: $(OUT)/report/report.md
 	@cat $(OUT)/report/table.txt
 	@echo "The report is $(OUT)/report/report.md, its figures beside it."
+
+watch: .venv/ready
+	nice $(py) -m evaluation.watch --out $(OUT)
 
 # About an hour of two idle cores (by its cautious plan, 110 minutes: CLAIMS="--plan"); started again,
 # it goes on.
@@ -74,20 +86,24 @@ clean:
 # Facts, users, prompts, demonstrations, pretraining text, tokenizer.
 world := $(filter-out %/grader.py %/labelers.py %/marks.py,$(wildcard data/tiny/*.py)) data/hygiene.py data/tokenizer.py data/files.py
 $(D)/card.md: $(world) | .venv/ready
+	$(stage)
 	$(py) -m data.tiny.make --out $(D) --seed $(SEED)
 
 # Step 0: the base model, by pretraining.
 $(call weights,base): train_sft.py model.py $(D)/card.md
-	$(py) train_sft.py --out $(OUT)/base --seed $(SEED) --tokenizer $(D)/tokenizer.json \
+	$(stage)
+	$(alone) $(py) train_sft.py --out $(OUT)/base --seed $(SEED) --tokenizer $(D)/tokenizer.json \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
 	  --epochs 1 --batch_size 8 --lr 3e-3 --warmup_steps 50 --weight_decay 0.1 --resid_pdrop 0
 
 # Step 1: SFT, and the model that PPO starts from (C.3).
 sft_data = --data $(D)/train/demonstrations.jsonl --val_data $(D)/valid/demonstrations.jsonl
 $(call weights,sft): train_sft.py $(call weights,base)
+	$(stage)
 	$(half) $(py) train_sft.py --init $(OUT)/base --out $(OUT)/sft --seed $(SEED) $(sft_data)
 
 $(call weights,init): train_sft.py $(call weights,base)
+	$(stage)
 	$(half) $(py) train_sft.py --init $(OUT)/base --out $(OUT)/init --seed $(SEED) $(sft_data) \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
 	  --pretrain_fraction 0.1 --no-epoch_checkpoints
@@ -97,12 +113,14 @@ $(call weights,init): train_sft.py $(call weights,base)
 candidates = $(half) $(py) sample.py --num_responses 4 9 --seed $(SEED) \
                --checkpoints sft=$(OUT)/sft base=$(OUT)/base --shares 0.9 0.1
 $(D)/train/candidates_%.jsonl: sample.py $(call weights,sft) $(call weights,base)
+	$(stage)
 	$(candidates) --data $(D)/train/rm_prompts.jsonl --out $@ --part $*/2
 
 $(D)/train/candidates.jsonl: $(D)/train/candidates_1.jsonl $(D)/train/candidates_2.jsonl
 	cat $^ > $@
 
 $(D)/valid/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
+	$(stage)
 	$(candidates) --data $(D)/valid/rm_prompts.jsonl --out $@
 
 # Three people rank each training prompt, which is one batch element all the same; one response of it
@@ -121,7 +139,8 @@ $(D)/valid/comparisons_held_out.jsonl: $(D)/valid/candidates.jsonl $(labelers) $
 
 $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid/comparisons.jsonl \
                     $(D)/valid/comparisons_held_out.jsonl
-	$(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) \
+	$(stage)
+	$(alone) $(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) \
 	  --data $(D)/train/comparisons.jsonl --val_data $(D)/valid/comparisons.jsonl \
 	  --held_out_data $(D)/valid/comparisons_held_out.jsonl \
 	  --demonstrations $(D)/train/demonstrations.jsonl
@@ -129,6 +148,7 @@ $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid
 # The SFT baseline: of the epochs that the reward model likes best on validation prompts (C.1), the
 # last that is within a standard error.
 $(call weights,sft_selected): evaluate.py evaluation/select.py sample.py $(call weights,rm)
+	$(stage)
 	$(half) $(py) evaluate.py select --run $(OUT)/sft --reward_model $(OUT)/rm --out $(OUT)/sft_selected \
 	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --select_every 3 --seed $(SEED) --world $(D)/world.json
 
@@ -136,9 +156,11 @@ $(call weights,sft_selected): evaluate.py evaluation/select.py sample.py $(call 
 ppo = $(half) $(py) train_ppo.py --init $(OUT)/init --reward_model $(OUT)/rm --seed $(SEED) \
         --data $(D)/train/ppo_prompts.jsonl --val_data $(D)/valid/ppo_prompts.jsonl
 $(call weights,ppo): train_ppo.py model.py $(call weights,rm) $(call weights,init)
+	$(stage)
 	$(ppo) --out $(OUT)/ppo
 
 $(call weights,ppo_ptx): train_ppo.py model.py $(call weights,rm) $(call weights,init)
+	$(stage)
 	$(ppo) --out $(OUT)/ppo_ptx --ptx_coef 1 --pretrain_data $(D)/train/pretrain.txt
 
 # What each step did. PPO-ptx takes longest; the models before it are measured meanwhile.
@@ -151,17 +173,23 @@ measured := $(foreach model,base sft init ppo ppo_ptx,$(OUT)/report/$(model).jso
 # All are judged by the reward model, and compared with the model that PPO starts from.
 $(measured): $(measuring) $(call weights,rm) $(call weights,init)
 $(OUT)/report/base.json: $(call weights,base)
+	$(stage)
 	$(measure) --name base --checkpoint $(OUT)/base --best_prefix --val_data $(D)/valid/rm_prompts.jsonl
 $(OUT)/report/sft.json: $(call weights,sft_selected)
+	$(stage)
 	$(measure) --name sft --checkpoint $(OUT)/sft_selected --resample --best_of 4
 $(OUT)/report/init.json: $(call weights,init)
+	$(stage)
 	$(measure) --name init --checkpoint $(OUT)/init
 $(OUT)/report/ppo.json: $(call weights,ppo)
+	$(stage)
 	$(measure) --name ppo --checkpoint $(OUT)/ppo
 $(OUT)/report/ppo_ptx.json: $(call weights,ppo_ptx)
+	$(stage)
 	$(measure) --name ppo_ptx --checkpoint $(OUT)/ppo_ptx
 
 $(OUT)/report/report.md: $(call weights,ppo_ptx) evaluation/report.py evaluation/figures.py data/tiny/labelers.py $(measured)
+	$(stage)
 	$(py) evaluate.py report --measured $(measured) --baseline sft --out $(OUT)/report \
 	  --comparisons $(rankings)
 
@@ -184,7 +212,7 @@ $(R)/data/account.txt: data/real/prepare.py data/real/convert.py data/real/raw.p
 	  --passage_chars 300 --seed $(SEED)
 
 $(R)/base/model.safetensors: train_sft.py $(R)/data/account.txt
-	$(py) train_sft.py --out $(R)/base --seed $(SEED) --tokenizer $(R)/data/tokenizer.json \
+	$(alone) $(py) train_sft.py --out $(R)/base --seed $(SEED) --tokenizer $(R)/data/tokenizer.json \
 	  --pretrain_data $(R)/data/train/pretrain.txt --max_steps 120 --epochs 1 --batch_size 16 \
 	  --n_positions 256 --short_fraction 0 --lr 4e-3 --warmup_steps 50 --weight_decay 0.1 \
 	  --resid_pdrop 0

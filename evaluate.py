@@ -25,6 +25,7 @@ import argparse
 import sys
 
 from data.files import run_command
+from data.flags import Named, natural, number, whole
 from data.real.public_sets import PUBLIC_SETS
 from evaluation.folds import cross_validate
 from evaluation.measure import measure
@@ -32,7 +33,7 @@ from evaluation.public import measure_public
 from evaluation.report import write_report
 from evaluation.select import select
 from model import MISSING_EOS_SCORE
-from run import Named, Parser, natural, number, whole
+from run import Parser
 from sample import sampling_flags
 
 

@@ -24,6 +24,7 @@ on a CPU bit for bit.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import re
@@ -32,7 +33,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ import torch
 
 import kernels
 from checkpoint import find_model, load_state, read_info, save_model, save_state
-from data import files
+from data import files, flags
 from data.files import BadInput, Log
+from data.flags import natural, whole
 
 FOLDERS = ("checkpoints", "epochs", "steps")  # in --out
 OWN = re.compile(r"checkpoints/[0-9]{8}|(epochs|steps)/[0-9]+")  # others there are the user's
@@ -52,31 +54,8 @@ MODEL = ("config.json", "tokenizer.json", "model.safetensors")  # a model's file
 # Flags
 
 
-def _number(kind: type, low: float, high: float, expected: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        return value
-
-    return parse
-
-
-natural = _number(int, 1, 2**20, f"a whole number from 1 to {2**20}")
-whole = _number(int, 0, 2**32, f"a whole number from 0 to {2**32}")
-number = _number(float, -1e30, 1e30, "a number")
-nonnegative = _number(float, 0, 1e30, "a number from 0")
-fraction = _number(float, 0, 1, "a number from 0 to 1")
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage of all flags."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+class Parser(flags.Parser):
+    """Refuses a GPU that is not there."""
 
     def parse_args(self, *argv) -> argparse.Namespace:
         args = super().parse_args(*argv)
@@ -85,28 +64,15 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-class Named(argparse.Action):
-    """["sft=out/sft", ...] -> {"sft": "out/sft", ...}, in order; no name may come twice."""
-
-    def __call__(self, parser, args, items, flag=None) -> None:
-        named: dict[str, str] = {}
-        for item in items:
-            name, _, value = item.partition("=")
-            if not (name and value) or name in named:
-                parser.error(f"{flag} {item!r}: expected NAME=VALUE with a name of its own")
-            named[name] = value
-        setattr(args, self.dest, named)
-
-
 def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
     """A parser with the flags that every run has; the script adds the method's."""
-    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(allow_abbrev=False, formatter_class=shows_defaults)
-    parser.description = doc.split("\n")[0]
+    title, shape = doc.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=title, allow_abbrev=False, formatter_class=shape)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--out", default=out, help="folder of the run")
     add("--save_every", type=whole, default=save_every, help="steps between checkpoints; 0: last")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--tensorboard", metavar="FOLDER", help="where TensorBoard finds the logs, run by run")
     add("--grad_checkpointing", action=flag, default=False, help="less memory, more time")
     model_flags(parser)
     return parser
@@ -134,12 +100,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         path = Path(os.path.realpath(value))
         if path == out or any(path.is_relative_to(out / folder) for folder in FOLDERS):
             parser.error(f"--out {args.out} would replace --{name} {value}: give another folder")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        parser.error("--tensorboard: the package tensorboard is missing: pip install tensorboard")
     return args
 
 
 def _inputs(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> file, folder or name of a model, of all that a run reads."""
-    no_input = ("out", "device", "dtype", "kernels", "score_mod")
+    no_input = ("out", "tensorboard", "device", "dtype", "kernels", "score_mod")
     flags = vars(args).items()
     return {name: value for name, value in flags if isinstance(value, str) and name not in no_input}
 
@@ -181,7 +149,7 @@ class Run:
     print_every: int = 1  # every so many steps
 
     KEEP = 2  # checkpoints
-    FREE = ("out", "resume", "save_every", "keep_every", "print_samples")  # decide no number
+    FREE = "out tensorboard resume save_every keep_every print_samples".split()  # decide no number
 
     def __post_init__(self):
         args, self.out = self.args, Path(self.args.out)
@@ -198,7 +166,10 @@ class Run:
         self.start_row = {}
         self.done, self.saved, self.models = 0, [], set()  # step, checkpoints, models that are kept
         newest = self._restore() if args.resume else None
-        self.logs = [Log(self.out / name, newest) for name in ("log.csv", "timing.csv")]
+        if board := args.tensorboard and Path(args.tensorboard, self.out.name):
+            of_torch = importlib.import_module("torch.utils.tensorboard")  # purge: later steps
+            board = of_torch.SummaryWriter(board, purge_step=self.done and self.done + 1)
+        self.logs = [Log(self.out / name, newest, board) for name in ("log.csv", "timing.csv")]
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left, up to `total`; saves and leaves between them.

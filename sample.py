@@ -8,14 +8,12 @@
         --checkpoints sft=out/sft init=out/init base=out/base --shares 0.7 0.2 0.1 \\
         --num_responses 4 9 --prefix base="good answers :\\n"
 
---world prints the truth's marks beside each answer, with what is false and what is true instead;
---reward_model prints its score. Each works alone.
+--world adds the truth's marks, with what is true instead of what is false; --reward_model a score.
 
 The last command writes candidates.jsonl: K responses to each prompt, K drawn uniformly from the
 range (InstructGPT 3.5: K = 4..9), each from a model drawn by the shares. Which models a prompt gets
-depends only on --seed and the prompt's line. On a CPU the responses do not depend on --batch_size
-either, up to rounding; a GPU draws other random numbers for another batch size. --part 1/2 and
---part 2/2 each write half of the prompts; one after the other, the files are that of a single run.
+depends only on --seed and the prompt's line; on a CPU the responses do not depend on --batch_size
+either. --part 1/2 and --part 2/2 write half of the prompts each: together, what one run writes.
 """
 
 from __future__ import annotations
@@ -31,15 +29,16 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-from tqdm import tqdm
 
 from checkpoint import read_tokenizer
 from data import files
 from data.files import BadInput, Record, run_command
+from data.flags import Named, natural, nonnegative, whole
+from data.stages import progress
 from data.tiny.marks import Truth, suggestions
 from data.tokenizer import decode_response, encode_prompt
-from model import GPT, ScalarModel, pad_right
-from run import Named, Parser, check_context, model_flags, natural, nonnegative, whole
+from model import GPT, MISSING_EOS_SCORE, ScalarModel, pad_right
+from run import Parser, check_context, model_flags
 
 CHUNK = 512  # prompts sampled together, from random numbers of their own
 Judge = Callable[["Speaker", str, "Sample"], str]  # a response to a bare prompt -> words about it
@@ -85,7 +84,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=nonnegative, default=1.0, help="0: the likeliest token")
     sampling_flags(parser)
     args = parser.parse_args(argv)
-
     if unknown := set(args.prefix) - set(args.checkpoints):
         parser.error(f"--prefix {unknown.pop()}: expected a name given in --checkpoints")
     if bool(args.data) != bool(args.out):
@@ -227,7 +225,7 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     starts, (part, parts) = range(0, len(prompts), CHUNK), args.part
     mine = starts[(part - 1) * len(starts) // parts : part * len(starts) // parts]
     done: list[Record] = []
-    for start in tqdm(mine, desc=out.name, unit="chunk"):
+    for start in progress(mine, out.name, "chunk"):
         done += sample_chunk(prompts[start : start + CHUNK], speakers, args)
     files.write_jsonl(out, done, "candidates")
     ended = [end for record in done for end in record["ended"]]
@@ -275,8 +273,10 @@ def open_judges(args: argparse.Namespace) -> list[Judge]:
 
         def score(speaker: Speaker, prompt: str, sample: Sample) -> str:
             tokens = encode_prompt(speaker.encoding, prompt) + sample.tokens
-            row = pad_right([tokens], tokens[-1], args.device)
-            return f"score {model.scores(*row).item():+.2f}"
+            row = pad_right([tokens], 0, args.device)
+            by_rule, raw, _ = model.response_scores(*row, MISSING_EOS_SCORE)
+            cut = "" if sample.ended else f" for no end; the model's {raw.item():+.2f}"
+            return f"score {by_rule.item():+.2f}{cut}"
 
         judges.append(score)
     if args.world:
@@ -293,8 +293,8 @@ def answer(
     indent = " " * (width + 3)
     for speaker in speakers:
         if (length := len(encode_prompt(speaker.encoding, prompt))) > limit:
-            fault = f"{length} tokens for {speaker.name}, over --max_prompt_tokens {limit}"
-            raise BadInput(f"the prompt has {fault}: shorten it")
+            over = f"over --max_prompt_tokens {limit}: shorten it"
+            raise BadInput(f"the prompt has {length} tokens for {speaker.name}, {over}")
         prompts, seed = [prompt] * args.num_responses[-1], args.seed * 1_000_003 + turn
         for sample in respond(speaker, prompts, args, args.temperature, seed):
             text = sample.text.strip("\n").replace("\n", "\n" + indent)

@@ -32,9 +32,8 @@ gradients added before the same optimizer step, the value network's start.
 Where the paper is silent, as in Ziegler et al. 2019 and Stiennon et al. 2020: lambda 0.95,
 advantages whitened over response tokens, clipped value loss, no entropy bonus, a fixed low score
 for a response without end token. Gradient clip 1 as in GPT-3.
-Chosen for the tiny models here: rates, sizes, kl_coef, and ptx_coef, which multiplies a *mean*
-token loss (the paper's 27.8 belongs to another scale). A run of 50 iterations has a warm-up of 2
-and averages over about 20 updates, a tenth of it. The paper's values are in the help.
+Chosen for the tiny models here: rates, sizes, kl_coef, ptx_coef (of a *mean* token loss; the
+paper's 27.8 belongs to another scale), warm-up and average. The help has the paper's values.
 """
 
 from __future__ import annotations
@@ -54,9 +53,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import read_tokenizer
 from data.files import BadInput, read_documents, read_jsonl, run_command
+from data.flags import fraction, natural, nonnegative, number, whole
 from data.tokenizer import decode_response, encode_prompt
 from model import GPT, MISSING_EOS_SCORE, ScalarModel, pad_right
-from run import Run, check_context, fraction, natural, nonnegative, number, parse, parser, whole
+from run import Run, check_context, parse, parser
 
 # ------------------------------------------------------------------------------------------------
 # Arguments

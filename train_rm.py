@@ -45,9 +45,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import read_tokenizer
 from data.files import BadInput, read_jsonl, run_command, write_atomic
+from data.flags import natural, nonnegative, whole
 from data.tokenizer import encode_prompt, encode_response
 from model import GPT, ScalarModel, pad_right
-from run import Run, check_context, natural, nonnegative, parse, parser, whole
+from run import Run, check_context, parse, parser
 
 # ------------------------------------------------------------------------------------------------
 # Arguments

@@ -39,9 +39,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import read_tokenizer
 from data.files import BadInput, read_documents, read_jsonl, run_command
+from data.flags import fraction, natural, nonnegative, whole
 from data.tokenizer import encode_prompt, encode_response
 from model import GPT, GPTConfig, pad_right
-from run import Run, check_context, fraction, natural, nonnegative, parse, parser, whole
+from run import Run, check_context, parse, parser
 
 Example = tuple[list[int], int]  # tokens, and how many of them, at the start, are not in the loss
 

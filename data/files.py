@@ -384,10 +384,11 @@ class Log:
 
     The log of an earlier run stays until `keep()`: a run that dies before its first checkpoint
     destroys nothing. With `checkpoint`, a folder with a copy, that is what the log goes on from.
+    `board`, a SummaryWriter of torch.utils.tensorboard, gets each cell that is not empty.
     """
 
-    def __init__(self, path: Path, checkpoint: Path | None = None):
-        self.path, self.file = path, None
+    def __init__(self, path: Path, checkpoint: Path | None = None, board: Any = None):
+        self.path, self.file, self.board = path, None, board
         self.lines = (checkpoint / path.name).read_text().splitlines(True) if checkpoint else []
         if checkpoint or not path.exists():
             self.keep()
@@ -410,6 +411,11 @@ class Log:
         self._append(
             [f"{c:.9g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
         )
+        if self.board:
+            for name, cell in zip(columns, cells, strict=True):
+                if name != "step" and cell is not None:
+                    self.board.add_scalar(name, cell, row["step"])
+            self.board.flush()
 
     def _append(self, cells: Iterable[str]) -> None:
         self.lines.append(",".join(cells) + "\n")

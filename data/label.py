@@ -24,7 +24,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data.files import (
     BadInput,
@@ -34,6 +33,7 @@ from data.files import (
     run_command,
     write_jsonl,
 )
+from data.stages import progress
 from data.tiny.grader import grade
 from data.tiny.labelers import POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
 from data.tiny.world import World
@@ -117,7 +117,7 @@ def simulate(
                 "labelers rank prompts of the tiny world alone, use --interactive"
             )
     grades, sampled = [], []
-    for record in tqdm(records, desc="grading", unit="prompt", disable=None):
+    for record in progress(records, f"grading, {pool_name} pool", "prompt"):
         answers = zip(record["responses"], record["ended"], strict=True)
         grades.append([grade(world, record, response, ended) for response, ended in answers])
         sampled.append([name != OTHER_PROMPT for name in record["models"]])

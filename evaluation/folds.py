@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
-from tqdm import tqdm
 
 from data import files
 from data.files import BadInput, Record
+from data.stages import progress
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
 from evaluation.report import as_markdown, as_text, csv_text, estimate
 from model import ScalarModel, pad_right
@@ -190,7 +190,7 @@ def cross_validate(args: Namespace) -> None:
     folds, prompts = deal(records, args.folds, args.seed)
     reads = [read(record, encoding, args.max_new_tokens) for record in records]
     rows: list[dict] = []
-    for fold in tqdm(range(args.folds), desc="folds"):
+    for fold in progress(range(args.folds), out.name, "fold"):
         folder, outside = out / f"fold_{fold}", np.flatnonzero(folds != fold)
         train = folder / "train.jsonl"
         files.write_jsonl(train, [records[i] for i in outside], "comparisons")

@@ -14,11 +14,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from checkpoint import read_info
 from data import files
 from data.files import BadInput
+from data.stages import progress
 from data.tiny.grader import evaluation_utility
 from data.tiny.world import World
 from evaluation.measure import grades, load_prompts, load_reward_model, open_speaker, reward_scores
@@ -47,7 +47,7 @@ def select(args: argparse.Namespace) -> None:
     records = load_prompts(args.data, first, args, limit=args.num_prompts)
     prompts = [record["prompt"] for record in records]
     rows, every, raws = [], [], []
-    for folder in tqdm(kept, desc="epochs"):
+    for folder in progress(kept, out.name, "epoch"):
         speaker, info = open_speaker(folder.name, folder, args, judge), read_info(folder)
         samples = respond(speaker, prompts, args)
         scores, raw = reward_scores(judge, speaker, prompts, samples, args)

@@ -23,7 +23,8 @@ import run as run_file
 from checkpoint import read_info
 from data import files
 from data.files import BadInput, read_log, run_command, write_folder_atomic
-from run import Log, Run, check_context, fraction, natural, nonnegative, number, whole
+from data.flags import fraction, natural, nonnegative, number, whole
+from run import Log, Run, check_context
 from tests import toy
 from tests.crash import Server, bytes_lost, contents, run_dying_at, same_steps
 
@@ -249,7 +250,7 @@ def restore_without(name: str) -> Callable[[Run], Path | None]:
 LOG, TIDY = Log.__init__, Run._tidy
 BUGS = {f"{name} not restored": (Run, "_restore", restore_without(name)) for name in toy.STATE} | {
     "not seeded by the step": (torch, "manual_seed", lambda seed: torch.default_generator),
-    "log not cut back": (Log, "__init__", lambda log, path, _: LOG(log, path, path.parent)),
+    "log not cut back": (Log, "__init__", lambda log, path, *_: LOG(log, path, path.parent)),
     "earlier log overwritten": (Log, "__init__", lambda log, *args: LOG(log, *args) or log.keep()),
     "earlier result stays": (Path, "unlink", lambda path, missing_ok=False: None),
     "kept only by save": (Run, "_tidy", lambda r: TIDY(r) if hasattr(r, "step") else None),

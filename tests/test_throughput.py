@@ -5,7 +5,10 @@ import csv
 import math
 import shlex
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ from data.real import prepare
 from generate import KVCache
 from model import GPT, GPTConfig, Linear, ScalarModel
 from tests import throughput
-from tests.makefile import dry_run
+from tests.makefile import ROOT, dry_run
 from tests.throughput import SHAPES, STAGES, forward_flops, main, memory_plan, stage_args
 
 SMALL = GPTConfig(vocab_size=101, n_positions=64, n_embd=64, n_layer=3, n_head=4, eos_token_id=0)
@@ -373,3 +376,64 @@ def test_odd_arguments_are_refused() -> None:
         with pytest.raises(SystemExit) as stopped:
             main(argv)
         assert stopped.value.code == 2
+
+
+# ---- beside another program
+
+
+def test_pretraining_is_timed_with_the_command_of_the_demo() -> None:
+    """Batches of 16 times 128 tokens, in sequences of 64."""
+    assert throughput.pretraining_rate(0.01) > 0
+    (first, *_) = throughput.Clocks.rows
+    assert first["tok_per_s"] * first["step_s"] == pytest.approx(16 * 128)
+
+
+def test_threads_and_environment_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Makefile's are asked for while the other program runs, or before it starts."""
+    said: list = []
+
+    @contextmanager
+    def another_program(there: bool) -> Iterator[None]:
+        said.append(("there", there))
+        yield
+        said.append("gone")
+
+    def run(command: list[str], env: dict[str, str], **_) -> SimpleNamespace:
+        assert not command[1].startswith("data") or "OMP_NUM_THREADS" not in env
+        given = env.get("OMP_NUM_THREADS"), env.get("GOMP_SPINCOUNT")
+        said.append((Path(command[1]).stem, *given))
+        return SimpleNamespace(stdout=b"1\n" if "free" in command else b"words\n123.5\n")
+
+    monkeypatch.setattr(throughput, "another_program", another_program)
+    monkeypatch.setattr(throughput, "allowed_cores", lambda: {0, 1})
+    monkeypatch.setattr(throughput.subprocess, "run", run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert throughput.one_case(False, False, True, 1.0) == (2, 123.5)
+    plain = [("there", False), "gone", ("there", True), ("-m", "2", None), "gone"]
+    assert said == plain
+    said.clear()
+    assert throughput.one_case(True, True, True, 1.0) == (1, 123.5)
+    asked = [("there", True), ("stages", None, None), "gone"]
+    assert said == [*asked, ("there", True), ("-m", "1", "30000"), "gone"]
+    (makefile,) = {line for line in (ROOT / "Makefile").read_text().splitlines() if "GOMP" in line}
+    assert makefile == "export GOMP_SPINCOUNT ?= 30000"
+
+
+def test_cases_take_turns_and_have_their_ratio(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rates = iter([100, 110, 5, 50, 20, 300, 90, 6, 60, 30, 120, 140, 4, 70, 25])
+    monkeypatch.setattr(throughput, "one_case", lambda *_: (2, next(rates)))
+    assert main(["--busy"]) == 0
+    *rounds, a, b, c, d, e = capsys.readouterr().out.splitlines()
+    assert len(rounds) == 15 and rounds[5].startswith("round 2: idle, all cores: 2 threads, 300 ")
+    medians = [line.split("tokens/s")[0].split()[-1] for line in (a, b, c, d, e)]
+    assert medians == ["120", "110", "5", "60", "25"]
+    assert [line.split()[-1] for line in (a, b, c, d, e)] == [
+        "1.00",
+        "0.92",
+        "0.04",
+        "0.50",
+        "0.21",
+    ]

@@ -4,6 +4,7 @@
     python -m tests.throughput --size gpt2 gpt2-xl        on a GPU; writes kernels/results/
     python -m tests.throughput --plan                     memory and operations on paper, no run
     python -m tests.throughput --size gpt2 --rollout_size 256 -- --max_prompt_tokens 1
+    python -m tests.throughput --busy                     pretraining beside another program
 
 What is timed is the scripts' own `main` with the flags that `make gpt2 SIZE=...` gives them (tiny:
 their defaults), for a few steps. Exchanged are what it reads and what it writes: models are made
@@ -35,17 +36,27 @@ PPO holds policy, value network, average, frozen models and Adam's moments, and 
 larger of rollout (bM + cache + a prefill of (8 + 9 b) C a prompt token + 16 V a row) and update
 (gradients of both networks, and casts, activations and head of one at a time). A sum of what may
 live at once, without fragmentation and the driver's own half gigabyte.
+
+**Beside another program** (`--busy`): tokens a second of the demo's pretraining, the mean over some
+seconds of a process of its own, with all cores as threads and with the threads and the environment
+that the Makefile gives to a stage that runs alone; on an idle machine, beside a process that keeps
+one core busy, and beside one that starts only when the threads are chosen. The cases take turns,
+and the median of the rounds is printed, with its ratio to the first case's.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,11 +68,12 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
+from data.stages import allowed_cores
 from kernels.bench import RESULTS
 from kernels.runtime import triton
 from model import GPT, GPTConfig, ScalarModel
 from run import Run
-from tests.makefile import dry_run, edit
+from tests.makefile import ROOT, dry_run, edit
 
 SHAPES = {
     "tiny": GPTConfig(1024, n_positions=128, n_embd=128, n_layer=3, n_head=4, eos_token_id=1023),
@@ -102,6 +114,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rollout_size", type=int, help="responses sampled at once, instead of the size's")
     add("--peak_tflops", type=float, default=0.0, help="of the GPU, for mfu; 0: by its name")
     add("--plan", action="store_true", help="print memory and operations on paper, and stop")
+    add("--busy", action="store_true", help="time pretraining, idle and beside another program")
+    add("--seconds", type=float, default=6.0, help="of --busy: of each case in each of 3 rounds")
+    add("--pretraining", action="store_true", help="time pretraining with these threads alone")
     add("--out", type=Path, help="CSV; on a GPU without it: kernels/results/throughput_<GPU>.csv")
     add("flags", nargs="*", help="after --: flags for the three scripts")
     args = parser.parse_args(argv)
@@ -436,8 +451,113 @@ def measure(
         yield base | row | ({"mfu": rate / peak} if peak else {})
 
 
+# ------------------------------------------------------------------------------------------------
+# Beside another program
+
+
+class Stop(Exception):
+    """The time of a run is over."""
+
+
+def pretraining_rate(seconds: float) -> float:
+    """Tokens a second of the demo's command for the base model, on random text of the tiny world's
+    size, from the fourth step on for so long, in this process."""
+    (line,) = (line for line in dry_run("demo", OUT="x") if "--out x/base " in line)
+    words = shlex.split(line)
+    argv = edit(words[words.index("train_sft.py") + 1 :], val_pretrain_data=None)
+    rng = np.random.default_rng(0)
+
+    def sequences(path: str, encoding: None, length: int, short: int, share: float) -> list:
+        """Short ones for more steps than are timed, and a batch of full ones."""
+        size, lengths = SHAPES["tiny"].vocab_size - 1, [short] * 8000 + [length] * 16
+        return [(rng.integers(size, size=n).tolist(), 1) for n in lengths]
+
+    class Timed(Clocks):
+        def log(self, row: dict[str, Any]) -> None:
+            super().log(row)
+            if sum(clocks["step_s"] for clocks in self.rows[3:]) >= seconds:
+                raise Stop
+
+    stand_in = stand_ins("sft", SHAPES["tiny"], []) | {"load_sequences": sequences}
+    more = ["--max_steps", "1000000", "--device", "cpu"]
+    with mock.patch.multiple(train_sft, Run=Timed, **stand_in):
+        try:
+            train_sft.main([*argv, *more])
+        except Stop:
+            pass
+    rows = Clocks.rows[3:]
+    return sum(c["tok_per_s"] * c["step_s"] for c in rows) / sum(c["step_s"] for c in rows)
+
+
+def spin_count() -> str:
+    """GOMP_SPINCOUNT of the stages: as given, else the Makefile's."""
+    found = re.search(r"GOMP_SPINCOUNT \?= (\d+)", (ROOT / "Makefile").read_text())
+    return os.environ.get("GOMP_SPINCOUNT", found[1])
+
+
+@contextmanager
+def another_program(there: bool) -> Iterator[None]:
+    """A process that keeps one core busy."""
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if there else None
+    time.sleep(0.5 if there else 0)
+    try:
+        yield
+    finally:
+        if busy:
+            busy.kill()
+            busy.wait()
+
+
+def one_case(guarded: bool, before: bool, after: bool, seconds: float) -> tuple[int, float]:
+    """(threads, tokens a second): another program runs before the threads are chosen, or after."""
+    given = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
+    threads = len(allowed_cores())
+    with another_program(before):
+        if guarded:
+            how = [sys.executable, "data/stages.py", "free"]
+            said = subprocess.run(how, cwd=ROOT, env=given, check=True, capture_output=True)
+            threads, given["GOMP_SPINCOUNT"] = int(said.stdout), spin_count()
+    given["OMP_NUM_THREADS"] = str(threads)
+    command = [sys.executable, "-m", "tests.throughput", "--pretraining", "--seconds", str(seconds)]
+    with another_program(after):
+        said = subprocess.run(command, cwd=ROOT, env=given, check=True, capture_output=True)
+    return threads, float(said.stdout.split()[-1])
+
+
+# What is printed, then: guarded, another program before and after the choice of the threads.
+CASES = {
+    "idle, all cores": (False, False, False),
+    "idle, the Makefile's threads": (True, False, False),
+    "one core busy, all cores": (False, True, True),
+    "one core busy, the Makefile's threads": (True, True, True),
+    "one core busy later, the Makefile's threads": (True, False, True),
+}
+
+
+def print_busy(seconds: float, rounds: int = 3) -> None:
+    """Threads and tokens a second of each of CASES, round by round; then the medians."""
+    found: dict[str, list[tuple[int, float]]] = {case: [] for case in CASES}
+    for turn in range(rounds):
+        for case, how in CASES.items():
+            threads, rate = one_case(*how, seconds)
+            found[case].append((threads, rate))
+            print(f"round {turn + 1}: {case}: {threads} threads, {rate:,.0f} tokens/s", flush=True)
+    first = np.median([rate for _, rate in found["idle, all cores"]])
+    for case, results in found.items():
+        threads = "/".join(str(threads) for threads, _ in results)
+        rate = np.median([rate for _, rate in results])
+        ratio = f"ratio {rate / first:.2f}"
+        print(f"{case:44} threads {threads:6} {rate:8,.0f} tokens/s, {ratio}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
+    if args.pretraining:
+        print(pretraining_rate(args.seconds))
+        return 0
+    if args.busy:
+        print_busy(args.seconds)
+        return 0
     if args.plan:
         print_plans(args.flags)
         return 0

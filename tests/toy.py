@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from run import Run, natural, nonnegative, parse, parser
+from data.flags import natural, nonnegative
+from run import Run, parse, parser
 
 STATE = ("model", "ema", "adam")
 

@@ -82,7 +82,7 @@ def recipes(folder: Path, seed: int) -> dict[str, tuple[str, ...]]:
     """The Makefile's command for each file of a demo in `folder`: file below it -> command."""
     found = {}
     for line in dry_run("demo", SEED=seed, OUT=folder):
-        words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+        words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=.*", word)]
         if "--out" in words:
             made = Path(words[words.index("--out") + 1]).relative_to(folder).as_posix()
             found[made] = (sys.executable, *words[1:])

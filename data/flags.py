@@ -1,0 +1,48 @@
+"""Flags of all commands: numbers that know their range, one line for what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def _number(kind: type, low: float, high: float, expected: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return value
+
+    return parse
+
+
+natural = _number(int, 1, 2**20, f"a whole number from 1 to {2**20}")
+whole = _number(int, 0, 2**32, f"a whole number from 0 to {2**32}")
+number = _number(float, -1e30, 1e30, "a number")
+nonnegative = _number(float, 0, 1e30, "a number from 0")
+fraction = _number(float, 0, 1, "a number from 0 to 1")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage of all flags."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+class Named(argparse.Action):
+    """["sft=out/sft", ...] -> {"sft": "out/sft", ...}, in order; no name may come twice."""
+
+    def __call__(self, parser, args, items, flag=None) -> None:
+        named: dict[str, str] = {}
+        for item in items:
+            name, _, value = item.partition("=")
+            if not (name and value) or name in named:
+                parser.error(f"{flag} {item!r}: expected NAME=VALUE with a name of its own")
+            named[name] = value
+        setattr(args, self.dest, named)
