@@ -222,7 +222,8 @@ def world(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("judges", ["rm", "world", "rm world", ""])
 def test_judges_speak_below_each_answer(tiny, tmp_path, capsys, monkeypatch, world, judges):
-    """The reward model reads the bare prompt; only a prompt of the files has a task."""
+    """The reward model reads the bare prompt, and what is cut scores by PPO's rule; only a prompt of
+    the files has a task."""
     read = ScalarModel.from_pretrained(tiny.rm).eval()
     a, end = tiny.encoding.encode_ordinary("a")[0], tiny.encoding.eot_token
     loud, mute = (constant_model(tiny, tmp_path / str(n), n) for n in (a, end))
@@ -233,7 +234,9 @@ def test_judges_speak_below_each_answer(tiny, tmp_path, capsys, monkeypatch, wor
         if "rm" in judges:
             place = -2 if tokens[-1] == end else -1
             with torch.no_grad():
-                words.append(f"score {read(torch.tensor([tokens]))[0, place].item():+.2f}")
+                own = f"{read(torch.tensor([tokens]))[0, place].item():+.2f}"
+            cut = f"score -4.00 for no end; the model's {own}"
+            words.append(f"score {own}" if tokens[-1] == end else cut)
         if "world" in judges:
             known = "helpful 0, truthful 1, harmless 1"
             unknown = "truthful 1, harmless 1, helpful unknown: not a prompt of this world's files"
