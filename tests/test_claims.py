@@ -133,9 +133,7 @@ class PlantedLab(Lab):
         return 3_000_000
 
     def flawed(self, data: str) -> Estimate:
-        share = {"careful": 0.1, "moderate": 0.36, "careless": 0.8}.get(
-            data.split("/")[-2:][0], 0.56
-        )
+        share = {"careful": 0.1, "moderate": 0.36}.get(data.split("/")[-2:][0], 0.56)
         return Estimate(share, share, share)
 
     def answers(self, name, prompts="prompts", temperature=1.0, draw=0) -> Answers:

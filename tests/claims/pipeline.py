@@ -38,9 +38,8 @@ KL_FACTORS = (0.1, 10, 100)  # times the demo's --kl_coef
 FAILINGS = {
     "careful": (0.05, 0.07, 0.04, 0.12),
     "moderate": (0.15, 0.20, 0.12, 0.35),
-    "careless": (0.15, 0.50, 0.35, 0.65),
 }
-TOKENS = (1_000_000, 2_000_000, 6_000_000)
+TOKENS = (1_000_000, 2_000_000)
 RANKED = (1000, 3000)
 OVEROPT_STEPS, OVEROPT_KEEP = 60, 6
 PAIRS_PROMPTS = 1500  # prompts of both arms of the contrast of 3.5
@@ -184,7 +183,7 @@ class Seed:
             last = self.path("report", "table.csv")
             folders = ("*.py", "data/**/*.py", "evaluation/*.py")
             sources = sorted([ROOT / "Makefile", *(f for g in folders for f in ROOT.glob(g))])
-            self.graph.add(Stage(name, command, last, (), 24.0, CORES, tuple(sources)))
+            self.graph.add(Stage(name, command, last, (), 22.0, CORES, tuple(sources)))
             return
         before: tuple[str, ...] = ()
         for made, recipe in self.recipes.items():
