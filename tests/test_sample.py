@@ -222,8 +222,8 @@ def world(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("judges", ["rm", "world", "rm world", ""])
 def test_judges_speak_below_each_answer(tiny, tmp_path, capsys, monkeypatch, world, judges):
-    """The reward model reads the bare prompt, and what is cut scores by PPO's rule; only a prompt of
-    the files has a task."""
+    """The reward model reads the bare prompt, and what is cut scores by PPO's rule; only a prompt
+    of the files has a task."""
     read = ScalarModel.from_pretrained(tiny.rm).eval()
     a, end = tiny.encoding.encode_ordinary("a")[0], tiny.encoding.eot_token
     loud, mute = (constant_model(tiny, tmp_path / str(n), n) for n in (a, end))
