@@ -2,8 +2,8 @@
 #
 #   make demo                    the tiny world, end to end: out/report/report.md
 #   make demo SEED=1 OUT=out/1   another world, users, models
+#   make watch                   beside a demo: out/watch.png, the curves of what is trained
 #   make claims                  every claim of the paper's results: out/claims/report.md
-#   make watch                   beside it: out/watch.png, the curves of what is being trained
 #   make test                    the test suite (TESTS="..." adds arguments for pytest)
 #   make real DATA=FOLDER        the same scripts on human data: out/real/report/report.md
 #   make public DATA=FOLDER      those models on public evaluation sets: out/real/public/report.md
@@ -26,8 +26,8 @@ endif
 py      := .venv/bin/python
 # Two stages at a time where the graph allows it, each on half of the cores: small matrix products
 # use two separate cores better than two together. A stage that has to run alone gets all that are
-# free: two threads, one of them on a core that is taken, are far slower than one. Threads that wait
-# for each other spin for a millisecond at most, in case the core is taken later.
+# free: two threads, one of them on a core that is taken, are far slower than one. In case a core is
+# taken later, threads that wait for each other give up their core sooner than by default.
 MAKEFLAGS += --jobs=2
 half    := OMP_NUM_THREADS=$(shell $(PYTHON) data/stages.py half)
 alone   := OMP_NUM_THREADS="$$($(py) data/stages.py free)"

@@ -220,7 +220,11 @@ def main(argv: list[str]) -> int:
     if command in ("half", "free"):
         print(threads(alone=command == "free"))
     elif command == "start" and len(rest) >= 3:
-        if line := start(*rest[:3], rest[3:]):
+        try:
+            line = start(*rest[:3], rest[3:])
+        except (OSError, ValueError):  # for want of a line no stage fails
+            line = ""
+        if line:
             print(line, flush=True)
     else:
         print("error: expected half, free, or start RUN OUT FILE [GOAL ...]", file=sys.stderr)

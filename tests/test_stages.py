@@ -173,6 +173,20 @@ def test_the_lines_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert stages.start("3", out, f"{out}/base/model.safetensors", []) == ""
 
 
+@pytest.mark.parametrize("there", ["a file", "bytes"])
+def test_a_line_that_cannot_be_said_stops_no_stage(
+    there: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "o"
+    if there == "bytes":
+        out.mkdir()
+    (out if there == "a file" else out / "timing.csv").write_bytes(b"run,stage\n\xff\n")
+    assert stages.main(["start", "1", str(out), f"{out}/rm/model.safetensors"]) == 0
+    assert stages.main(["start"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+
+
 def test_the_makefile_announces_the_stages_of_the_table() -> None:
     """Each just before its command, with its name; what is up to date is not among them."""
     lines = dry_run("demo", OUT="x")
