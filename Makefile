@@ -123,8 +123,8 @@ $(D)/valid/candidates.jsonl: sample.py $(call weights,sft) $(call weights,base)
 	$(stage)
 	$(candidates) --data $(D)/valid/rm_prompts.jsonl --out $@
 
-# Three people rank each training prompt, which is one batch element all the same; one response of it
-# is another prompt's. Validation is on samples as they are, by people who are as noisy.
+# Three labelers rank each training prompt, whose pairs train_rm.py joins into one batch element; one
+# of its responses is another prompt's. Validation is on samples as they are, with the same noise.
 label     = $(py) -m data.label --out $@ --world $(D)/world.json --seed $(SEED)
 labelers := data/label.py data/tiny/labelers.py data/tiny/grader.py data/tiny/world.py
 rankings := $(D)/train/comparisons.jsonl

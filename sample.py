@@ -275,7 +275,7 @@ def open_judges(args: argparse.Namespace) -> list[Judge]:
             tokens = encode_prompt(speaker.encoding, prompt) + sample.tokens
             row = pad_right([tokens], 0, args.device)
             by_rule, raw, _ = model.response_scores(*row, MISSING_EOS_SCORE)
-            cut = "" if sample.ended else f" for no end; the model's {raw.item():+.2f}"
+            cut = "" if sample.ended else f" (no end; the reward model says {raw.item():+.2f})"
             return f"score {by_rule.item():+.2f}{cut}"
 
         judges.append(score)

@@ -9,26 +9,27 @@ of this script, the paper's iteration, draws prompts, samples responses to each,
 charges the KL term token by token, and makes a pass of clipped updates over random minibatches.
 
 Four models: the policy pi starts from --init, which the paper calls the RL start (C.3); the
-reference pi_ref is the start, frozen, or --reference; the reward model, frozen; the value network,
-a copy of the reward model with an optimizer of its own. The result is the exponential moving
-average of the policy's weights. Scores depend on the prompts that were drawn. What was learned is
-the gain: the score minus that of the start on the same prompts, from the same random numbers.
+reference pi_ref, frozen, is the start unless --reference names another; the reward model, frozen;
+the value network, a copy of the reward model with an optimizer of its own. The result is the
+exponential moving average of the policy's weights. Prompts differ in score more than models do, so
+watch the gain: the score minus the start's on the same prompts, from the same random numbers.
 
 Every per-token quantity is (B, T) and indexed by the token it is about. For the row
 "p0 p1 | r2 r3 end" (two prompt tokens, a response of three with its end token, then padding; the
 row's length is 5):
 
-    t                 0     1     2      3      4             5
-    tokens            p0    p1    r2     r3     end           (end)
-    mask              0     0     1      1      1             0
-    logprobs[t]       0     0     log pi(tokens[t] | tokens[:t])    from the hidden state at t - 1
-    values[t]         0     0     V before token t                  the scalar output at t - 1
-    rewards[t]        0     0     -c     -c     -c + score    0     c = kl_coef log(pi / pi_ref)[t]
-    advantages[t]     0     0     A(2)   A(3)   A(4)          0
+    t            0   1   2      3      4           5
+    tokens       p0  p1  r2     r3     end         (end)
+    mask         0   0   1      1      1           0
+    logprobs     0   0   l2     l3     l4          0   log pi(tokens[t] | tokens[:t]), from t - 1
+    values       0   0   V2     V3     V4          0   before tokens[t]: the scalar output at t - 1
+    rewards      0   0   -c2    -c3    -c4+score   0   c = kl_coef log(pi / pi_ref)
+    advantages   0   0   A2     A3     A4          0   whitened after the returns are taken
+    returns      0   0   A2+V2  A3+V3  A4+V4       0   what the value network learns
 
 From the paper: sampling at temperature 1, no discount, clip 0.2, one pass over the minibatches,
 constant learning rates after a warm-up from a tenth, an average of the weights, pretraining
-gradients added before the same optimizer step, the value network's start.
+gradients added before the same optimizer step, a value network that starts as the reward model.
 Where the paper is silent, as in Ziegler et al. 2019 and Stiennon et al. 2020: lambda 0.95,
 advantages whitened over response tokens, clipped value loss, no entropy bonus, a fixed low score
 for a response without end token. Gradient clip 1 as in GPT-3.
@@ -100,12 +101,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--print_samples", type=whole, default=2, help="samples shown at each validation")
     args = parse(flags, argv)
     args.reference = args.reference or args.init
-    updates = args.num_minibatches * args.responses_per_prompt
-    if args.batch_size % updates:
-        flags.error(
-            f"--batch_size {args.batch_size} is not a multiple of --num_minibatches times "
-            f"--responses_per_prompt, {updates}: change one"
-        )
+    multiple = args.num_minibatches * args.responses_per_prompt
+    if args.batch_size % multiple:
+        what = f"--num_minibatches times --responses_per_prompt, {multiple}: change one"
+        flags.error(f"--batch_size {args.batch_size} is not a multiple of {what}")
     minibatch_size = args.batch_size // args.num_minibatches
     if args.ptx_coef:
         if not args.pretrain_data:
@@ -164,14 +163,14 @@ def main(argv: list[str] | None = None) -> int:
             for group in optimizer.param_groups:
                 group["lr"] = warm_up * lr
 
-        # 1. Rollout: a response to each of this step's prompts.
+        # 1. Rollout: responses to this step's prompts.
         batch = prompts_of_step(prompts, step, args)
         seed = args.seed * 1_000_003 + step
         tokens, prompt_lengths, lengths = sample(policy, batch, seed, args)
         run.lap("rollout_s", int((lengths - prompt_lengths).sum()))
 
-        # 2. Score. Minibatches are drawn first and cut into micro-batches. Old log-probs are
-        #    computed on the tensors that the update will use, so the first ratio is exactly 1.
+        # 2. Score. Minibatches are drawn first and cut into micro-batches: old log-probs are
+        #    computed on the tensors of the update, so in the first one the ratio is exactly 1.
         minibatches = []
         for micro_batches in draw_minibatches(lengths, rng, args):
             minibatches.append([])
@@ -364,8 +363,8 @@ def draw_minibatches(
 
 @dataclass
 class Episodes:
-    """A micro-batch of B prompts with a response each, and what the update takes as given: (B, T)
-    each, but `lengths`, `scores` and `ended`, which are (B,)."""
+    """A micro-batch of B responses, and what the update takes as given: (B, T) each, but `lengths`,
+    `scores` and `ended`, which are (B,). Responses to a prompt are neighbours."""
 
     tokens: Tensor
     lengths: Tensor

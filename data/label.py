@@ -5,10 +5,11 @@
 
 The first form lets simulated labelers of the tiny world rank (data/tiny/labelers.py). Their noise
 is fitted to 73 % agreement and written beside each ranking; with --noise_of FILE it is that of
-comparisons that were labelled before. The command prints how often two labelers agree, and of the
-first ranking of each prompt the ties and what a noise-free labeler would score. With --labelers N,
-each prompt has N records, one after the other, by different labelers. The second form lets you do
-it, on any candidates: type the numbers of the
+comparisons that were labelled before. The command prints how often two labelers agree and, for each
+prompt's first ranking, the share of ties and the accuracy of a noise-free labeler. With --labelers
+N, each prompt has N records, one after the other, by different labelers.
+
+In the second form you rank, on any candidates: type the numbers of the
 responses from best to worst, with = between equals, such as "2 1=3 4". Every ranking is saved at
 once; started again with the same files, it goes on where you stopped.
 

@@ -5,7 +5,7 @@
     python data/stages.py start RUN OUT FILE GOAL  the line of the stage that makes FILE for GOAL
 
 The line says which stage this is, of those that this `make` has to run, and how long the rest will
-take: "stage 8 of 16, reward model: about 3 min left". These commands need the standard library
+take: "stage 8 of 17, reward model: about 5 min left". These commands need the standard library
 alone, so that each takes a moment.
 
 The threads of a program wait for each other after every matrix product. With one of them on a core

@@ -190,7 +190,7 @@ pretraining text. A task that the base model cannot do measures nothing.
 {loss}
 ---
 Differences, paired by item and by sequence, with 95 % intervals: each model minus the one that it \
-was trained from, then minus the first of that line.
+was trained from, then minus the first of that line, the pretrained one.
 
 {differences}
 
@@ -410,7 +410,8 @@ class Report:
 
     def gallery(self) -> tuple[str, str]:
         """A sentence on who wins, greedy, the baseline or the last model given; and a text block of
-        the first prompts on which they differ, with the first of a direction that these lack."""
+        the first prompts on which they differ; if these are all wins, the first loss follows, and
+        the other way round."""
         if not self.shown:
             return "", ""
         prompts, pair = self.measured[0]["prompts"], (self.baseline, self.shown)
@@ -646,10 +647,9 @@ def payers(differences: Table) -> list[str]:
                 low, high = sorted((sign * e.low, sign * e.high))
                 verdict = worse if high < 0 else better if low > 0 else neither
                 verdict.append(name.replace(" minus ", " (against ") + ")")
-        line = f"In {heading(metric)}, the tax is paid by {', '.join(worse) or 'none'}"
-        line += f"; a gain is seen in {', '.join(better)}" if better else ""
-        line += f"; neither a loss nor a gain is seen in {', '.join(neither)}" if neither else ""
-        said += [f"{line}."] if worse or better or neither else []
+        found = {"worse in": worse, "better in": better, "no clear difference in": neither}
+        parts = [f"{what} {', '.join(names)}" for what, names in found.items() if names]
+        said += [f"{heading(metric)}: {'; '.join(parts)}."] if parts else []
     return said
 
 
@@ -668,7 +668,7 @@ def lowest_loss(selection: Rows) -> str:
 def course(run: str, rows: Rows) -> str:
     """A PPO run in one sentence: what was gained over the start, by the averaged weights on
     validation prompts and by the policy in the last quarter of the rollouts."""
-    steps = [row for row in rows if row["step"]]
+    steps = [row for row in rows if row["step"]]  # without row 0, the start's
     late = steps[-max(1, len(steps) // 4) :]
     line = f"**{run}**: {len(steps)} iterations; "
     if looks := [row for row in rows if not math.isnan(row.get("val_gain", math.nan))]:
@@ -678,8 +678,8 @@ def course(run: str, rows: Rows) -> str:
         line += f"±{end['val_score_ci']:.2f}, at a KL of {end['val_kl']:.2f} nats; "
     gain = np.mean([row["score_gain"] for row in late])
     half = math.sqrt(sum(row["score_gain_ci"] ** 2 for row in late)) / len(late)
-    line += f"in the last {len(late)} iterations the policy gains {with_ends(gain, half)}, at "
-    return f"{line}{np.mean([row['kl'] for row in late]):.2f} nats."
+    line += f"in the last {len(late)} iterations the policy gains {with_ends(gain, half)}, at a KL "
+    return f"{line}of {np.mean([row['kl'] for row in late]):.2f} nats."
 
 
 def with_ends(value: float, half: float) -> str:

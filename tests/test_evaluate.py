@@ -675,12 +675,11 @@ def test_differences_are_paired_and_follow_the_line_of_training():
     assert (loss.value, loss.low, loss.high) == pytest.approx((-0.05,) * 3)
     tasks, text = report.payers(found)
     assert tasks == (
-        "In public tasks, zero-shot, the tax is paid by sft (against base), init (against base); "
-        "a gain is seen in ppo (against init); neither a loss nor a gain is seen in ppo (against "
-        "base)."
+        "public tasks, zero-shot: worse in sft (against base), init (against base); better in ppo "
+        "(against init); no clear difference in ppo (against base)."
     )
-    assert "paid by sft (against base); a gain is seen in ppo (against init), ppo" in text
-    assert text.endswith("; neither a loss nor a gain is seen in init (against base).")
+    assert "worse in sft (against base); better in ppo (against init), ppo" in text
+    assert text.endswith("; no clear difference in init (against base).")
     words = made.words()
     assert "| sft minus base | -0." in words["differences"]
     assert "+4.000 [+4.000, +4.000] |\n| init" in words["differences"]
@@ -811,14 +810,14 @@ def test_the_course_of_a_ppo_run():
     rows[8]["score_gain_ci"] = 0.08
     assert report.course("ppo", rows[1:]) == (
         "**ppo**: 8 iterations; in the last 2 iterations the policy gains +0.75 [+0.70, +0.80], "
-        "at 0.10 nats."
+        "at a KL of 0.10 nats."
     )
     rows[8] |= {"val_gain": 0.5, "val_gain_ci": 0.1, "val_score": -0.25, "val_score_ci": 0.2}
     rows[8]["val_kl"] = 0.3
     assert report.course("ppo", rows) == (
         "**ppo**: 8 iterations; the averaged weights gain +0.50 [+0.40, +0.60] over the start on "
         "validation prompts and come to a score of -0.25 ±0.20, at a KL of 0.30 nats; in the last "
-        "2 iterations the policy gains +0.75 [+0.70, +0.80], at 0.10 nats."
+        "2 iterations the policy gains +0.75 [+0.70, +0.80], at a KL of 0.10 nats."
     )
 
 

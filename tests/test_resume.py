@@ -271,7 +271,7 @@ BAD_ARGUMENTS = [
     ("ppo", "--batch_size 8 --num_minibatches 3", "--batch_size 8 is not a multiple of --num_mini"),
     ("ppo", "--ptx_coef 1", "--ptx_coef over 0 needs --pretrain_data"),
     ("ppo", "--ptx_coef 1 --pretrain_data p --ptx_tokens 1", "--ptx_tokens 1: expected at least 2"),
-    ("ppo", "--ptx_coef 1 --pretrain_data p --ptx_ratio 0.01", "gives no sequence to an update"),
+    ("ppo", "--ptx_coef 1 --pretrain_data p --ptx_ratio 0.001", "gives no sequence to an update"),
     *((stage, "--prese gpt2", "unrecognized arguments: --prese gpt2") for stage in STAGES),
 ]
 

@@ -235,7 +235,7 @@ def test_judges_speak_below_each_answer(tiny, tmp_path, capsys, monkeypatch, wor
             place = -2 if tokens[-1] == end else -1
             with torch.no_grad():
                 own = f"{read(torch.tensor([tokens]))[0, place].item():+.2f}"
-            cut = f"score -4.00 for no end; the model's {own}"
+            cut = f"score -4.00 (no end; the reward model says {own})"
             words.append(f"score {own}" if tokens[-1] == end else cut)
         if "world" in judges:
             known = "helpful 0, truthful 1, harmless 1"

@@ -6,22 +6,21 @@ A labeler scores each response of a prompt
 
 where the marks are helpful, truthful * informative, harmless and ended (grader.py), and the traits
 are what is neither right nor wrong about an answer: how much it says, a courteous opening, and
-caution. The labeler ranks by score; equal scores are ties, which the paper encouraged (Fig. 12).
+caution, which states no fact of the world. The labeler ranks by score; equal scores are ties, which
+the paper encouraged (Fig. 12).
 
                 weights w of                          tastes t for
     pool        helpful  truthful  harmless  ended    detail  opener  caution
     training      1.0      0.7       0.8      0.4       0.1     0.1     0.0    help first, detail
     held_out      0.7      1.2       1.2      0.2      -0.4    -0.1     0.2    truth first, brevity
-    evaluation    0.8      1.0       0.9      0.2       0.0     0.0     0.0    (and without noise)
-
 Weights are divided by their sum. Each labeler has the pool's weights times log-normal factors, and
 the pool's tastes plus normal deviations (WEIGHT_SPREAD, TASTE_SPREAD). So without any noise two
-labelers agree on about 85 % of the pairs that neither ties if they are of one pool, and on about
-75 % if they are not.
+labelers agree on 83 to 90 % of the pairs that neither ties if they are of one pool, and on about
+77 % if they are not. Evaluation has other weights (grader.EVALUATION_WEIGHTS), no tastes, no noise.
 
-The noise is fitted where the training comparisons are labelled: two labelers shall agree on 73 % of
-the pairs that neither ties, as InstructGPT's did (72.6 +- 1.5 %, 3.4). It belongs to the people, so
-whatever else is ranked, by either pool, is ranked with the same noise. A prompt is ranked by one
+The noise is fitted so that two labelers agree on 73 % of the pairs that neither ties, as
+InstructGPT's did (72.6 +- 1.5 %, 3.4), unless it is given: the Makefile fits it once, on the
+training comparisons, and the same people rank everything else with it. A prompt is ranked by one
 labeler, or by several, each with noise of their own.
 """
 
@@ -91,7 +90,7 @@ def parts_of(grade: Grade) -> tuple[float, float, float, float]:
 
 def traits_of(response: str) -> tuple[float, float, float]:
     """What tastes are about, 0..1 each: detail, 1 from twenty words on; a courteous opening;
-    caution, which states no fact.
+    caution, 1 if no fact of the world is stated, be it in doubt, a story or a greeting.
 
     gladly . the fox eats grass . -> (.25, 1, 0): five words
     that is hard to say . -> (.25, 0, 1)
@@ -189,7 +188,7 @@ class Agreement:
         self.counted = np.ones(len(marked.pairs.first), bool) if counted is None else counted
 
     def at(self, noise: float) -> float:
-        """Share of the pairs that neither ties; NaN if there are none."""
+        """Share of the pairs on which they agree, of those that neither ties; NaN if none."""
 
         def order(opinions: np.ndarray, unit: np.ndarray) -> np.ndarray:
             return self.marked.pairs.order(_rounded(opinions + noise * unit))[self.counted]

@@ -55,9 +55,9 @@ FEEDBACK_KINDS = ("ordinary", "misconceived")  # facts that prompts of the label
 DEMONSTRATED_KINDS = ("ordinary",)  # facts that demonstrations may mention
 # Share of labeler-written prompts by set (InstructGPT Table 6).
 LABELER_SHARE = {"demonstrations": 0.89, "rm_prompts": 0.20, "ppo_prompts": 0.0}
-# What demonstrators do wrong: content or count, one sentence or word where more was asked for,
-# going on after the answer, accepting a false premise. People write in haste, and judge better than
-# they write: that is the room which feedback has.
+# What demonstrators do wrong: false content or count; terse, one sentence or word where more was
+# asked for; going on after the answer; accepting a false premise. People write in haste, and judge
+# better than they write: that is the room which feedback has.
 DEMONSTRATOR_FAILINGS = {"wrong": 0.15, "terse": 0.40, "ramble": 0.30, "credulous": 0.60}
 RESPECTFUL_SHARE = 0.11  # of prompts that ask for respect; these are seldom alike, so more stay
 PERSONAL_DATA_SHARE = 0.01
