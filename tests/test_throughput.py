@@ -382,10 +382,10 @@ def test_odd_arguments_are_refused() -> None:
 
 
 def test_pretraining_is_timed_with_the_command_of_the_demo() -> None:
-    """Batches of 16 times 128 tokens, in sequences of 64."""
+    """Batches of 8 times 128 tokens, in sequences of 64."""
     assert throughput.pretraining_rate(0.01) > 0
     (first, *_) = throughput.Clocks.rows
-    assert first["tok_per_s"] * first["step_s"] == pytest.approx(16 * 128)
+    assert first["tok_per_s"] * first["step_s"] == pytest.approx(8 * 128)
 
 
 def test_threads_and_environment_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
