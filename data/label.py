@@ -34,9 +34,10 @@ from data.files import (
     run_command,
     write_jsonl,
 )
+from data.flags import Parser
 from data.stages import progress
 from data.tiny.grader import grade
-from data.tiny.labelers import POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
+from data.tiny.labelers import MAX_NOISE, POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
 from data.tiny.world import World
 
 Record = dict
@@ -44,7 +45,9 @@ OTHER_PROMPT = "other prompt"  # under "models": this response was sampled for a
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Rank the responses of a file of candidates.")
+    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
+    what = "Rank the responses of a file of candidates."
+    parser = Parser(description=what, formatter_class=shows_defaults)
     add = parser.add_argument
     add("--data", required=True, metavar="FILE", help="candidates.jsonl, as sample.py writes them")
     add("--out", required=True, metavar="FILE", help="comparisons.jsonl to write")
@@ -142,9 +145,12 @@ def simulate(
 
 def noise_of(path: str | Path) -> float:
     """The noise of the simulated labelers who made these comparisons."""
-    noise = read_jsonl(path, "comparisons")[0].get("noise")
-    if not isinstance(noise, (int, float)):
-        raise BadInput(f"{path}: its first record has no noise; expected simulated comparisons")
+    noises = [record.get("noise") for record in read_jsonl(path, "comparisons")]
+    noise = noises[0]
+    known = isinstance(noise, (int, float)) and not isinstance(noise, bool)
+    if not (known and 0 <= noise <= MAX_NOISE and set(noises) == {noise}):
+        expected = f"expected one number from 0 to {MAX_NOISE:g} in all, as simulated labelers have"
+        raise BadInput(f"{path}: noise {noise!r} in its first record: {expected}")
     return noise
 
 
@@ -230,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         rank_by_hand(records, out, args.labeler, args.seed)
         return
     world = World.load(args.world)
-    noise = noise_of(args.noise_of) if args.noise_of else None
+    noise = None if args.noise_of is None else noise_of(args.noise_of)
     comparisons = simulate(records, world, args.pool, args.seed, args.labelers, noise)
     write_jsonl(out, comparisons, "comparisons")
 

@@ -76,9 +76,10 @@ def free_cores(seconds: float = 0.5, stat: Path = Path("/proc/stat")) -> int:
 
 
 def threads(alone: bool) -> int:
-    """Of a stage; OMP_NUM_THREADS, where it is given, is the choice or, of a half, the limit."""
+    """Of a stage; OMP_NUM_THREADS, where it is a whole number, is the choice or, of a half, the
+    limit."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    limit = int(given) if given.isdecimal() and int(given) else 0
+    limit = int(given) if given.isdecimal() and len(given) < 5 else 0
     if alone:
         return limit or free_cores()
     half = max(1, int(min(len(allowed_cores()), quota())) // 2)
@@ -222,7 +223,7 @@ def main(argv: list[str]) -> int:
     elif command == "start" and len(rest) >= 3:
         try:
             line = start(*rest[:3], rest[3:])
-        except (OSError, ValueError):  # for want of a line no stage fails
+        except (OSError, ValueError, KeyError, csv.Error):  # for want of a line no stage fails
             line = ""
         if line:
             print(line, flush=True)

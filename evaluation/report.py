@@ -237,17 +237,18 @@ def write_report(args: argparse.Namespace) -> None:
     files.remove_leftovers(out)
     noise = noise_of(args.comparisons) if args.comparisons else None
     report = Report(read_measured(args.measured), args.baseline, noise)
-    report.draw(out)
+    page = fill(PAGE, report.words())  # whatever is wrong is found before anything is replaced
     rows = [
         {"model": model, "metric": metric, "value": e.value, "ci_low": e.low, "ci_high": e.high}
         for model, row in (report.table | report.differences()).items()
         for metric, e in row.items()
     ]
+    report.draw(out)
     write_atomic(out / "table.csv", csv_text(rows))
     write_atomic(out / "table.txt", terminal_table(report.table))
     write_atomic(out / "gallery.txt", "\n\n".join(filter(None, report.gallery())) + "\n")
     write_atomic(out / "gallery.md", fenced(*report.gallery()) + "\n")
-    write_atomic(out / "report.md", fill(PAGE, report.words()))
+    write_atomic(out / "report.md", page)
     print(f"\n{terminal_table(report.table)}\nwrote {out}/report.md")
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from data.files import BadInput, check_writable, read_log, run_command
+from data.flags import Parser
 
 Columns = dict[str, list[float]]  # of a log: column -> a value a row, NaN where the cell is empty
 
@@ -37,7 +38,7 @@ MOST_RUNS = 12  # the newest
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     shape = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=shape)
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=shape)
     add = parser.add_argument
     add("--out", default="out", help="folder of a run, or of several")
     add("--every", type=float, default=10, help="seconds between two looks at the logs")
@@ -46,7 +47,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("every", "patience"):
         if not 0.1 <= getattr(args, name) <= 1e9:
-            parser.error(f"--{name} {getattr(args, name)}: expected at least 0.1 seconds")
+            parser.error(f"--{name} {getattr(args, name)}: expected 0.1 to 1e9 seconds")
     return args
 
 
@@ -72,10 +73,17 @@ def find_logs(out: Path) -> dict[str, Path]:
 
 
 def read_columns(path: Path) -> Columns:
-    """The whole rows that the log has at this moment; {} where it is absent or has none."""
+    """The whole rows that the log has at this moment; {} where it is absent or has none. What a
+    figure cannot hold is left out as NaN."""
+
+    def number(name: str, cell: str) -> float:
+        value = float(cell or "nan")
+        drawable = abs(value) < 1e30 and (value >= 0 or not name.endswith("_ci"))
+        return value if drawable else math.nan
+
     try:
         rows = read_log(path)
-        return {name: [float(row[name] or "nan") for row in rows] for name in (rows or [{}])[0]}
+        return {name: [number(name, row[name]) for row in rows] for name in (rows or [{}])[0]}
     except (BadInput, ValueError):  # caught in the middle of a start: there is a next look
         return {}
 
@@ -127,7 +135,7 @@ def draw(path: Path, runs: dict[str, Columns]) -> None:
                 )
                 if f"{name}_ci" in log:
                     panel.errorbar(x, y, error, color=look["color"], fmt="none", linewidth=1)
-            panel.set_title(f"{run}: {title}")
+            panel.set_title(f"{run}: {title}".replace("$", r"\$"))  # no formula
             panel.legend(fontsize=7)
             panel.xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()

@@ -249,12 +249,18 @@ def test_noise_is_that_of_the_training_comparisons(
     assert "(given): agreement" in capsys.readouterr().out
 
 
-def test_noise_of_a_persons_comparisons_is_refused(files: Path, candidates: list[dict]) -> None:
+@pytest.mark.parametrize("noise", [None, True, -0.1, "0.3", 1e300, [0.1, 0.2]])
+def test_what_is_no_noise_is_refused(files: Path, candidates: list[dict], noise) -> None:
+    """None is a person's; two in one file are of different labelings."""
+    of_two = noise if isinstance(noise, list) else [noise, noise]
     ranks = [1] * len(candidates[0]["responses"])
-    by_hand = candidates[0] | {"ranks": ranks, "labeler": "ada"}
-    write_jsonl(files / "by_hand.jsonl", [by_hand], "comparisons")
-    with pytest.raises(BadInput, match="by_hand.jsonl: its first record has no noise"):
-        run(files, "--noise_of", str(files / "by_hand.jsonl"))
+    records = [candidates[0] | {"ranks": ranks, "labeler": "ada", "noise": n} for n in of_two]
+    write_jsonl(files / "odd.jsonl", records, "comparisons")
+    with pytest.raises(
+        BadInput, match=re.escape(f"odd.jsonl: noise {of_two[0]!r} in its first record")
+    ):
+        run(files, "--noise_of", str(files / "odd.jsonl"))
+    assert not (files / "out.jsonl").exists()
 
 
 def test_dense_ranks() -> None:

@@ -607,3 +607,17 @@ def test_bad_arguments_are_refused() -> None:
 def test_no_value_belongs_to_two_attributes() -> None:
     """Or claims could not tell them apart."""
     assert len(ATTRIBUTE_OF) == 30
+
+
+ODD_FAILINGS = ("nan 0 0 0", "0 0.6 0.6 0", "1.5 0 0 0", "0 0 0 -1", "0 0 nan 0")
+
+
+@pytest.mark.parametrize("rates", ODD_FAILINGS)
+def test_odd_failings_are_refused_before_anything_is_written(
+    rates: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        tiny_world.main([*SMALL, "--out", str(tmp_path / "w"), "--failings", *rates.split()])
+    assert error.value.code == 2 and not (tmp_path / "w").exists()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"--failings {rates}: expected rates from 0 to 1" in said

@@ -112,18 +112,23 @@ def _flags(sets: Sets) -> str:
 def _failings(world: World, demonstrations: list[Record], failings: dict[str, float]) -> str:
     rows = []
     for key, name in FAILINGS.items():
-        rows.append((name, round(100 * failings[key]), round(100 * WEB_FAILINGS[key])))
+        rows.append((name, f"{100 * failings[key]:g}", f"{100 * WEB_FAILINGS[key]:g}"))
     header = "failing | demonstrators | answers on the web"
-
     taken = round(_percent(lambda record: flawed(world, record), demonstrations))
-    return _table("Failings built in, %", header, rows) + (
+    why = (
         "\nDemonstrators fail on purpose. People write in haste, and agree more readily on which "
         "of two\nanswers is better than they write the better one: without such failings SFT "
         "leaves nothing\nfor feedback to mend. A failing shows only where the request gives it "
         "room (one word cannot\nbe terse): the grader takes marks off "
         f"{taken} % of the training demonstrations.\n"
-        f"\nRude are {RUDE_SHARE:.0%} of replies in forums and of talk in stories. The pronoun "
-        f"of a profession\nis the usual one in {PRONOUN_SKEW:.0%} of sentences.\n"
+    )
+    return (
+        _table("Failings built in, %", header, rows)
+        + (why if any(failings.values()) else "")
+        + (
+            f"\nRude are {RUDE_SHARE:.0%} of replies in forums and of talk in stories. The pronoun "
+            f"of a profession\nis the usual one in {PRONOUN_SKEW:.0%} of sentences.\n"
+        )
     )
 
 

@@ -31,6 +31,7 @@ import tiktoken
 
 from data import hygiene
 from data.files import check_writable, run_command, write_atomic, write_documents, write_jsonl
+from data.flags import Parser
 from data.tiny import card, probes
 from data.tiny.answers import Failings, answer
 from data.tiny.corpus import documents
@@ -78,7 +79,9 @@ MAX_PROMPT_TOKENS = 96  # together at most 124, so that a context of 128 always 
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generate the tiny world's data set.")
+    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
+    what = "Generate the tiny world's data set."
+    parser = Parser(description=what, formatter_class=shows_defaults)
     add = parser.add_argument
     add("--out", default="out/data", metavar="DIR", help="folder to write")
     add("--seed", type=int, default=0, help="of the world, its users and its text")
@@ -98,13 +101,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--failings", type=float, nargs=4, default=list(rates), metavar=names, help=what)
     args = parser.parse_args(argv)
     args.failings = dict(zip(DEMONSTRATOR_FAILINGS, args.failings, strict=True))
-    if (
-        min(args.failings.values()) < 0
-        or max(args.failings["terse"] + args.failings["ramble"], *args.failings.values()) > 1
-    ):
+    rates = args.failings.values()
+    one_length = args.failings["terse"] + args.failings["ramble"] <= 1
+    if not (one_length and all(0 <= rate <= 1 for rate in rates)):  # nor NaN
         parser.error(
-            f"--failings {' '.join(f'{rate:g}' for rate in args.failings.values())}: expected "
-            "rates from 0 to 1; an answer is terse or rambles, so these two add up to at most 1"
+            f"--failings {' '.join(f'{rate:g}' for rate in rates)}: expected rates from 0 to 1; an "
+            "answer is terse or rambles, so these two add up to at most 1"
         )
     for name, value in vars(args).items():
         if isinstance(value, int) and name != "seed" and value < 1:
