@@ -143,20 +143,17 @@ def main(argv: list[str] | None = None) -> int:
     options = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
     adam = torch.optim.AdamW(policy.parameters(), **options)
     value_adam = torch.optim.AdamW(value_network.parameters(), **options)
-    validation = torch.nn.Module()  # in the state: the start's scores on validation prompts
-    validation.start_scores = torch.nn.Buffer(torch.zeros(len(val_prompts), device=args.device))
     state = {"policy": policy, "value_network": value_network, "ema": ema}
-    state |= {"adam": adam, "value_adam": value_adam, "validation": validation}
+    state |= {"adam": adam, "value_adam": value_adam}
     shows = "score_gain score kl reward entropy response_len policy_loss value_loss ptx_loss "
     shows += "approx_kl clipfrac explained_variance val_gain val_gain_ci val_score val_kl"
     run = Run(args, "ppo", result=ema, tokenizer=args.init, state=state, shows=shows)
-    judged_by = reference, reward_model, val_prompts, encoding, args  # in validation
+    in_validation = reference, reward_model, val_prompts, encoding, args
+    of_start = evaluate(start, None, *in_validation) if val_prompts else {}
 
     for step in run.steps(args.max_steps):
-        if step == 1 and val_prompts:  # of the start: row 0 of the log
-            found = evaluate(start, None, *judged_by)
-            validation.start_scores.copy_(found["val_score"])
-            run.log_start(found)
+        if step == 1 and of_start:
+            run.log_start(of_start)  # row 0 of the log
         rng = np.random.default_rng([args.seed, 1, step])  # of minibatches and pretraining text
         warm_up = learning_rate_factor(step, args.warmup_steps)
         for optimizer, lr in ((adam, args.lr), (value_adam, args.value_lr)):
@@ -181,8 +178,8 @@ def main(argv: list[str] | None = None) -> int:
         whiten(episodes)  # after the returns, which keep the scale of the scores
         run.lap("score_s")
 
-        # 3. The gain over the start, which answers some prompts (an eighth of the episodes, one of
-        #    each prompt) from the same random numbers.
+        # For the log: the gain over the start, which answers some prompts (an eighth of the
+        # episodes, one of each prompt) from the same random numbers.
         R = args.responses_per_prompt
         few = slice(0, (args.batch_size + 7) // 8 * R, R)
         theirs, _, their_lengths = sample(start, batch, seed, args, few)
@@ -192,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         run.mean({"score_gain": ours - theirs})
         run.lap("gain_s")
 
-        # 4. Update: one optimizer step a minibatch.
+        # 3. Update: one optimizer step a minibatch.
         num_updates = args.inner_epochs * len(minibatches)
         for minibatch in args.inner_epochs * minibatches:
             count = sum(e.mask.sum() for e in minibatch)  # response tokens
@@ -229,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         row = {"episodes": step * args.batch_size, "lr": warm_up * args.lr}
         row |= rollout_metrics(episodes)
         if val_prompts and run.due(args.eval_every):
-            run.mean(evaluate(ema, validation.start_scores, *judged_by))
+            run.mean(evaluate(ema, of_start["val_score"], *in_validation))
         if args.keep_every and step % args.keep_every == 0:
             run.keep(f"steps/{step:05}")
         run.log(row)

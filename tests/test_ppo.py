@@ -1080,10 +1080,10 @@ def test_the_result_is_the_average_of_the_weights(tiny: Tiny, tmp_path: Path) ->
         assert not torch.equal(last, start[name])
 
 
-def test_a_resumed_run_does_not_validate_the_start_again(
+def test_a_resumed_run_gains_over_the_same_start(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in step 3, the newest checkpoint being of step 2."""
+    """Killed in step 3, the newest checkpoint being of step 2; the start is logged once."""
     whole, out, evaluate = tmp_path / "whole", tmp_path / "out", train_ppo.evaluate
     assert train_ppo.main(tiny.args("ppo", whole)) == 0
     asked = []
@@ -1100,7 +1100,8 @@ def test_a_resumed_run_does_not_validate_the_start_again(
         train_ppo.main(tiny.args("ppo", out))
     assert asked[0] is None and len(asked) == 2  # of the start, and after step 2
     assert train_ppo.main([*tiny.args("ppo", out), "--resume"]) == 0
-    assert len(asked) == 3 and asked[2] == asked[1] != [0.0] * 20
+    assert asked[2] is None and len(asked) == 4  # of the start, and after step 4
+    assert asked[3] == asked[1] != [0.0] * 20
     assert (out / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
 
 

@@ -120,7 +120,7 @@ def test_pretraining_resumes_exactly(server: Server, tiny: Tiny, tmp_path: Path)
 
 
 STATE = {"sft": "model adam", "rm": "model adam"}
-STATE["ppo"] = "policy value_network ema adam value_adam validation"
+STATE["ppo"] = "policy value_network ema adam value_adam"
 PLANTED = [(stage, name) for stage in STAGES for name in STATE[stage].split()] + [("sft", "seed")]
 
 
