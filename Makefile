@@ -52,8 +52,7 @@ demo: $(OUT)/report/report.md
 watch: .venv/ready
 	nice $(py) -m evaluation.watch --out $(OUT)
 
-# About an hour of two idle cores (by its cautious plan, 110 minutes: CLAIMS="--plan"); started again,
-# it goes on.
+# About two hours of two idle cores by its plan (CLAIMS="--plan"); started again, it goes on.
 claims: .venv/ready
 	$(py) -m tests.claims --out $(OUT)/claims $(CLAIMS)
 

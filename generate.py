@@ -17,19 +17,15 @@ H heads, D head size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model import GPT
-
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: nn.Module,
     prompts: Tensor,
     prompt_lengths: Tensor,
     max_new_tokens: int,
@@ -105,7 +101,7 @@ def differ_from_above(tokens: Tensor, lengths: Tensor) -> Tensor:
     return first
 
 
-def for_decoding(gpt: GPT) -> GPT:
+def for_decoding(gpt: nn.Module) -> nn.Module:
     """The model with its blocks' matrices in the dtype of their products: cast once, not each
     step. All else is shared with `gpt`; if there is nothing to cast, it is `gpt` itself."""
     stored = gpt.h[0].attn.c_attn.weight.dtype
@@ -120,7 +116,7 @@ def for_decoding(gpt: GPT) -> GPT:
 class KVCache:
     """Keys and values of every layer for the tokens seen so far, (B, H, S, D) each."""
 
-    def __init__(self, model: GPT, batch: int, size: int):
+    def __init__(self, model: nn.Module, batch: int, size: int):
         config, weight = model.config, model.h[0].attn.c_attn.weight
         shape = (batch, config.n_head, size, config.n_embd // config.n_head)
         self.keys = [weight.new_empty(shape) for _ in range(config.n_layer)]
@@ -144,7 +140,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,
         tokens: Tensor,
         lengths: Tensor,
         cache: KVCache,

@@ -84,10 +84,7 @@ def test_the_scalars_are_the_cells_of_the_logs(stub: type[Writer], args: list[st
     assert toy.main([*args, "--max_steps=2"]) == 0 and stub.made[-1].purge_step == 0
 
 
-def test_a_resume_cuts_what_came_after_the_checkpoint(
-    stub: type[Writer], args: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that dies after row 5, the newest checkpoint being of step 4."""
+def die_after_row_5(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     log = Run.log
 
     def dying(run: Run, row: dict) -> None:
@@ -98,6 +95,13 @@ def test_a_resume_cuts_what_came_after_the_checkpoint(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "log", dying)
         toy.main(args)
+
+
+def test_a_resume_cuts_what_came_after_the_checkpoint(
+    stub: type[Writer], args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies after row 5, the newest checkpoint being of step 4."""
+    die_after_row_5(args, monkeypatch)
     assert set(stub.made[0].scalars["loss"]) == {1, 2, 3, 4, 5} and stub.made[0].lost == 0
     assert toy.main([*args, "--resume"]) == 0
     assert stub.made[1].purge_step == 5
@@ -136,23 +140,9 @@ def test_tensorboard_reads_the_same_numbers(
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = Run.log
-
-    def dying(run: Run, row: dict) -> None:
-        log(run, row)
-        if run.step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "log", dying)
-        toy.main([*args, "--seed=1"])  # of which nothing may be left
-    for more in ([], ["--resume"]):
-        with monkeypatch.context() as patch:
-            patch.setattr(Run, "log", log if more else dying)
-            try:
-                assert toy.main([*args, *more]) == 0
-            except KeyboardInterrupt:
-                assert not more
+    die_after_row_5([*args, "--seed=1"], monkeypatch)  # of which nothing may be left
+    die_after_row_5(args, monkeypatch)
+    assert toy.main([*args, "--resume"]) == 0
     board = EventAccumulator(str(Path(args[1], "run")))
     board.Reload()
     found = {
