@@ -246,8 +246,9 @@ def write_report(args: argparse.Namespace) -> None:
     report.draw(out)
     write_atomic(out / "table.csv", csv_text(rows))
     write_atomic(out / "table.txt", terminal_table(report.table))
-    write_atomic(out / "gallery.txt", "\n\n".join(filter(None, report.gallery())) + "\n")
-    write_atomic(out / "gallery.md", fenced(*report.gallery()) + "\n")
+    gallery = report.gallery()
+    write_atomic(out / "gallery.txt", "\n\n".join(filter(None, gallery)) + "\n")
+    write_atomic(out / "gallery.md", fenced(*gallery) + "\n")
     write_atomic(out / "report.md", page)
     print(f"\n{terminal_table(report.table)}\nwrote {out}/report.md")
 
