@@ -190,11 +190,11 @@ def headroom(lab: Lab) -> Result:
     Refuted by: a gain that does not depend on what there is to mend, or a judge that does not
     depend on what it has learned.
     """
-    flaws = {lab.flawed(f"headroom/{name}/data").value: f"headroom/{name}/" for name in FAILINGS}
+    shares = {f"headroom/{name}/": lab.flawed(f"headroom/{name}/data") for name in FAILINGS}
+    flaws = {round(e.value, 2): at for at, e in (shares | {"": lab.flawed("data")}).items()}
     tokens = {t / 1e6: f"headroom/tokens_{t}/" for t in TOKENS}
     ranked = {float(count): f"headroom/ranked_{count}/" for count in RANKED}
-    flaws[lab.flawed("data").value] = ""
-    tokens[lab.pretraining_tokens() / 1e6] = ""
+    tokens[round(lab.pretraining_tokens() / 1e6, 2)] = ""
     ranked[float(len(lab.records("train/rm_prompts")))] = ""
     rows, panels = [], []
     for title, folders, gated in (
