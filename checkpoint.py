@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -66,17 +65,15 @@ def find_model(name_or_dir: str | Path) -> Path:
 def read_info(folder: str | Path) -> dict[str, Any]:
     """All of a folder's config.json: the model's shape, and stage, data and settings of its run."""
     path = Path(folder) / "config.json"
-    try:
-        info = files.parse_json(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
+    if not path.exists():
         raise BadInput(
             f"{path}: no such file; expected a checkpoint folder with config.json and "
             "model.safetensors (has the stage before finished?)"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
-    if not isinstance(info, dict):
-        raise BadInput(f"{path}: expected a JSON object, found {type(info).__name__}")
+        )
+    info = files.read_json(path)
+    for key, kind in (("data", list), ("settings", dict)):
+        if not isinstance(info.get(key, kind()), kind):
+            raise BadInput(f'{path}: key "{key}": expected a {kind.__name__}, found {info[key]!r}')
     return info
 
 
@@ -113,7 +110,7 @@ def check_config(config: Any) -> None:
         (C % config.n_head == 0, f"n_embd {C} is not a multiple of n_head {config.n_head}"),
         (0 <= config.resid_pdrop < 1, f"resid_pdrop is {config.resid_pdrop}; expected 0 to 1"),
         (type(epsilon) is float and 0 < epsilon < 1, f"layer_norm_epsilon is {epsilon!r}"),
-        (type(std) in (float, int) and 0 <= std < math.inf, f"initializer_range is {std!r}"),
+        (type(std) in (float, int) and 0 <= std < 1e6, f"initializer_range is {std!r}"),
         (isinstance(config.score_mod, str), f"score_mod is {config.score_mod!r}; expected a name"),
         (size <= MAX_PARAMETERS, f"{size:.0e} parameters, over {MAX_PARAMETERS:.0e}: {sizes}"),
         (0 <= end < vocabulary, f"eos_token_id {end} is not below vocab_size {vocabulary}"),
@@ -180,6 +177,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Tensors of model.safetensors under this project's names."""
     path = folder / "model.safetensors"
+    files.refuse_special(path)
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -189,8 +187,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("transformer.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight":
-            weights[name] = tensor
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            continue
+        if name in weights:
+            raise BadInput(f"{path}: holds {name} twice, with and without transformer.")
+        weights[name] = tensor
     return weights
 
 

@@ -41,7 +41,7 @@ def generate(
     (B, max_new_tokens): a row's sample depends neither on when other rows end nor on `at_once`.
     With `static` (on a GPU, and in tests) a step's tensors keep their addresses and batch sizes are
     few, so that a step can be one CUDA graph. Raises ValueError if a prompt and its response do not
-    fit n_positions.
+    fit n_positions, FloatingPointError where the model's numbers overflow.
     """
     device, end = prompts.device, model.config.eos_token_id
     static = device.type == "cuda" if static is None else static
@@ -57,6 +57,8 @@ def generate(
     inside = torch.arange(P, device=device) < prompt_lengths[:, None]
     tokens[:, :P] = torch.where(inside, prompts, end)
     lengths = prompt_lengths.long().clone()  # grows with the responses
+    if 0 < temperature < 1e-6:
+        raise ValueError(f"temperature {temperature}: logits overflow; give 0 or at least 1e-6")
     if max_new_tokens == 0:
         return tokens, lengths.int()
     if uniforms is None:
@@ -91,6 +93,8 @@ def generate(
             decoder.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the graph must not be freed while it runs
+    if decoder.overflow:
+        raise FloatingPointError("the model's numbers are not finite: its weights are out of range")
     return tokens, decoder.lengths.int()
 
 
@@ -153,6 +157,7 @@ class Decoder:
         self.rows = torch.arange(len(tokens), device=tokens.device)  # (N,) which are written
         self.new = torch.empty_like(self.rows)  # (N,) their newest tokens
         self.ended = torch.zeros_like(self.rows, dtype=torch.bool)  # (N,)
+        self.overflow = torch.zeros((), dtype=torch.bool, device=tokens.device)  # anywhere so far
         self.weight = model.unembedding.float()  # float32 logits: 16-bit ones are off by 0.1 nats
         self.captures = tokens.is_cuda
         self.steps_here = 0  # at this batch size
@@ -163,6 +168,7 @@ class Decoder:
         ends = self.lengths[self.rows]
         with torch.autocast(self.weight.device.type, enabled=False):
             logits = hidden.float() @ self.weight.T
+        self.overflow.logical_or_(~hidden.isfinite().all())
         uniforms = self.uniforms[self.rows, ends - self.start[self.rows]]
         end = self.model.config.eos_token_id
         self.new.copy_(sample(logits, uniforms, self.temperature))

@@ -42,12 +42,11 @@ import torch
 
 import kernels
 from checkpoint import find_model, load_state, read_info, save_model, save_state
-from data import files, flags
+from data import files, flags, outputs
 from data.files import BadInput, Log
 from data.flags import natural, whole
 
 FOLDERS = ("checkpoints", "epochs", "steps")  # in --out
-OWN = re.compile(r"checkpoints/[0-9]{8}|(epochs|steps)/[0-9]+")  # others there are the user's
 MODEL = ("config.json", "tokenizer.json", "model.safetensors")  # a model's files
 
 # ------------------------------------------------------------------------------------------------
@@ -92,14 +91,10 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse, and check what no flag can know by itself; exits with code 2 and one line."""
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if value == "":
-            parser.error(f"--{name} is empty: expected a path")
-    out = Path(os.path.realpath(args.out))
-    for name, value in _inputs(args).items():
-        path = Path(os.path.realpath(value))
-        if path == out or any(path.is_relative_to(out / folder) for folder in FOLDERS):
-            parser.error(f"--out {args.out} would replace --{name} {value}: give another folder")
+    try:
+        outputs.check_inputs(args.out, "base", _inputs(args))
+    except BadInput as error:
+        parser.error(str(error))
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         parser.error("--tensorboard: the package tensorboard is missing: pip install tensorboard")
     return args
@@ -137,7 +132,7 @@ class Run:
     """One run into --out. It owns no loop, no model and no optimizer.
 
     Without --resume the run starts over; an earlier result in --out stays until the first
-    checkpoint. With it, raises `BadInput` if the settings, or a file read, are other ones.
+    checkpoint that is due. With it, raises `BadInput` if settings, or a file read, are other ones.
     """
 
     args: argparse.Namespace
@@ -158,14 +153,18 @@ class Run:
         self.tokenizer_json = path.read_text(encoding="utf-8")
         data = [getattr(args, name, None) for name in ("data", "pretrain_data")]
         settings = {name: value for name, value in vars(args).items() if name not in self.FREE}
+        settings |= {name: os.path.normpath(path) for name, path in _inputs(args).items()}
         settings["sha256"] = _fingerprints(args)
         self.info = {"stage": self.stage, "data": [p for p in data if p], "settings": settings}
-        files.check_writable(self.out)
-        for name in ("", *FOLDERS):
+        outputs.claim(args.out, self.stage, _inputs(args))
+        for name in FOLDERS:
             files.remove_leftovers(self.out / name)
         self.start_row = {}
         self.done, self.saved, self.models = 0, [], set()  # step, checkpoints, models that are kept
         newest = self._restore() if args.resume else None
+        # What an earlier run has left stays until a step at which this one saves anyway.
+        weights = self.out / "model.safetensors"
+        self.earlier = not newest and bool(weights.exists() or self._folders())
         if board := args.tensorboard and Path(args.tensorboard, self.out.name):
             of_torch = importlib.import_module("torch.utils.tensorboard")  # purge: later steps
             board = of_torch.SummaryWriter(board, purge_step=self.done and self.done + 1)
@@ -175,7 +174,8 @@ class Run:
         """The steps that are left, up to `total`; saves and leaves between them.
 
         Each begins with torch's random numbers seeded by (seed, step). Ctrl-C and SIGTERM finish
-        the step, save and leave with code 130 or 143; a second one leaves at once.
+        the step, save and leave with code 130 or 143; a second one leaves at once. Before the first
+        checkpoint that is due, they do not save over an earlier result.
         """
         args, self.total, stopped = self.args, total, []
         signals = (signal.SIGINT, signal.SIGTERM)
@@ -195,10 +195,12 @@ class Run:
             self.clocks, self.rates, self.last_lap = {}, {}, time.perf_counter()
             torch.manual_seed(args.seed * 1_000_003 + step)
             yield step
-            if stopped or self.kept or self.due(args.save_every):
+            if self.kept or self.due(args.save_every) or stopped and not self.earlier:
                 self._save()
             if stopped and step < total:
-                print(f"stopped by a signal after step {step}; --resume goes on", file=sys.stderr)
+                kept = "nothing is saved: the earlier result in --out stays"
+                kept = kept if self.earlier else "--resume goes on"
+                print(f"stopped by a signal after step {step}; {kept}", file=sys.stderr)
                 raise SystemExit(128 + stopped[0])
         for either, handler in zip(signals, handlers, strict=True):
             signal.signal(either, handler or signal.SIG_DFL)  # None: not set from Python
@@ -279,6 +281,7 @@ class Run:
     def finish(self, **info: Any) -> int:
         """Write the result, which the next stage reads; the exit code of a run that is done."""
         save_model(self.out, self.result, self.tokenizer_json, self.info | info)
+        outputs.release()
         print(f"wrote {self.out}")
         return 0
 
@@ -302,7 +305,7 @@ class Run:
         folder = self.out / "checkpoints" / f"{self.step:08d}"
         files.write_folder_atomic(folder, write)
         (self.out / "model.safetensors").unlink(missing_ok=True)
-        self.saved = [*self.saved, folder][-self.KEEP :]
+        self.saved, self.earlier = [*self.saved, folder][-self.KEEP :], False
         for log in self.logs:
             log.keep()
         self._tidy()
@@ -313,7 +316,7 @@ class Run:
             shutil.rmtree(folder)
         name = str(read_info(self.saved[-1]).get("kept_as"))
         kept = self.out / name
-        if OWN.fullmatch(name) and kept not in self.models:
+        if re.fullmatch(outputs.OWN, name) and kept not in self.models:
             sources = [self.saved[-1] / file for file in MODEL]
             files.write_folder_atomic(kept, lambda aside: [shutil.copy(s, aside) for s in sources])
             self.models.add(kept)
@@ -324,7 +327,7 @@ class Run:
         return [
             f
             for name, f in found
-            if OWN.fullmatch(f"{name}/{f.name}") and f.is_dir() and not f.is_symlink()
+            if re.fullmatch(outputs.OWN, f"{name}/{f.name}") and f.is_dir() and not f.is_symlink()
         ]
 
     def _restore(self) -> Path | None:
@@ -355,5 +358,9 @@ class Run:
         before, now = read_info(folder).get("settings"), self.info["settings"]
         if not isinstance(before, dict):
             return "none are recorded"
+        try:  # files in place of the one dictionary of their checksums
+            before, now = ({**s, **s["sha256"], "sha256": 0} for s in (before, now))
+        except (KeyError, TypeError):
+            return "no checksums are recorded"
         differ = [k for k in {**now, **before} if before.get(k) != now.get(k)]
         return ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differ)

@@ -31,9 +31,9 @@ import tiktoken
 import torch
 
 from checkpoint import read_tokenizer
-from data import files
+from data import files, outputs
 from data.files import BadInput, Record, run_command
-from data.flags import Named, natural, nonnegative, whole
+from data.flags import Named, natural, nonnegative, temperature, whole
 from data.stages import progress
 from data.tiny.marks import Truth, suggestions
 from data.tokenizer import decode_response, encode_prompt
@@ -81,7 +81,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_prompts", type=whole, default=0, help="only the first; 0: all")
     add("--part", type=part, default="1/1", help="2/3: the second of three parts of the prompts")
     # Sampling.
-    add("--temperature", type=nonnegative, default=1.0, help="0: the likeliest token")
+    add("--temperature", type=temperature, default=1.0, help="0: the likeliest token")
     sampling_flags(parser)
     args = parser.parse_args(argv)
     if unknown := set(args.prefix) - set(args.checkpoints):
@@ -109,9 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.prompts:
         print(suggestions(args.world))
         return 0
+    if args.data:
+        outputs.claim(args.out, "candidates", {"data": args.data, "checkpoints": args.checkpoints})
     how = {"device": args.device, "impl": args.kernels, "dtype": args.dtype}
-    judges, named = open_judges(args), args.checkpoints.items()
-    how["same_as"] = args.reward_model
+    judges, named, how["same_as"] = open_judges(args), args.checkpoints.items(), args.reward_model
     speakers = [load_speaker(name, f, args.prefix.get(name, ""), **how) for name, f in named]
     check_context(args, *(speaker.model for speaker in speakers))
     if args.data:
@@ -212,8 +213,6 @@ def respond(
 def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     """Sample K responses to each prompt of --data and write them to --out, all at once."""
     out, limit = Path(args.out), args.max_prompt_tokens
-    files.check_writable(out.parent)
-    files.remove_leftovers(out.parent, out.name)
     records = files.read_jsonl(args.data, "prompts")[: args.num_prompts or None]
 
     def fits(prompt: str) -> bool:

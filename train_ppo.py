@@ -54,7 +54,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import read_tokenizer
 from data.files import BadInput, read_documents, read_jsonl, run_command
-from data.flags import fraction, natural, nonnegative, number, whole
+from data.flags import fraction, natural, nonnegative, number, ratio, whole
 from data.tokenizer import decode_response, encode_prompt
 from model import GPT, MISSING_EOS_SCORE, ScalarModel, pad_right
 from run import Run, check_context, parse, parser
@@ -75,7 +75,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     # The objective.
     add("--kl_coef", type=nonnegative, default=0.2, help="price of the KL (paper's beta: 0.02)")
     add("--ptx_coef", type=nonnegative, default=0.0, help="0: PPO (paper's gamma: 27.8)")
-    add("--ptx_ratio", type=nonnegative, default=0.125, help="text sequences an episode (paper: 8)")
+    add("--ptx_ratio", type=ratio, default=0.125, help="text sequences an episode (paper: 8)")
     add("--ptx_tokens", type=natural, default=128, help="tokens of such a sequence (paper: 2048)")
     add("--ptx_anywhere", type=fraction, default=0.25, help="share cut anywhere (paper: 1)")
     add("--missing_eos_score", type=number, default=MISSING_EOS_SCORE, help="without end token")

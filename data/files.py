@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -26,12 +27,17 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_LINE_BYTES = 16 * 2**20  # one record; a longer line is almost surely not JSON Lines
+MAX_JSON_BYTES = 2**28  # of a config, a tokenizer, a world, a measurement
+MAX_BLANK = (
+    100_000  # white space in a row; the tokenizer's pattern engine overflows at some 500,000
+)
 
 Record = dict[str, Any]
 
@@ -83,8 +89,12 @@ def check_record(record: Any, kind: str, where: str) -> None:
         if key in record and not good(record[key]):
             found = _shown(record[key])
             raise BadInput(f'{where}: key "{key}": expected {expected}, found {found}')
+    for text in [record[key] for key in ("prompt", "response") if key in required]:
+        check_blank(text, where)
     if "responses" not in required:
         return
+    for text in record["responses"]:
+        check_blank(text, where)
     num_responses = len(record["responses"])
     if num_responses < 2:
         raise BadInput(f'{where}: key "responses": expected at least 2, found {num_responses}')
@@ -93,6 +103,13 @@ def check_record(record: Any, kind: str, where: str) -> None:
             expected = f"one entry for each of the {num_responses} responses"
             found = len(record[key])
             raise BadInput(f'{where}: key "{key}": expected {expected}, found {found}')
+
+
+def check_blank(text: str, where: str) -> None:
+    """Raise `BadInput` for more white space in a row than the tokenizer can take."""
+    if len(text) > MAX_BLANK and (most := max(map(len, re.findall(r"\s+", text)), default=0)):
+        if most > MAX_BLANK:
+            raise BadInput(f"{where}: {most} characters of white space in a row, over {MAX_BLANK}")
 
 
 def _shown(value: Any) -> str:
@@ -137,11 +154,14 @@ def parse_json(text: str, where: str) -> Any:
         raise BadInput(f"{where}: {error}") from None
 
 
-def read_text(path: Path | str) -> str:
-    """The file as text: UTF-8, byte-order mark dropped, line ends made "\\n". Raises `BadInput`."""
+def read_text(path: Path | str, most: int = 2**36) -> str:
+    """The file as text: UTF-8, byte-order mark dropped, line ends made "\\n". Raises `BadInput`,
+    also for a file of more than `most` bytes."""
     path = Path(path)
-    _refuse_special(path)
+    refuse_special(path)
     try:
+        if (size := path.stat().st_size) > most:
+            raise BadInput(f"{path}: {size} bytes, expected at most {most}")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
@@ -155,7 +175,15 @@ def read_text(path: Path | str) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _refuse_special(path: Path) -> None:
+def read_json(path: Path | str) -> Record:
+    """The object that a JSON file holds. Raises `BadInput` for any other file."""
+    content = parse_json(read_text(path, MAX_JSON_BYTES), str(path))
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def refuse_special(path: Path) -> None:
     """Raise `BadInput` for a pipe or a device: files are read more than once, and must end."""
     try:
         special = not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode)
@@ -234,6 +262,7 @@ def read_documents(path: Path | str) -> list[str]:
         if line.strip() == END_OF_TEXT:
             document = "\n".join(lines).strip("\n")
             if document.strip():
+                check_blank(document, f"{path}: document {len(documents) + 1}")
                 documents.append(document)
             lines = []
         else:
@@ -267,16 +296,26 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` inside names `path`: a full disk's names none, that of a copy its source."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_atomic(path: Path | str, content: str | bytes) -> None:
     """Write aside, flush, rename: at any moment `path` is the old file or the new one, whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        flush_to_disk(aside)
-        os.replace(aside, path)
-        flush_to_disk(path.parent)
+        with naming(path):
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
+            flush_to_disk(aside)
+            os.replace(aside, path)
+            flush_to_disk(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -298,18 +337,19 @@ def write_folder_atomic(folder: Path | str, write: Callable[[Path], None]) -> No
     replaced = aside.with_suffix(".replaced")
     _put_back(replaced, folder)  # of a killed process of the same number
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     try:
-        write(aside)
-        sums = "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(aside.iterdir()))
-        (aside / "SHA256SUMS").write_text(sums)
-        for file in aside.iterdir():
-            flush_to_disk(file)
-        flush_to_disk(aside)
-        if folder.is_dir() and not folder.is_symlink():
-            os.rename(folder, replaced)  # not of a mount point: nothing is lost then
-        os.replace(aside, folder)
-        flush_to_disk(folder.parent)
+        with naming(folder):
+            aside.mkdir()
+            write(aside)
+            sums = "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(aside.iterdir()))
+            (aside / "SHA256SUMS").write_text(sums)
+            for file in aside.iterdir():
+                flush_to_disk(file)
+            flush_to_disk(aside)
+            if folder.is_dir() and not folder.is_symlink():
+                os.rename(folder, replaced)  # not of a mount point: nothing is lost then
+            os.replace(aside, folder)
+            flush_to_disk(folder.parent)
     finally:
         _put_back(replaced, folder)
         shutil.rmtree(aside, ignore_errors=True)
@@ -351,16 +391,16 @@ def folder_is_intact(folder: Path | str) -> bool:
     """True if every file that SHA256SUMS names is there with that checksum."""
     folder = Path(folder)
     try:
-        lines = (folder / "SHA256SUMS").read_text().splitlines()
-        sums = [line.split("  ") for line in lines]
-        return bool(sums) and all(_sha256(folder / name) == digest for digest, name in sums)
+        lines = (folder / "SHA256SUMS").read_text().split("\n")[:-1]
+        sums = [(folder / name, digest) for digest, name in (line.split("  ") for line in lines)]
+        return bool(sums) and all(f.is_file() and _sha256(f) == digest for f, digest in sums)
     except (OSError, ValueError):
         return False
 
 
 def fingerprint(path: Path | str) -> str:
     """First 16 hexadecimal digits of the SHA-256 of a file: which data a run has read."""
-    _refuse_special(Path(path))
+    refuse_special(Path(path))
     try:
         return _sha256(Path(path))[:16]
     except OSError as error:
@@ -420,7 +460,8 @@ class Log:
     def _append(self, cells: Iterable[str]) -> None:
         self.lines.append(",".join(cells) + "\n")
         if self.file:
-            self.file.write(self.lines[-1])
+            with naming(self.path):
+                self.file.write(self.lines[-1])
 
 
 def read_log(path: Path | str) -> list[dict[str, str]]:
@@ -438,8 +479,16 @@ def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size
     """Run a command's `main` and return its exit code, with one line on stderr where it fails.
 
     0 done; 2 bad arguments or bad input (`BadInput`, `ValueError`); 1 stopped by a guard, out of
-    memory (lower `memory_flag`) or a full disk; 130 Ctrl-C.
+    memory (lower `memory_flag`) or a full disk; 130 Ctrl-C. Streams that are closed read and write
+    nothing; characters that stdout cannot hold are escaped.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed; a file that is opened takes its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            bad = "replace" if name == "stdin" else "backslashreplace"
+            with suppress(io.UnsupportedOperation):  # of stdin that was read before
+                getattr(sys, name).reconfigure(errors=bad)
     try:
         return main() or 0
     except KeyboardInterrupt:
@@ -452,10 +501,13 @@ def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "the disk is full" if full else error.strerror or _one_line(error)
         print(f"error: {error.filename or 'file'}: {reason}", file=sys.stderr)
         return 1 if full else 2
+    except FloatingPointError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:  # torch raises its own as RuntimeErrors
         said = str(error).lower()
         known = isinstance(error, MemoryError) or "out of memory" in said
@@ -463,6 +515,10 @@ def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size
             raise
         print(f"error: out of memory; lower {memory_flag}", file=sys.stderr)
         return 1
+    finally:
+        from data import outputs  # here, because it imports this file
+
+        outputs.release()
 
 
 def _one_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 import regex  # a dependency of tiktoken; the standard `re` has no \p{L}
 import tiktoken
 
-from data.files import END_OF_TEXT, BadInput, parse_json, write_atomic
+from data.files import END_OF_TEXT, BadInput, check_blank, read_json, write_atomic
 
 # How GPT-2 cuts text into pieces before any merge: contractions, words and numbers with their
 # leading space, punctuation, runs of white space.
@@ -34,6 +34,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
     """Token ids of a prompt: its text without trailing white space, then a blank line."""
+    check_blank(prompt, "a prompt")
     return encoding.encode_ordinary(prompt.rstrip() + "\n\n")
 
 
@@ -185,13 +186,11 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
     """
     remedy = "expected a tokenizer.json written by this project; make it again"
     try:
-        content = parse_json(Path(path).read_text(encoding="utf-8"), str(path))
+        content = read_json(path)
         ranks = {token.encode("latin-1"): rank for rank, token in enumerate(content["ranks"])}
         special, pattern, name = content["special_tokens"], content["pattern"], content["name"]
     except BadInput as error:
         raise BadInput(f"{error}; {remedy}") from None
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: {error!r}; {remedy}") from error
     if (

@@ -227,7 +227,7 @@ def test_unusable_configs_are_named(changes: dict, message: str, gpt2_folder: Pa
         ("config.json", None, "config.json: no such file"),
         ("config.json", b"{", "config.json: not JSON"),
         ("config.json", b"[1]", "expected a JSON object, found list"),
-        ("config.json", b"\xff{}", "config.json: cannot be read"),
+        ("config.json", b"\xff{}", "config.json:1: not UTF-8"),
         ("model.safetensors", None, "model.safetensors: no such file"),
         ("model.safetensors", b"\x80\x04K\x01.", "not a readable"),
         ("model.safetensors", b"\xff" * 64, "not a readable"),

@@ -97,7 +97,7 @@ TOKENIZERS: list[tuple[str, Callable[[dict], object]]] = [
     ),
     ("special tokens", lambda c: c | {"special_tokens": ["<|endoftext|>"]}),
     ("special tokens", lambda c: c | {"special_tokens": {}}),
-    ("list indices", lambda c: [c]),
+    ("expected a JSON object", lambda c: [c]),
     ("'pattern'", lambda c: {k: v for k, v in c.items() if k != "pattern"}),
 ]
 

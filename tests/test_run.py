@@ -21,7 +21,7 @@ import torch
 
 import run as run_file
 from checkpoint import read_info
-from data import files
+from data import files, outputs
 from data.files import BadInput, read_log, run_command, write_folder_atomic
 from data.flags import fraction, natural, nonnegative, number, whole
 from run import Log, Run, check_context
@@ -69,6 +69,7 @@ class World:
         with self.patch.context() as patch, pytest.raises(Killed):
             patch.setattr(Run, name, last)
             toy.main(self.args(*more))
+        outputs.release()
 
     def copy(self) -> Path:
         shutil.rmtree(self.out, ignore_errors=True)
@@ -629,8 +630,8 @@ def test_a_type_of_flag_takes_what_it_says(kind: Callable, good: dict, bad: str)
 REFUSED = [
     (["--lr", "-1"], "argument --lr: -1: expected a number from 0"),
     (["--batch_size", "0"], "--batch_size: 0: expected a whole number from 1 to 1048576"),
-    (["--out", ""], "--out is empty: expected a path"),
-    (["--data", ""], "--data is empty: expected a path"),
+    (["--out", ""], "--out is empty: expected a value"),
+    (["--data", ""], "--data is empty: expected a value"),
     (["--init", "{tmp}/y/../out"], "--out {tmp}/out would replace --init {tmp}/y/../out: give"),
     (["--data", "{tmp}/out"], "--out {tmp}/out would replace --data"),
     (["--init", "{tmp}/out/epochs/03"], "would replace --init"),

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from data import outputs
 from data.flags import natural, nonnegative
 from run import Run, parse, parser
 
 STATE = ("model", "ema", "adam")
+outputs.KINDS["toy"] = outputs.run_of("toy")
 
 
 @dataclass
