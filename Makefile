@@ -47,9 +47,9 @@ started := $(shell date +%s)
 stage    = @$(py) data/stages.py start $(started) $(OUT) $@ $(MAKECMDGOALS)
 # A training run that was stopped goes on, unless what it is made from has changed since.
 resume   = $(shell $(PYTHON) data/stages.py resume $@ $^ run.py Makefile)
-# FOLDER/settings has the VARIABLES that a folder was begun with; of an older demo its world has the
-# seed. $(call begun,FOLDER,VARIABLES) refuses other values, before anything runs.
-begin    = @mkdir -p $(1) && { [ -s $(1)/settings ] || printf '%s\n' $(foreach v,$(2),$(v)=$($(v))) > $(1)/settings; }
+# FOLDER/settings has the VARIABLES that a folder's first stage was made with; of an older demo its
+# world has the seed. $(call begun,FOLDER,VARIABLES) refuses other values, before anything runs.
+record   = @printf '%s\n' $(foreach v,$(2),$(v)=$($(v))) > $(1)/settings
 settings = $(shell cat $(1)/settings 2>/dev/null || sed -n 's/^ "seed": \([0-9]*\),/SEED=\1/p' $(1)/data/world.json 2>/dev/null)
 begun    = $(foreach v,$(2),$(if $($(v)),$(foreach old,$(filter-out $(v)=$($(v)),$(filter $(v)=%,$(settings))),$(error \
   $(1) was begun with $(old), not $(v)=$($(v)): give another OUT, as in "make $(goals) $(v)=$($(v)) OUT=$(OUT)/1", or \
@@ -106,9 +106,9 @@ $(if $(filter-out test lint clean watch claims .venv/ready real public gpt2 $(OU
 # Facts, users, prompts, demonstrations, pretraining text, tokenizer.
 world := $(filter-out %/grader.py %/labelers.py %/marks.py,$(wildcard data/tiny/*.py)) data/hygiene.py data/tokenizer.py data/files.py
 $(D)/card.md: $(world) | .venv/ready
-	$(call begin,$(OUT),SEED)
 	$(stage)
 	$(py) -m data.tiny.make --out $(D) --seed $(SEED)
+	$(call record,$(OUT),SEED)
 
 # Step 0: the base model, by pretraining.
 $(call weights,base): train_sft.py model.py $(D)/card.md
@@ -230,9 +230,9 @@ real: $(R)/report/report.md $(R)/folds/folds.md
 $(R)/data/account.txt: data/real/prepare.py data/real/convert.py data/real/raw.py \
                        data/real/sources.py data/hygiene.py data/tokenizer.py data/files.py | .venv/ready
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
-	$(call begin,$(R),SEED DATA)
 	$(py) -m data.real.prepare novels alpaca oasst qa-feedback --from $(DATA) --out $(R)/data \
 	  --passage_chars 300 --seed $(SEED)
+	$(call record,$(R),SEED DATA)
 
 $(R)/base/model.safetensors: train_sft.py $(R)/data/account.txt
 	$(alone) $(py) train_sft.py $(resume) --out $(R)/base --seed $(SEED) --tokenizer $(R)/data/tokenizer.json \
@@ -296,9 +296,9 @@ $(R)/public/report.md: evaluate.py evaluation/public.py data/real/public_sets.py
                        model.py checkpoint.py sample.py evaluation/report.py evaluation/figures.py evaluation/measure.py \
                        $(R)/ppo/model.safetensors $(R)/ppo_ptx/model.safetensors
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
-	$(call begin,$(R)/public,DATA)
 	$(half) $(py) evaluate.py public --data $(DATA) --out $(R)/public --seed $(SEED) \
 	  --checkpoints base=$(R)/base sft=$(R)/sft ppo=$(R)/ppo ppo_ptx=$(R)/ppo_ptx
+	$(call record,$(R)/public,DATA)
 
 # ------------------------------------------------------------------------------------------------
 # GPT-2 on one GPU, on real data: from downloads to the report, one stage at a time.
@@ -347,8 +347,8 @@ $(G)/data/downloaded: | .venv/ready
 	@touch $@
 
 $(G)/data/account.txt: data/real/prepare.py data/real/convert.py $(G)/data/downloaded
-	$(call begin,$(G),SEED)
 	$(py) -m data.real.prepare alpaca oasst hh-rlhf novels --out $(G)/data --seed $(SEED)
+	$(call record,$(G),SEED)
 
 $(G)/data/valid/prompts_200.jsonl $(G)/data/test/prompts_200.jsonl: %_200.jsonl: $(G)/data/account.txt
 	head -n 200 $*.jsonl > $@
@@ -369,11 +369,11 @@ $(G)/candidates.jsonl: sample.py $(call weights,$(SIZE)/sft) $(call weights,$(SI
 # People's rankings of other models' responses (OASST, HH-RLHF), unless COMPARISONS says otherwise.
 $(call weights,$(SIZE)/rm): train_rm.py $(call weights,$(SIZE)/sft) $(wildcard $(COMPARISONS)) \
                             | $(call weights,$(SIZE)/init)
-	$(call begin,$(G)/rm,COMPARISONS)
 	$(py) train_rm.py --init $(G)/sft --out $(G)/rm --data $(COMPARISONS) \
 	  --val_data $(G)/data/valid/comparisons.jsonl --demonstrations $(G)/data/train/demonstrations.jsonl \
 	  $(gpt2_run) --epochs 1 --batch_size 64 --lr $(call of_size,3) --micro_batch_size $(call of_size,4) \
 	  --save_every 1000
+	$(call record,$(G)/rm,COMPARISONS)
 
 $(call weights,$(SIZE)/sft_selected): evaluate.py $(call weights,$(SIZE)/rm)
 	$(py) evaluate.py select --run $(G)/sft --reward_model $(G)/rm --out $(G)/sft_selected \

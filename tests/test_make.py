@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 INTERPRETER = f"""#!/usr/bin/env bash
 case "$1 $2" in
   *.py\\ *) exec {sys.executable} "$@" ;;
-  "-m data.tiny.make") mkdir -p "$4" && echo "$@" > "$4/card.md" ;;
+  "-m data.tiny.make") [ -z "$FAILS" ] && mkdir -p "$4" && echo "$@" > "$4/card.md" ;;
 esac
 """
 # Five steps with a checkpoint after each; STOP ends it after that step.
@@ -135,11 +135,11 @@ def test_another_seed_in_one_out_is_refused(older: bool, project: Path) -> None:
         assert "begun" not in make("--dry-run", "OUT=o", *words, cwd=project).stderr
 
 
-def test_settings_of_an_earlier_make_stay(project: Path) -> None:
-    """Of two that start at once, the second to write them is not the one that made the world."""
-    (project / "o").mkdir()
-    (project / "o/settings").write_text("SEED=3\n")
-    make("SEED=4", "OUT=o", "begun=", BASE, cwd=project)
+def test_a_stage_that_fails_binds_nothing(project: Path) -> None:
+    """Else a mistyped DATA, say, would have to be kept."""
+    assert make("SEED=4", "OUT=o", BASE, cwd=project, FAILS="yes").returncode == 2
+    assert not (project / "o/settings").exists()
+    assert make("SEED=3", "OUT=o", BASE, cwd=project).returncode == 0
     assert (project / "o/settings").read_text() == "SEED=3\n"
 
 
@@ -186,11 +186,11 @@ def test_the_settings_of_each_pipeline(
 def test_each_pipeline_writes_its_settings(goal: str, settings: dict, tmp_path: Path) -> None:
     said = make("--dry-run", "--always-make", f"OUT={tmp_path}", *goal.split()).stdout
     lines = [line for line in said.splitlines() if "settings" in line]
-    for line in lines:
+    for line, name in zip(lines, settings, strict=True):
+        (tmp_path / name).mkdir(parents=True)
         subprocess.run(["bash", "-c", line], check=True)
     found = {name: (tmp_path / name / "settings").read_text().split() for name in settings}
     assert {name: " ".join(words) for name, words in found.items()} == settings
-    assert len(lines) == len(settings)
 
 
 # ------------------------------------------------------------------------------------------------
