@@ -17,25 +17,44 @@ SHELL   := bash
 PYTHON  ?= python3
 OUT     ?= out
 SEED    ?= 0
+DATA    ?=
 TESTS   ?=
 CLAIMS  ?=
-# Make cannot keep a name with white space together, neither in rules nor in lists.
-ifneq ($(words $(OUT))$(words x$(OUT)x),11)
-$(error OUT="$(OUT)" is empty or has white space; give a folder name without)
-endif
+# Make and the shell take white space and these characters for more than a part of a name.
+odd     := : % $$ \# ; ' " ` \ * ? [ ] { } ( ) & | < > ! ~ =
+is_odd   = $(filter-out 1,$(words x$(1)x))$(filter -%,$(1))$(strip $(foreach c,$(odd),$(findstring $(c),$(1))))
+refuse   = $(error $(1)="$(value $(1))" is empty or has white space, a leading - or one of $(odd); expected $(2))
+plain    = $(if $(call is_odd,$(value $(1))),$(call refuse,$(1),$(2)))
+$(call plain,OUT,the name of a folder)$(if $(OUT),,$(call refuse,OUT,the name of a folder))
+$(call plain,DATA,the name of a folder)$(call plain,COMPARISONS,the name of a file)
+$(call plain,SEED,a whole number)
+$(if $(shell [[ "$(SEED)" =~ ^(0|[1-9][0-9]*)$$ ]] && echo yes),,$(error SEED="$(SEED)": expected a whole number, such as 1))
 py      := .venv/bin/python
 # Two stages at a time where the graph allows it, each on half of the cores: small matrix products
 # use two separate cores better than two together. A stage that has to run alone gets all that are
 # free: two threads, one of them on a core that is taken, are far slower than one. In case a core is
 # taken later, threads that wait for each other give up their core sooner than by default.
 MAKEFLAGS += --jobs=2
-half    := OMP_NUM_THREADS=$(shell $(PYTHON) data/stages.py half)
+ifneq ($(MAKECMDGOALS),clean)
+half    := OMP_NUM_THREADS=$(or $(shell $(PYTHON) data/stages.py half 2>/dev/null),$(error \
+  PYTHON=$(PYTHON) does not run data/stages.py; expected a Python 3, as in PYTHON=/usr/bin/python3))
+endif
 alone   := OMP_NUM_THREADS="$$($(py) data/stages.py free)"
 export GOMP_SPINCOUNT ?= 30000
 # The line that a stage of the demo begins with. Lines of two stages must not mix: bars become lines
 # where they can, and each line is written whole.
 started := $(shell date +%s)
 stage    = @$(py) data/stages.py start $(started) $(OUT) $@ $(MAKECMDGOALS)
+# A training run that was stopped goes on, unless what it is made from has changed since.
+resume   = $(shell $(PYTHON) data/stages.py resume $@ $^ run.py Makefile)
+# FOLDER/settings has the VARIABLES that a folder's first stage was made with; of an older demo its
+# world has the seed. $(call begun,FOLDER,VARIABLES) refuses other values, before anything runs.
+record   = @printf '%s\n' $(foreach v,$(2),$(v)=$($(v))) > $(1)/settings
+settings = $(shell cat $(1)/settings 2>/dev/null || sed -n 's/^ "seed": \([0-9]*\),/SEED=\1/p' $(1)/data/world.json 2>/dev/null)
+begun    = $(foreach v,$(2),$(if $($(v)),$(foreach old,$(filter-out $(v)=$($(v)),$(filter $(v)=%,$(settings))),$(error \
+  $(1) was begun with $(old), not $(v)=$($(v)): give another OUT, as in "make $(goals) $(v)=$($(v)) OUT=$(OUT)/1", or \
+  $(if $(filter $(OUT),$(1)),"make clean OUT=$(OUT)",delete $(1)) first))))
+goals   := $(or $(MAKECMDGOALS),demo)
 export TQDM_MININTERVAL := 5
 unexport PYTHONUNBUFFERED
 D       := $(OUT)/data
@@ -82,16 +101,19 @@ clean:
 # ------------------------------------------------------------------------------------------------
 # The tiny world
 
+$(if $(filter-out test lint clean watch claims .venv/ready real public gpt2 $(OUT)/real/% $(OUT)/gpt2%,$(goals)),$(call begun,$(OUT),SEED))
+
 # Facts, users, prompts, demonstrations, pretraining text, tokenizer.
 world := $(filter-out %/grader.py %/labelers.py %/marks.py,$(wildcard data/tiny/*.py)) data/hygiene.py data/tokenizer.py data/files.py
 $(D)/card.md: $(world) | .venv/ready
 	$(stage)
 	$(py) -m data.tiny.make --out $(D) --seed $(SEED)
+	$(call record,$(OUT),SEED)
 
 # Step 0: the base model, by pretraining.
 $(call weights,base): train_sft.py model.py $(D)/card.md
 	$(stage)
-	$(alone) $(py) train_sft.py --out $(OUT)/base --seed $(SEED) --tokenizer $(D)/tokenizer.json \
+	$(alone) $(py) train_sft.py $(resume) --out $(OUT)/base --seed $(SEED) --tokenizer $(D)/tokenizer.json \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
 	  --epochs 1 --batch_size 8 --lr 3e-3 --warmup_steps 50 --weight_decay 0.1 --resid_pdrop 0
 
@@ -99,11 +121,11 @@ $(call weights,base): train_sft.py model.py $(D)/card.md
 sft_data = --data $(D)/train/demonstrations.jsonl --val_data $(D)/valid/demonstrations.jsonl
 $(call weights,sft): train_sft.py $(call weights,base)
 	$(stage)
-	$(half) $(py) train_sft.py --init $(OUT)/base --out $(OUT)/sft --seed $(SEED) $(sft_data)
+	$(half) $(py) train_sft.py $(resume) --init $(OUT)/base --out $(OUT)/sft --seed $(SEED) $(sft_data)
 
 $(call weights,init): train_sft.py $(call weights,base)
 	$(stage)
-	$(half) $(py) train_sft.py --init $(OUT)/base --out $(OUT)/init --seed $(SEED) $(sft_data) \
+	$(half) $(py) train_sft.py $(resume) --init $(OUT)/base --out $(OUT)/init --seed $(SEED) $(sft_data) \
 	  --pretrain_data $(D)/train/pretrain.txt --val_pretrain_data $(D)/valid/pretrain.txt \
 	  --pretrain_fraction 0.1 --no-epoch_checkpoints
 
@@ -139,7 +161,7 @@ $(D)/valid/comparisons_held_out.jsonl: $(D)/valid/candidates.jsonl $(labelers) $
 $(call weights,rm): train_rm.py model.py $(D)/train/comparisons.jsonl $(D)/valid/comparisons.jsonl \
                     $(D)/valid/comparisons_held_out.jsonl
 	$(stage)
-	$(alone) $(py) train_rm.py --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) \
+	$(alone) $(py) train_rm.py $(resume) --init $(OUT)/sft --out $(OUT)/rm --seed $(SEED) \
 	  --data $(D)/train/comparisons.jsonl --val_data $(D)/valid/comparisons.jsonl \
 	  --held_out_data $(D)/valid/comparisons_held_out.jsonl \
 	  --demonstrations $(D)/train/demonstrations.jsonl
@@ -152,7 +174,7 @@ $(call weights,sft_selected): evaluate.py evaluation/select.py sample.py $(call 
 	  --data $(D)/valid/rm_prompts.jsonl --num_prompts 100 --select_every 3 --seed $(SEED) --world $(D)/world.json
 
 # Step 3: PPO and PPO-ptx, which differ in the pretraining gradients alone.
-ppo = $(half) $(py) train_ppo.py --init $(OUT)/init --reward_model $(OUT)/rm --seed $(SEED) \
+ppo = $(half) $(py) train_ppo.py $(resume) --init $(OUT)/init --reward_model $(OUT)/rm --seed $(SEED) \
         --data $(D)/train/ppo_prompts.jsonl --val_data $(D)/valid/ppo_prompts.jsonl
 $(call weights,ppo): train_ppo.py model.py $(call weights,rm) $(call weights,init)
 	$(stage)
@@ -196,9 +218,10 @@ $(OUT)/report/report.md: $(call weights,ppo_ptx) evaluation/report.py evaluation
 # Real human data: the same scripts with GPT-2's tokenizer, on local copies of the raw data sets.
 # The sizes below are for two CPU cores, 20 minutes; with a GPU start from --init gpt2.
 
-DATA     ?=
 R        := $(OUT)/real
 real_lim := --max_prompt_tokens 160 --max_new_tokens 64
+$(if $(filter real $(R)/%,$(filter-out $(R)/public/%,$(goals))),$(call begun,$(R),SEED DATA))
+$(if $(filter public $(R)/public/%,$(goals)),$(call begun,$(R),SEED)$(call begun,$(R)/public,DATA))
 
 real: $(R)/report/report.md $(R)/folds/folds.md
 	@cat $(R)/report/table.txt $(R)/folds/folds.md
@@ -209,9 +232,10 @@ $(R)/data/account.txt: data/real/prepare.py data/real/convert.py data/real/raw.p
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(py) -m data.real.prepare novels alpaca oasst qa-feedback --from $(DATA) --out $(R)/data \
 	  --passage_chars 300 --seed $(SEED)
+	$(call record,$(R),SEED DATA)
 
 $(R)/base/model.safetensors: train_sft.py $(R)/data/account.txt
-	$(alone) $(py) train_sft.py --out $(R)/base --seed $(SEED) --tokenizer $(R)/data/tokenizer.json \
+	$(alone) $(py) train_sft.py $(resume) --out $(R)/base --seed $(SEED) --tokenizer $(R)/data/tokenizer.json \
 	  --pretrain_data $(R)/data/train/pretrain.txt --max_steps 120 --epochs 1 --batch_size 16 \
 	  --n_positions 256 --short_fraction 0 --lr 4e-3 --warmup_steps 50 --weight_decay 0.1 \
 	  --resid_pdrop 0
@@ -219,15 +243,15 @@ $(R)/base/model.safetensors: train_sft.py $(R)/data/account.txt
 real_sft = --data $(R)/data/train/demonstrations.jsonl --val_data $(R)/data/valid/demonstrations.jsonl \
            --init $(R)/base --seed $(SEED) --epochs 1 --lr 2e-3 --no-epoch_checkpoints $(real_lim)
 $(R)/sft/model.safetensors: $(R)/base/model.safetensors
-	$(half) $(py) train_sft.py $(real_sft) --out $(R)/sft
+	$(half) $(py) train_sft.py $(resume) $(real_sft) --out $(R)/sft
 $(R)/init/model.safetensors: $(R)/base/model.safetensors
-	$(half) $(py) train_sft.py $(real_sft) --out $(R)/init \
+	$(half) $(py) train_sft.py $(resume) $(real_sft) --out $(R)/init \
 	  --pretrain_data $(R)/data/train/pretrain.txt --pretrain_fraction 0.1
 
 # Human K-way rankings of some 460 prompts. Six epochs instead of two only learn them by heart.
 real_rm := --lr 1e-3 --epochs 2
 $(R)/rm/model.safetensors: train_rm.py $(R)/sft/model.safetensors
-	$(half) $(py) train_rm.py --init $(R)/sft --out $(R)/rm --seed $(SEED) $(real_rm) $(real_lim) \
+	$(half) $(py) train_rm.py $(resume) --init $(R)/sft --out $(R)/rm --seed $(SEED) $(real_rm) $(real_lim) \
 	  --data $(R)/data/train/comparisons.jsonl --val_data $(R)/data/valid/comparisons.jsonl \
 	  --demonstrations $(R)/data/train/demonstrations.jsonl
 
@@ -235,10 +259,10 @@ real_ppo = --init $(R)/init --reward_model $(R)/rm --seed $(SEED) --data $(R)/da
            --batch_size 32 --num_minibatches 8 --responses_per_prompt 1 --max_steps 30 \
            --kl_coef 0.05 --lr 6e-4 --value_lr 5e-4 --warmup_steps 10 --ema 0.992 $(real_lim)
 $(R)/ppo_ptx/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init/model.safetensors
-	$(half) $(py) train_ppo.py $(real_ppo) --out $(R)/ppo_ptx --ptx_coef 1 --ptx_ratio 0.5 \
+	$(half) $(py) train_ppo.py $(resume) $(real_ppo) --out $(R)/ppo_ptx --ptx_coef 1 --ptx_ratio 0.5 \
 	  --pretrain_data $(R)/data/train/pretrain.txt
 $(R)/ppo/model.safetensors: train_ppo.py $(R)/rm/model.safetensors $(R)/init/model.safetensors
-	$(half) $(py) train_ppo.py $(real_ppo) --out $(R)/ppo --ptx_coef 0
+	$(half) $(py) train_ppo.py $(resume) $(real_ppo) --out $(R)/ppo --ptx_coef 0
 
 real_measure = $(half) $(py) evaluate.py measure --out $@ --seed $(SEED) --reward_model $(R)/rm \
                  --reference $(R)/init --data $(R)/data/test/prompts_200.jsonl --num_prompts 64 \
@@ -274,13 +298,13 @@ $(R)/public/report.md: evaluate.py evaluation/public.py data/real/public_sets.py
 	@test -n "$(DATA)" || { echo "error: give DATA=<folder of raw data sets>" >&2; exit 2; }
 	$(half) $(py) evaluate.py public --data $(DATA) --out $(R)/public --seed $(SEED) \
 	  --checkpoints base=$(R)/base sft=$(R)/sft ppo=$(R)/ppo ppo_ptx=$(R)/ppo_ptx
+	$(call record,$(R)/public,DATA)
 
 # ------------------------------------------------------------------------------------------------
 # GPT-2 on one GPU, on real data: from downloads to the report, one stage at a time.
 #
 #   make gpt2 SIZE=gpt2-medium           everything, into out/gpt2-medium
 #   make gpt2 DATA=FOLDER                takes copies that lie in FOLDER instead of downloading
-#   make gpt2 RESUME=--resume            goes on with the training run that was stopped
 #   make out/gpt2/candidates.jsonl       responses of its own models, which a person can rank:
 #                                        python -m data.label --interactive --data ... --out RANKED
 #   make gpt2 COMPARISONS=RANKED         the reward model learns from these
@@ -298,15 +322,17 @@ gpt2-medium := 3e-5    8       2e-5    2       1e-5    4       64
 gpt2-large  := 2e-5    16      1.5e-5  4       8e-6    16      64
 gpt2-xl     := 9.65e-6 16      9e-6    4       5e-6    8       64
 sizes       := gpt2 gpt2-medium gpt2-large gpt2-xl
-ifneq ($(words $(SIZE)) $(words $(filter $(SIZE),$(sizes))),1 1)
+ifneq ($(words x$(SIZE)x) $(words $(filter $(sizes),$(SIZE))),1 1)
 $(error SIZE="$(SIZE)": expected one of $(sizes))
 endif
 of_size      = $(word $(1),$($(SIZE)))
 G           := $(OUT)/$(SIZE)
 COMPARISONS ?= $(G)/data/train/comparisons.jsonl
 gpt2_lim    := --seed $(SEED) --device cuda --dtype bfloat16 --max_prompt_tokens 512 --max_new_tokens 256
-gpt2_run    := $(gpt2_lim) $(if $(filter %-large %-xl,$(SIZE)),--grad_checkpointing) $(RESUME)
+gpt2_run     = $(gpt2_lim) $(if $(filter %-large %-xl,$(SIZE)),--grad_checkpointing) $(resume)
 gpt2_copies := $(if $(DATA),--from $(DATA))
+$(if $(filter gpt2 $(G)/%,$(goals)),$(call begun,$(G),SEED))
+$(if $(filter gpt2 $(foreach s,rm sft_selected ppo_ptx report,$(G)/$(s)/%),$(goals)),$(call begun,$(G)/rm,COMPARISONS))
 
 .PHONY: gpt2
 gpt2: $(G)/report/report.md
@@ -322,6 +348,7 @@ $(G)/data/downloaded: | .venv/ready
 
 $(G)/data/account.txt: data/real/prepare.py data/real/convert.py $(G)/data/downloaded
 	$(py) -m data.real.prepare alpaca oasst hh-rlhf novels --out $(G)/data --seed $(SEED)
+	$(call record,$(G),SEED)
 
 $(G)/data/valid/prompts_200.jsonl $(G)/data/test/prompts_200.jsonl: %_200.jsonl: $(G)/data/account.txt
 	head -n 200 $*.jsonl > $@
@@ -346,6 +373,7 @@ $(call weights,$(SIZE)/rm): train_rm.py $(call weights,$(SIZE)/sft) $(wildcard $
 	  --val_data $(G)/data/valid/comparisons.jsonl --demonstrations $(G)/data/train/demonstrations.jsonl \
 	  $(gpt2_run) --epochs 1 --batch_size 64 --lr $(call of_size,3) --micro_batch_size $(call of_size,4) \
 	  --save_every 1000
+	$(call record,$(G)/rm,COMPARISONS)
 
 $(call weights,$(SIZE)/sft_selected): evaluate.py $(call weights,$(SIZE)/rm)
 	$(py) evaluate.py select --run $(G)/sft --reward_model $(G)/rm --out $(G)/sft_selected \

@@ -3,6 +3,7 @@
     python data/stages.py half                     threads of a stage beside which another one runs
     python data/stages.py free                     of one that runs alone: the cores that are free
     python data/stages.py start RUN OUT FILE GOAL  the line of the stage that makes FILE for GOAL
+    python data/stages.py resume FILE NEEDED       --resume, where FILE's training run can go on
 
 The line says which stage this is, of those that this `make` has to run, and how long the rest will
 take: "stage 8 of 17, reward model: about 5 min left". These commands need the standard library
@@ -155,6 +156,7 @@ def left_to_make(out: str, goals: Sequence[str]) -> list[str]:
     """The stages that `make GOALS` would run, by what they make."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "--dry-run", "--no-print-directory", f"OUT={out}", *goals]
+    command += [f"PYTHON={sys.executable}", "begun=", "resume="]  # any seed; no checkpoint is read
     said = subprocess.run(command, env=clean, capture_output=True, text=True).stdout
     made = re.findall(rf"stages\.py start \S+ {re.escape(out)} (\S+)", said)
     return [name for name in STAGES if name in {name_of(out, path) for path in made}]
@@ -195,7 +197,15 @@ def start(run: str, out: str, path: str, goals: Sequence[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# While a stage is at work
+# A stage that was stopped, and one that is at work
+
+
+def can_resume(path: str, needed: Iterable[str]) -> bool:
+    """Whether the run that makes `path` has checkpoints, all newer than all files in `needed`.
+    An older one is of a run before a change, whose result would be written again."""
+    saved = Path(path).parent.glob(f"checkpoints/{'[0-9]' * 8}/state.pt")
+    oldest = min((file.stat().st_mtime_ns for file in saved), default=0)
+    return all(os.path.exists(file) and os.stat(file).st_mtime_ns < oldest for file in needed)
 
 
 def progress(items: Sequence[Any], name: str, unit: str) -> Iterator[Any]:
@@ -227,8 +237,11 @@ def main(argv: list[str]) -> int:
             line = ""
         if line:
             print(line, flush=True)
+    elif command == "resume" and len(rest) >= 2:
+        print("--resume" if can_resume(rest[0], rest[1:]) else "")
     else:
-        print("error: expected half, free, or start RUN OUT FILE [GOAL ...]", file=sys.stderr)
+        forms = "start RUN OUT FILE [GOAL ...], or resume FILE NEEDED ..."
+        print(f"error: expected half, free, {forms}", file=sys.stderr)
         return 2
     return 0
 

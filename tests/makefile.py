@@ -11,8 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def dry_run(target: str, **variables: object) -> list[str]:
-    """The commands that `make` would run for a target of which nothing is there, one a line."""
+    """The commands that `make` would run for a target of which nothing is there, one a line.
+    Nothing is resumed or refused for what happens to lie in OUT."""
     command = ["make", "--dry-run", "--always-make", "--no-print-directory", target]
+    command += ["begun=", "resume="]
     command += [f"{name}={value}" for name, value in variables.items()]
     how = {"cwd": ROOT, "env": clean_environment(), "capture_output": True, "text": True}
     return subprocess.run(command, check=True, **how).stdout.replace("\\\n", " ").splitlines()

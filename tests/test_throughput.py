@@ -286,7 +286,7 @@ def test_variables_of_make_gpt2() -> None:
     plain = gpt2_commands()
     assert plain == gpt2_commands(SIZE="gpt2") and "--from" not in plain[0][1]
     assert gpt2_commands(DATA="d")[0][1][-2:] == ["--from", "d"]
-    resumed = [name for name, argv in gpt2_commands(RESUME="--resume") if "--resume" in argv]
+    resumed = [name for name, argv in gpt2_commands(resume="--resume") if "--resume" in argv]
     assert resumed == ["train_sft.py", "train_sft.py", "train_rm.py", "train_ppo.py"]
     other = dict(gpt2_commands(COMPARISONS="mine.jsonl"))["train_rm.py"]
     assert train_rm.get_args(other).data == "mine.jsonl"

@@ -362,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(records for part in parts.values() for records in part.values()):
         raise BadInput(f"{args.folder}: nothing is left of {', '.join(sets)}; see what was dropped")
 
+    (args.out / "account.txt").unlink(missing_ok=True)  # it comes last: with it, all is whole
     for split, part in parts.items():
         for kind, records in part.items():
             is_text = kind == "documents"

@@ -415,6 +415,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, records in sets.items():
         check_lengths(encoding, name, records)
 
+    (out / "card.md").unlink(missing_ok=True)  # it comes last: with it, the world is whole
     tokens_by_kind = {}
     for split in ("train", "valid", "test"):
         tokens = args.pretrain_tokens if split == "train" else args.heldout_tokens
