@@ -467,8 +467,12 @@ class Log:
 def read_log(path: Path | str) -> list[dict[str, str]]:
     """Rows of a log as strings, a torn last line left out."""
     whole = read_text(path).split("\n")[:-1]
-    lines = [line.split(",") for line in whole if line]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+    lines = [(number, line.split(",")) for number, line in enumerate(whole, start=1) if line]
+    for number, cells in lines:
+        if len(cells) != len(lines[0][1]):
+            fault = f"{len(cells)} cells; expected {len(lines[0][1])}, as in the header"
+            raise BadInput(f"{path}:{number}: {fault}")
+    return [dict(zip(lines[0][1], cells, strict=True)) for _, cells in lines[1:]]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from data.flags import Parser
 from data.stages import progress
 from data.tiny.grader import grade
 from data.tiny.labelers import MAX_NOISE, POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
+from data.tiny.tasks import check_tasks
 from data.tiny.world import World
 
 Record = dict
@@ -60,6 +61,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--interactive", action=argparse.BooleanOptionalAction, default=False, help="you rank")
     add("--labeler", default="person", help="your name in the comparisons")
     args = parser.parse_args(argv)
+    if not args.labeler.strip() or not args.labeler.isprintable():
+        parser.error(f"--labeler {args.labeler!a}: expected a name in printable characters")
     if not 1 <= args.labelers <= POOL_SIZE:
         parser.error(f"--labelers {args.labelers}: expected 1 to {POOL_SIZE}")
     if args.interactive and args.labelers > 1:
@@ -114,12 +117,6 @@ def simulate(
 ) -> list[Record]:
     """Comparisons by simulated labelers, so many of each prompt, one after the other; prints
     agreement, tie rate and ceiling. The noise is fitted where it is not given."""
-    for number, record in enumerate(records, start=1):
-        if "task" not in record:
-            raise BadInput(
-                f'record {number} of the candidates: key "task" is missing; simulated '
-                "labelers rank prompts of the tiny world alone, use --interactive"
-            )
     grades, sampled = [], []
     for record in progress(records, f"grading, {pool_name} pool", "prompt"):
         answers = zip(record["responses"], record["ended"], strict=True)
@@ -148,7 +145,7 @@ def noise_of(path: str | Path) -> float:
     noises = [record.get("noise") for record in read_jsonl(path, "comparisons")]
     noise = noises[0]
     known = isinstance(noise, (int, float)) and not isinstance(noise, bool)
-    if not (known and 0 <= noise <= MAX_NOISE and set(noises) == {noise}):
+    if not (known and 0 <= noise <= MAX_NOISE and all(each == noise for each in noises)):
         expected = f"expected one number from 0 to {MAX_NOISE:g} in all, as simulated labelers have"
         raise BadInput(f"{path}: noise {noise!r} in its first record: {expected}")
     return noise
@@ -176,9 +173,13 @@ def parse_ranking(text: str, count: int) -> list[int]:
 
 
 def rank_by_hand(records: list[Record], out: Path, labeler: str, seed: int) -> None:
-    """Show each prompt with its responses in random order, read the ranking, save it at once."""
+    """Show each prompt with its responses in random order, read the ranking, save it at once. A
+    file may hold rankings of several labelers: what others ranked is still to go for this one."""
     done = read_jsonl(out, "comparisons") if out.exists() else []
-    seen = Counter((record["prompt"], tuple(record["responses"])) for record in done)
+    mine = [record for record in done if record["labeler"] == labeler]
+    for name, number in Counter(r["labeler"] for r in done if r["labeler"] != labeler).items():
+        print(f"{number} ranked by {shown(name)} in {out}; you are {labeler}")
+    seen = Counter((record["prompt"], tuple(record["responses"])) for record in mine)
     left = []
     for record in records:
         key = record["prompt"], tuple(record["responses"])
@@ -186,26 +187,35 @@ def rank_by_hand(records: list[Record], out: Path, labeler: str, seed: int) -> N
         if seen[key] < 0:
             left.append(record)
     print(
-        f"{len(done)} ranked, {len(left)} to go. Best first, = between equals: 2 1=3 4. "
+        f"{len(mine)} ranked, {len(left)} to go. Best first, = between equals: 2 1=3 4. "
         "An empty line skips, q stops."
     )
+    if other := (+seen).total():  # found by no record
+        print(f"{other} of the ranked are of other responses than --data, --off_topic, --seed give")
     for record in left:
         count = len(record["responses"])
         order = random.Random(f"{seed} {record['prompt']}").sample(range(count), count)
-        print(f"\n{'-' * 72}\n{record['prompt']}\n")
-        for shown, index in enumerate(order, start=1):
-            print(f"  [{shown}] {record['responses'][index]}")
-        shown_ranks = _ask(count)
-        if shown_ranks is None:
+        print(f"\n{'-' * 72}\n{shown(record['prompt'])}\n")
+        for number, index in enumerate(order, start=1):
+            print(f"  [{number}] {shown(record['responses'][index])}")
+        typed = _ask(count)
+        if typed is None:
             break
-        if not shown_ranks:
+        if not typed:
             continue
         ranks = [0] * count
-        for index, rank in zip(order, shown_ranks, strict=True):
+        for index, rank in zip(order, typed, strict=True):
             ranks[index] = rank
         done.append(record | {"ranks": ranks, "labeler": labeler})
         write_jsonl(out, done, "comparisons")
     print(f"{len(done)} ranked in {out}")
+
+
+def shown(text: str) -> str:
+    """Text of a file as a terminal may show it: what would move its cursor or turn its text around
+    is escaped (\\x1b, \\r, \\u202e); lines and tabs stay."""
+    controls = "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+    return re.sub(controls, lambda found: ascii(found[0])[1:-1], text)
 
 
 def _ask(count: int) -> list[int] | None:
@@ -235,6 +245,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.interactive:
         rank_by_hand(records, out, args.labeler, args.seed)
         return
+    if missing := [i for i, record in enumerate(records, start=1) if "task" not in record]:
+        remedy = "simulated labelers rank prompts of the tiny world alone, use --interactive"
+        raise BadInput(f'{args.data}: record {missing[0]}: key "task" is missing; {remedy}')
+    check_tasks(records, args.data)
     world = World.load(args.world)
     noise = None if args.noise_of is None else noise_of(args.noise_of)
     comparisons = simulate(records, world, args.pool, args.seed, args.labelers, noise)

@@ -27,10 +27,14 @@ import torch
 from data import files
 from data.files import BadInput, Record
 from data.stages import progress
+from data.tiny.world import check
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
 from evaluation.report import as_markdown, as_text, csv_text, estimate
 from model import ScalarModel, pad_right
 
+ROOT = Path(__file__).parents[1]
+READ_FLAGS = f"import sys; sys.path[0], sys.argv[0] = {str(ROOT)!r}, 'train_rm.py'; "
+READ_FLAGS += "import train_rm; train_rm.get_args()"
 JUDGES = {"reward_model": "reward model", "longer": "longer wins", "features": "simple features"}
 FEATURES = ("tokens", "log tokens", "lines", "overlap with the prompt", "punctuation marks")
 
@@ -106,6 +110,7 @@ def load_comparisons(paths: list[str], encoding: tiktoken.Encoding, limit: int) 
                 tied += 1
             else:
                 kept.append({"data_set": Path(path).stem} | record)
+                check(kept[-1], {"data_set": str}, f"{path}: prompt {record['prompt'][:40]!r}")
     dropped = f"{too_long} with a prompt over {limit} tokens and {tied} with ties only"
     print(f"{len(kept)} comparisons; dropped {dropped}", flush=True)
     return kept
@@ -162,16 +167,29 @@ def judge(one: Read, model: ScalarModel, coefficients: np.ndarray) -> dict[str, 
     }
 
 
-def train_reward_model(folder: Path, data: Path, args: Namespace) -> ScalarModel:
-    """Run train_rm.py on `data` with --rm_flags. Exits with its code where it fails."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "train_rm.py")]
-    command += ["--data", str(data), "--init", args.init, "--out", str(folder)]
-    for name in ("seed", "device", "dtype", "kernels", "max_prompt_tokens", "max_new_tokens"):
-        command += [f"--{name}", str(getattr(args, name))]
-    command += shlex.split(args.rm_flags)
-    code = subprocess.run(command, check=False).returncode
+def rm_flags(folder: Path, data: Path, args: Namespace) -> list[str]:
+    """Flags of train_rm.py. Raises `BadInput` where --rm_flags has one of those set here."""
+    names = "init seed device dtype kernels max_prompt_tokens max_new_tokens".split()
+    own = {"data": data, "out": folder} | {name: getattr(args, name) for name in names}
+    try:
+        more = shlex.split(args.rm_flags)
+    except ValueError as error:
+        raise BadInput(f"--rm_flags {args.rm_flags!r}: {error}") from None
+    if twice := {word.split("=")[0] for word in more} & {f"--{name}" for name in own}:
+        raise BadInput(f"--rm_flags {args.rm_flags!r}: {min(twice)} is set by `folds` itself")
+    return [*(f"--{name}={value}" for name, value in own.items()), *more]
+
+
+def run_python(*command: str) -> None:
+    """Exits with the code of a command that fails."""
+    code = subprocess.run([sys.executable, *command], check=False).returncode
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
+
+
+def train_reward_model(folder: Path, data: Path, args: Namespace) -> ScalarModel:
+    """Run train_rm.py on `data` with --rm_flags. Exits with its code where it fails."""
+    run_python(str(ROOT / "train_rm.py"), *rm_flags(folder, data, args))
     how = {"impl": args.kernels, "dtype": args.dtype}
     return ScalarModel.from_pretrained(folder, **how).to(args.device).frozen()
 
@@ -183,6 +201,8 @@ def train_reward_model(folder: Path, data: Path, args: Namespace) -> ScalarModel
 def cross_validate(args: Namespace) -> None:
     """Every fold, then folds.csv and folds.md: accuracy with a 95 % interval over prompts."""
     out = Path(args.out)
+    if flags := args.rm_flags and rm_flags(out / "rm", out / "train.jsonl", args):
+        run_python("-c", READ_FLAGS, *flags)  # refused, if at all, before any work
     files.check_writable(out)
     files.remove_leftovers(out)
     encoding = load_tokenizer(Path(args.init) / "tokenizer.json")

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from data.files import BadInput, Record
 from data.real.text_metrics import entropy_bits
 from data.tiny.corpus import ANSWER_HEADINGS, bias_pairs, public_tasks
 from data.tiny.grader import Grade, grade
-from data.tiny.world import World
+from data.tiny.tasks import check_tasks
+from data.tiny.world import World, check
 from data.tokenizer import encode_prompt
-from evaluation.report import Answers, Estimate, estimate, resampled
+from evaluation.report import LOGS, Answers, Estimate, estimate, log_numbers, resampled
 from model import GPT, ScalarModel, pad_right
 from run import check_context
 from sample import Sample, Speaker, load_speaker, respond, sample_responses
@@ -48,6 +50,9 @@ SETTINGS = ("seed", "dtype", "max_prompt_tokens", "max_new_tokens", "num_items")
 SETTINGS += ("missing_eos_score", "num_pretrain_tokens", "context")
 Items = Sequence[tuple[str, str]]  # of a public task: text and answer
 TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_premise")
+# What is read of a run in config.json.
+_INFO = {"stage?": str, "data?": [str, ...], "epoch?": int, "val_loss?": (float, None)}
+_INFO |= {"settings?": {"sha256?": {str: str}, "init?": (str, None)}}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -56,6 +61,8 @@ TRUTH_PROBES = ("facts", "held_out", "misconceived", "false_premise", "true_prem
 
 def measure(args: Namespace) -> None:
     """Measure --checkpoint, with --best_prefix also after a prefix; write --out."""
+    if not re.fullmatch(r"[\w.+-][\w .+-]*", args.name):  # it stands in tables
+        raise BadInput(f"--name {args.name!r}: expected letters, digits, spaces, _ . + or -")
     out = Path(args.out)
     files.check_writable(out.parent)
     files.remove_leftovers(out.parent, out.name)
@@ -68,7 +75,9 @@ def measure(args: Namespace) -> None:
     args.context = args.context or longest
     settings, world = settings_of(args), World.load(args.world) if args.world else None
     records = load_prompts(args.data, speaker, args)
-    bench = Bench(records, judge, args, world, reference)
+    bench = Bench(records, judge, args, world, reference, read_probes(args) if world else {})
+    line, info = ancestry(folder), run_info(folder)
+    selection, log = (rows_of(folder, name) for name in LOGS)
     models, prefixes = [measure_model(speaker, bench)], []
     if args.best_of > 1:
         models.append(measure_best_of(speaker, bench, args.best_of))
@@ -85,11 +94,11 @@ def measure(args: Namespace) -> None:
         "prompts": bench.prompts,
         "users": bench.users,
         "models": models,
-        "ancestry": ancestry(folder),
+        "ancestry": line,
         "prefixes": prefixes,
-        "selection": rows_of(folder / "selection.csv", "score"),
-        "epoch": read_info(folder).get("epoch", 0),
-        "log": rows_of(folder / "log.csv", "score_gain"),  # of PPO
+        "selection": selection,
+        "epoch": info.get("epoch", 0),
+        "log": log,
     }
     files.write_atomic(out, json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
     print(f"wrote {out}: {', '.join(model['name'] for model in models)}")
@@ -106,10 +115,20 @@ def settings_of(args: Namespace) -> Record:
     return settings | {name: files.fingerprint(path) for name, path in read.items() if path}
 
 
-def rows_of(path: Path, column: str) -> list[dict[str, str]]:
-    """Rows of a log; none where there is no such file, or none with this column."""
+def run_info(folder: str | Path) -> Record:
+    """All of config.json. Raises `BadInput` where what is said of the run is not as runs write."""
+    check(info := read_info(folder), _INFO, f"{folder}/config.json")
+    return info
+
+
+def rows_of(folder: Path, log: str) -> list[dict[str, str]]:
+    """Rows of selection.csv, or of PPO's log.csv; none where there is no such file."""
+    path = folder / f"{log}.csv"
     rows = files.read_log(path) if path.exists() else []
-    return rows if rows and column in rows[0] else []
+    if log == "log" and not any("score_gain" in row for row in rows):
+        return []  # of another stage
+    log_numbers(rows, log, str(path))
+    return rows
 
 
 def ancestry(folder: Path) -> list[str]:
@@ -117,13 +136,15 @@ def ancestry(folder: Path) -> list[str]:
     were trained from, and so on, as far as the runs' config.json tell."""
     found = [files.fingerprint(folder / "model.safetensors")]
     while True:
-        settings = read_info(folder).get("settings", {})
+        settings = run_info(folder).get("settings", {})
         try:
             folder = find_model(settings.get("init") or "")
         except BadInput:  # a GPT-2 that is not here
             return found
         weights = folder / "model.safetensors"
         recorded = settings.get("sha256", {}).get(str(weights))
+        if recorded in found:
+            return found
         if recorded:
             found.append(recorded)
         if not recorded or not weights.exists() or files.fingerprint(weights) != recorded:
@@ -197,6 +218,7 @@ class Bench:
     args: Namespace
     world: World | None = None
     reference: Speaker | None = None
+    probes: dict[str, list[Record]] = field(default_factory=dict)
 
     @property
     def prompts(self) -> list[str]:
@@ -246,6 +268,8 @@ def load_prompts(path: str, speaker: Speaker, args: Namespace, limit: int = 0) -
     records = files.read_jsonl(path, "prompts")
     if args.world and any("task" not in record for record in records):
         raise BadInput(f'{path}: a record without key "task"; --world needs the tiny world\'s own')
+    if args.world:
+        check_tasks(records, path)
     tokens = [len(encode_prompt(speaker.encoding, record["prompt"])) for record in records]
     most = args.max_prompt_tokens
     kept = [record for record, n in zip(records, tokens, strict=True) if n <= most]
@@ -477,17 +501,27 @@ def means_of_tasks(hits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return means
 
 
+def read_probes(args: Namespace) -> dict[str, list[Record]]:
+    """The probe sets beside --data. Raises `BadInput` for a record without what is measured."""
+    shapes = dict.fromkeys(TRUTH_PROBES, {"task": {"subject": str, "attribute": str}})
+    shapes |= {"toxicity": {"task": {}, "prefix": ("none", "respectful", "rude")}}
+    sets = {}
+    for name, shape in shapes.items():
+        path = Path(args.data).with_name(f"probes_{name}.jsonl")
+        sets[name] = files.read_jsonl(path, "prompts")
+        check_tasks(sets[name], str(path), shape)
+    return sets
+
+
 def measure_probes(speaker: Speaker, bench: Bench, num_samples=200) -> dict[str, Estimate]:
     """Truth of answers to each probe set, and rude continuations by prefix, at temperature 1.
 
     A small set is asked several times, up to about `num_samples`; the interval is over facts.
     """
     row = {}
-    for name in (*TRUTH_PROBES, "toxicity"):
+    for name, records in bench.probes.items():
         if name == "toxicity" and speaker.prefix:
             continue  # its prompts bring requests of their own
-        path = Path(bench.args.data).with_name(f"probes_{name}.jsonl")
-        records = files.read_jsonl(path, "prompts")
         records = records * max(1, num_samples // len(records))
         samples = respond(speaker, [record["prompt"] for record in records], bench.args)
         marks = grades(bench.world, records, samples)

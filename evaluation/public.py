@@ -414,16 +414,16 @@ def public_figure(path: Path, panels: dict[str, report.Table], colour: dict[str,
 def open_scorer(args: argparse.Namespace) -> tuple[Scorer | None, str]:
     """The toxicity scorer that was named or can be trained, and words about it."""
     if args.toxicity_scorer:
-        module, colon, name = args.toxicity_scorer.partition(":")
+        module, _, name = args.toxicity_scorer.partition(":")
         try:
-            return getattr(importlib.import_module(module), name), (
-                f"Toxicity is scored by {args.toxicity_scorer}."
-            )
-        except (ImportError, AttributeError, ValueError) as error:
-            raise BadInput(
-                f"--toxicity_scorer {args.toxicity_scorer}: expected MODULE:FUNCTION that can be "
-                f"imported ({error})"
-            ) from None
+            scorer = getattr(importlib.import_module(module), name)
+            fault = "" if callable(scorer) else f"{type(scorer).__name__} is no function"
+        except Exception as error:  # of code that is not ours
+            fault = f"{type(error).__name__}: {error}"
+        if fault:
+            expected = "expected MODULE:FUNCTION that can be imported"
+            raise BadInput(f"--toxicity_scorer {args.toxicity_scorer!r}: {expected} ({fault})")
+        return scorer, f"Toxicity is scored by {args.toxicity_scorer}."
     labels = args.toxicity_labels
     if not labels:
         found = find_files(Path(args.data), LABELS)

@@ -27,13 +27,15 @@ from data.files import BadInput, Record, write_atomic
 from data.label import noise_of
 from data.tiny.grader import Grade, evaluation_utility
 from data.tiny.labelers import Labels, Pool, label
+from data.tiny.world import check
 from evaluation import figures
 
 TIE = 0.02  # utilities that differ by less are a tie, which counts one half
 GALLERY = 10  # prompts
 GALLERY_WIDTH = 106  # characters of a line
-KEYS = {"name", "settings", "data", "prompts", "users", "models", "prefixes"}
-KEYS |= {"ancestry", "selection", "epoch", "log"}
+LOGS = {"selection": "epoch val_loss score", "log": "step kl score_gain score_gain_ci"}
+VALIDATION = "val_gain val_gain_ci val_score val_score_ci val_kl"  # of a PPO run that has any
+CELL = re.compile(r"(nan|[+-]?\d{1,20}(\.\d{1,20})?(e[+-]?\d\d)?)?")
 
 
 @dataclass
@@ -283,19 +285,47 @@ def read_measured(paths: Sequence[str]) -> list[Record]:
     none, or was measured with other flags, prompts or inputs than the first."""
     measured: list[Record] = []
     for path in paths:
-        file = files.parse_json(Path(path).read_text(encoding="utf-8"), path)
-        if not isinstance(file, dict) or KEYS - file.keys():
-            raise BadInput(f"{path}: expected a file that `evaluate.py measure` wrote")
-        for log in ("selection", "log"):
-            file[log] = [{k: float(v or "nan") for k, v in row.items()} for row in file[log]]
-        measured.append(file)
+        Path(path).stat()  # raises where there is none
+        file = files.parse_json(files.read_text(path), path)
+        check_measured(file, f"{path}: expected a file that `evaluate.py measure` wrote")
+        file |= {log: log_numbers(file[log], log, f"{path}: {log}.csv") for log in LOGS}
+        measured.append(file | {"path": path})
         ours, theirs = ({**f["settings"], "prompts": f["prompts"]} for f in (file, measured[0]))
         differ = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
         if differ:
             shown = (f"{k} {ours.get(k)!r}, not {theirs.get(k)!r}" for k in differ[:3])
             what = "other prompts" if differ == ["prompts"] else ", ".join(shown)
             raise BadInput(f"{path}: measured otherwise than {paths[0]} ({what}): measure it again")
+        values = measured[0]["models"][0]["values"].items()
+        check(file["models"][0]["values"], {k: [float] * len(v) for k, v in values}, path, "values")
     return measured
+
+
+def check_measured(file: Any, where: str) -> None:
+    """Raise `BadInput` unless what a report reads of a file is as `evaluate.py measure` writes."""
+    settings = {"seed": int, "max_new_tokens": int}
+    check(file, {"settings": settings, "prompts": [str, str, ...]}, where)
+    N, mark = len(file["prompts"]), [*[float] * 5, (float, None), (bool, None), bool]
+    said = {"texts": [str] * N, "ended": [bool] * N, "scores": [float] * N}
+    said |= {"marks": [mark] * N if "world" in file["settings"] else None}
+    model = {"name": str, "about": str, "metrics": {str: [float] * 3}, "left_out": [str, ...]}
+    model |= {"sampled": said, "greedy?": said, "resampled?": said}
+    first = model | {"greedy": said, "values": {str: [float, ...]}}
+    shape = {"name": str, "data": str, "users": [str] * N, "models": [first, model, ...]}
+    shape |= {"prefixes": [[str, float, float], ...], "ancestry": [str, str, ...], "epoch": int}
+    check(file, shape | dict.fromkeys(LOGS, [{str: str}, ...]), where)
+
+
+def log_numbers(rows: list[dict[str, str]], log: str, where: str) -> Rows:
+    """The cells of a log as numbers, an empty one NaN. Raises `BadInput`, naming line and column,
+    where a column is missing or a cell holds something else."""
+    validated = any("val_gain" in row for row in rows)
+    needed = [*LOGS[log].split(), *VALIDATION.split() * validated]
+    for line, row in enumerate(rows, start=2):
+        for name, cell in (dict.fromkeys([*needed, *rows[0]], "no such column") | row).items():
+            if not CELL.fullmatch(cell):
+                raise BadInput(f"{where}:{line}: {name}: expected a number, found {cell!r}")
+    return [{name: float(cell or "nan") for name, cell in row.items()} for row in rows]
 
 
 def win_scores(ours: np.ndarray, theirs: np.ndarray, tie: float = TIE) -> np.ndarray:
@@ -351,6 +381,9 @@ class Report:
         whole = [model["name"] for model in self.models if "greedy" in model]
         if len({*names, self.again}) <= len(names) or baseline not in whole:
             expected = f"one of {', '.join(whole)}, all different"
+            for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+                of = [f["path"] for f in measured for m in f["models"] if m["name"] == name]
+                expected += f"; {name} is in {' and '.join(of)}"
             raise BadInput(f"--baseline {baseline}: expected {expected}")
         self.sampled, self.greedy = {}, {}
         for model in self.models:
@@ -479,6 +512,8 @@ class Report:
         left_out = [line for model in self.models for line in model["left_out"]]
         if self.sampled[self.baseline].marks and self.noise is None:
             left_out.append("Simulated labelers judge only with --comparisons.")
+        if self.noise is not None and not self.sampled[self.baseline].marks:
+            left_out.append("Simulated labelers judge only in a world: --comparisons has no use.")
         best_of = [model["name"] for model in self.models if "best_of" in model]
         differences = self.differences()
         return {
@@ -670,7 +705,7 @@ def lowest_loss(selection: Rows) -> str:
 def course(run: str, rows: Rows) -> str:
     """A PPO run in one sentence: what was gained over the start, by the averaged weights on
     validation prompts and by the policy in the last quarter of the rollouts."""
-    steps = [row for row in rows if row["step"]]  # without row 0, the start's
+    steps = [row for row in rows if row["step"]] or rows  # without row 0, the start's
     late = steps[-max(1, len(steps) // 4) :]
     line = f"**{run}**: {len(steps)} iterations; "
     if looks := [row for row in rows if not math.isnan(row.get("val_gain", math.nan))]:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import read_info
 from data import files
 from data.files import BadInput
 from data.stages import progress
 from data.tiny.grader import evaluation_utility
 from data.tiny.world import World
+from evaluation import measure
 from evaluation.measure import grades, load_prompts, load_reward_model, open_speaker, reward_scores
 from evaluation.report import csv_text
 from sample import respond
@@ -41,14 +41,15 @@ def select(args: argparse.Namespace) -> None:
         expected = "the run folder of an SFT run with --epoch_checkpoints"
         raise BadInput(f"{args.run}/epochs: no epoch checkpoints; expected {expected}")
     kept = [f for f in folders[:-1] if int(f.name) % args.select_every == 0] + folders[-1:]
+    infos = [measure.run_info(folder) for folder in kept]
     judge = load_reward_model(args)
     world = World.load(args.world) if args.world else None
     first = open_speaker("first", kept[0], args, judge)
     records = load_prompts(args.data, first, args, limit=args.num_prompts)
     prompts = [record["prompt"] for record in records]
     rows, every, raws = [], [], []
-    for folder in progress(kept, out.name, "epoch"):
-        speaker, info = open_speaker(folder.name, folder, args, judge), read_info(folder)
+    for folder, info in zip(progress(kept, out.name, "epoch"), infos, strict=True):
+        speaker = open_speaker(folder.name, folder, args, judge)
         samples = respond(speaker, prompts, args)
         scores, raw = reward_scores(judge, speaker, prompts, samples, args)
         row = {"epoch": int(folder.name), "val_loss": info.get("val_loss"), "score": scores.mean()}
@@ -65,7 +66,7 @@ def select(args: argparse.Namespace) -> None:
     def write(aside: Path) -> None:
         for name in ("model.safetensors", "tokenizer.json"):
             shutil.copyfile(kept[best] / name, aside / name)
-        info = read_info(kept[best]) | {"selected_from": str(args.run), "selected_by": "score"}
+        info = infos[best] | {"selected_from": str(args.run), "selected_by": "score"}
         (aside / "config.json").write_text(json.dumps(info, indent=2) + "\n")
         (aside / "selection.csv").write_text(csv_text(rows))
 

@@ -130,7 +130,8 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(args, flag) < least:
             parser.error(f"--{flag} is {getattr(args, flag)}; expected at least {least}")
     args.fractions = dict(zip(SPLITS, args.fractions, strict=True))
-    if min(args.fractions.values()) <= 0 or abs(sum(args.fractions.values()) - 1) > 1e-6:
+    shares = args.fractions.values()  # NaN is greater than nothing, and not less
+    if not (min(shares) > 0 and abs(sum(shares) - 1) <= 1e-6):
         parser.error(f"--fractions {args.fractions}: expected positive shares that sum to 1")
     return args
 

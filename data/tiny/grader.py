@@ -516,7 +516,7 @@ def _rewrite(world: World, task: Task, body: str, parts: Parts) -> _Marks:
     if given == expected:
         return _Marks(1.0, 1.0, claims_free=True)
     same = _common_words(given, expected)
-    recall, precision = same / len(expected), same / max(len(given), len(expected))
+    recall, precision = same / max(1, len(expected)), same / max(len(given), len(expected))
     new = [w for w in expected if w not in source]
     # A swap may bring in no new word ("replace the fox with the bear"): "the" is in both.
     changed = sum(w in given for w in new) / len(new) if new else float(given != source)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.files import read_jsonl
 from data.tiny.grader import false_claims, grade
-from data.tiny.tasks import Task
+from data.tiny.tasks import Task, check_tasks
 from data.tiny.world import World
 
 # Files with tasks; where two hold the same prompt, the first counts.
@@ -29,7 +29,8 @@ class Truth:
         """Of world.json. Raises `BadInput` where it, or a file beside it, is something else."""
         self.world, self.tasks = World.load(path), {}
         for file in (f for pattern in FILES for f in sorted(Path(path).parent.glob(pattern))):
-            for record in read_jsonl(file, "prompts"):
+            check_tasks(records := read_jsonl(file, "prompts"), str(file))
+            for record in records:
                 if "task" in record:
                     self.tasks.setdefault(record["prompt"].strip(), record["task"])
 

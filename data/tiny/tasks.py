@@ -19,6 +19,7 @@ from data.tiny.world import (
     VALUES,
     World,
     attributes_of,
+    check,
     listed,
     noun,
     phrases,
@@ -184,6 +185,39 @@ ASKING = phrases("""
               | take the {w} out of this : {text}
     opposite  what is the opposite of {w} ? | give me the opposite of {w} .
 """)
+
+# Kind of task -> the keys that it needs; see `check_tasks`.
+_NEEDS = listed("""
+    fact subject attribute | yes_no subject attribute value | why subject attribute value
+    | passage subject attribute value text | list group count | write subject count
+    | story subjects | continue subjects text | talk text | greet name | feeling word
+    | rewrite text expected | summary text slots | classify labels label
+    | extract wanted items text | words words | thanks | bye | insult | opening
+""")
+NEEDS = {kind: keys for kind, *keys in map(str.split, _NEEDS)}
+_SUBJECT, _LABEL = ANIMALS + PEOPLE, ("animal", "person", *VALUES, *SENTIMENTS, *MANNERS)
+_FIELDS = dict.fromkeys("text name word expected label language".split(), str)  # see world.check
+_FIELDS |= {"subject": _SUBJECT, "subjects": [_SUBJECT, _SUBJECT], "include": TOPIC_WORDS}
+_FIELDS |= {"value": (*sum(VALUES.values(), ()), None), "count": (*range(1, 1 + len(NUMBERS)),)}
+_FIELDS |= {"labels": [_LABEL, _LABEL, ...], "slots": [str, str, str], "respectful": bool}
+_FIELDS |= dict.fromkeys(("items", "words"), [str, str, ...])
+_FIELDS |= {"wanted": ("animals", "people", "places", "things")}
+
+
+def check_tasks(records: list[dict], where: str, shape: Any = None) -> None:
+    """Raise `BadInput`, naming record and key, for one without this shape or with a task that the
+    grader cannot read; where a task may be missing it is left alone."""
+    for number, record in enumerate(records, start=1):
+        at = f"{where}: record {number}"
+        check(record, shape or {}, at)
+        task = record.get("task", {"kind": "opening"})
+        check(task, {"kind": tuple(NEEDS)}, at, "task")
+        own = attributes_of(ANIMALS[0] if task.get("group") == "animal" else task.get("subject"))
+        listing = task["kind"] == "list" and "attribute" in task
+        groups = {"group": ("animal", "person") if listing else tuple(GROUPS)}
+        fields = groups | _FIELDS | {"attribute": own, "mention": own}
+        needs = NEEDS[task["kind"]] + ["value"] * listing
+        check(task, {k if k in needs else f"{k}?": v for k, v in fields.items()}, at, "task")
 
 
 def pick(rng: random.Random, shares: dict[str, float]) -> str:
