@@ -17,6 +17,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from data import files
+from data.files import BadInput
+from data.tokenizer import load_tokenizer
+
 import safetensors.torch
 import tiktoken
 import torch
@@ -24,10 +28,6 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-
-from data import files
-from data.files import BadInput
-from data.tokenizer import load_tokenizer
 
 MAX_PARAMETERS = 10**12  # a config that asks for more is a mistake: 4 TB of weights
 DOWNLOADS = Path(__file__).parent / "data" / "downloads"

@@ -27,6 +27,7 @@ import sys
 from data.files import run_command
 from data.flags import Named, natural, number, whole
 from data.real.public_sets import PUBLIC_SETS
+
 from evaluation.folds import cross_validate
 from evaluation.measure import measure
 from evaluation.public import measure_public

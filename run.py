@@ -38,13 +38,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import files, flags, outputs
+from data.files import BadInput, Log
+from data.flags import natural, whole
+
 import torch
 
 import kernels
 from checkpoint import find_model, load_state, read_info, save_model, save_state
-from data import files, flags, outputs
-from data.files import BadInput, Log
-from data.flags import natural, whole
 
 FOLDERS = ("checkpoints", "epochs", "steps")  # in --out
 MODEL = ("config.json", "tokenizer.json", "model.safetensors")  # a model's files

@@ -26,17 +26,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import tiktoken
-import torch
-
-from checkpoint import read_tokenizer
 from data import files, outputs
 from data.files import BadInput, Record, run_command
 from data.flags import Named, natural, nonnegative, temperature, whole
 from data.stages import progress
 from data.tiny.marks import Truth, suggestions
 from data.tokenizer import decode_response, encode_prompt
+
+import numpy as np
+import tiktoken
+import torch
+
+from checkpoint import read_tokenizer
 from model import GPT, MISSING_EOS_SCORE, ScalarModel, pad_right
 from run import Parser, check_context, model_flags
 

@@ -45,6 +45,10 @@ import math
 import sys
 from dataclasses import dataclass
 
+from data.files import BadInput, read_documents, read_jsonl, run_command
+from data.flags import fraction, natural, nonnegative, number, ratio, whole
+from data.tokenizer import decode_response, encode_prompt
+
 import numpy as np
 import tiktoken
 import torch
@@ -53,9 +57,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import read_tokenizer
-from data.files import BadInput, read_documents, read_jsonl, run_command
-from data.flags import fraction, natural, nonnegative, number, ratio, whole
-from data.tokenizer import decode_response, encode_prompt
 from model import GPT, MISSING_EOS_SCORE, ScalarModel, pad_right
 from run import Run, check_context, parse, parser
 

@@ -36,6 +36,10 @@ from functools import lru_cache
 from itertools import combinations, groupby
 from pathlib import Path
 
+from data.files import BadInput, read_jsonl, run_command, write_atomic
+from data.flags import natural, nonnegative, whole
+from data.tokenizer import encode_prompt, encode_response
+
 import numpy as np
 import tiktoken
 import torch
@@ -44,9 +48,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import read_tokenizer
-from data.files import BadInput, read_jsonl, run_command, write_atomic
-from data.flags import natural, nonnegative, whole
-from data.tokenizer import encode_prompt, encode_response
 from model import GPT, ScalarModel, pad_right
 from run import Run, check_context, parse, parser
 

@@ -31,6 +31,10 @@ import math
 import sys
 from functools import lru_cache
 
+from data.files import BadInput, read_documents, read_jsonl, run_command
+from data.flags import fraction, natural, nonnegative, whole
+from data.tokenizer import encode_prompt, encode_response
+
 import numpy as np
 import tiktoken
 import torch
@@ -38,9 +42,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import read_tokenizer
-from data.files import BadInput, read_documents, read_jsonl, run_command
-from data.flags import fraction, natural, nonnegative, whole
-from data.tokenizer import encode_prompt, encode_response
 from model import GPT, GPTConfig, pad_right
 from run import Run, check_context, parse, parser
 

@@ -42,6 +42,16 @@ MAX_BLANK = (
 Record = dict[str, Any]
 
 
+def _on_uncaught(kind: type, error: BaseException, trace: Any) -> None:
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _on_uncaught  # also while a script imports torch: it imports this file before
+
+
 class BadInput(ValueError):
     """Input that cannot be used; its message is one line for who gave it (exit code 2)."""
 
@@ -139,6 +149,47 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Record:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f'key "{twice}" stands twice')
     return record
+
+
+_WORDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _expected(shape: Any) -> str:
+    if isinstance(shape, tuple):
+        return f"{', '.join(map(_expected, shape[:-1]))} or {_expected(shape[-1])}"
+    if isinstance(shape, dict | list):
+        return "an object" if isinstance(shape, dict) else "a list"
+    return _WORDS[shape] if isinstance(shape, type) else json.dumps(shape)
+
+
+def check(value: Any, shape: Any, where: str, key: str = "") -> None:
+    """Raise `BadInput`, beginning with `where`, unless a value out of JSON has this shape: a type,
+    a value, (x, y) either, {"a": x, "b?": y} an object with a and perhaps b, {str: x} with any key,
+    [x, y] a list of these two, [x, ...] of any number of x, [x, y, ...] of an x and then of y."""
+    fault = "" if value is ... else f": expected {_expected(shape)}, found {_shown(value)}"
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for name, inner in (dict.fromkeys(value, shape[str]) if str in shape else shape).items():
+            own = name.removesuffix("?")
+            if own in value or own == name:  # ...: there is none
+                check(value.get(own, ...), inner, where, f"{key}.{own}".removeprefix("."))
+        return
+    if isinstance(shape, list) and isinstance(value, list):
+        if ... in shape:
+            shape = shape[:-2] + shape[-2:-1] * (len(value) - len(shape) + 2)
+        if len(shape) == len(value):
+            for i, (each, inner) in enumerate(zip(value, shape, strict=True)):
+                check(each, inner, where, f"{key}[{i}]")
+            return
+        fault = f": expected {len(shape)} entries, found {len(value)}"
+    for each in shape if isinstance(shape, tuple) else ():
+        with suppress(BadInput):
+            return check(value, each, where, key)
+    kinds = (int, float) if shape is float else (shape,) if isinstance(shape, type) else ()
+    if type(value) in kinds and (shape is str or abs(value) <= 1e30):
+        return
+    if kinds or type(value) is not type(shape) or value != shape:
+        named = f': key "{key}"' if key else ""
+        raise BadInput(f"{where}{named}{fault or ' is missing'}")
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -24,22 +24,16 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
-from data.files import (
-    BadInput,
-    check_writable,
-    read_jsonl,
-    remove_leftovers,
-    run_command,
-    write_jsonl,
-)
+from data.files import BadInput, read_jsonl, run_command, write_jsonl
 from data.flags import Parser
+from data.outputs import claim
 from data.stages import progress
 from data.tiny.grader import grade
 from data.tiny.labelers import MAX_NOISE, POOL_SIZE, POOL_WEIGHTS, TARGET_AGREEMENT, Pool, label
 from data.tiny.tasks import check_tasks
 from data.tiny.world import World
+
+import numpy as np
 
 Record = dict
 OTHER_PROMPT = "other prompt"  # under "models": this response was sampled for another prompt
@@ -237,11 +231,10 @@ def _ask(count: int) -> list[int] | None:
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
-    records = read_jsonl(args.data, "candidates")
+    kind, out = "comparisons by hand" if args.interactive else "simulated comparisons", args.out
+    claim(out, kind, {name: getattr(args, name) for name in ("data", "world", "noise_of")})
+    out, records = Path(out), read_jsonl(args.data, "candidates")
     records = with_off_topic(records, args.off_topic, args.seed)
-    out = Path(args.out)
-    check_writable(out.parent)
-    remove_leftovers(out.parent, out.name)
     if args.interactive:
         rank_by_hand(records, out, args.labeler, args.seed)
         return

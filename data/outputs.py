@@ -55,11 +55,11 @@ KINDS = {
     "report on public sets": Kind("report.md", "# Public sets", PAGE),
     "folds": Kind("folds.md", "# Reward models", ("fold_*", "folds.*")),
     "tiny world": Kind("world.json", r"\{", (*DATA, "world.json", "card.md"), DATA),
-    "data set": Kind("account.txt", "", (*DATA, "account.txt")),
+    "data set": Kind("account.txt", "", (*DATA, "account.txt"), ("model.safetensors",)),
 }
 SELECTION = {"config.json", "model.safetensors", "tokenizer.json", "selection.csv", "SHA256SUMS"}
 
-_held: dict[Path, Any] = {}  # lock files of this process, open
+_held: dict[Path, tuple[Any, bool]] = {}  # this process's locks: file, was its folder made for it
 
 
 def check_inputs(out: str, kind: str, inputs: Mapping[str, Any]) -> None:
@@ -96,25 +96,28 @@ def claim(out: str, kind: str, inputs: Mapping[str, Any]) -> None:
             f"--out {out}: is replaced as a whole, which a link or mount point cannot be"
         )
     folder = path.parent if whole else path
+    made = not folder.exists()
     files.check_writable(folder)
-    _lock(folder / (f".{path.name}.lock" if whole else ".lock"), out)
+    _lock(folder / (f".{path.name}.lock" if whole else ".lock"), out, made)
     files.remove_leftovers(folder, path.name if whole else "")
     _check_kind(path, kind)
 
 
 def release() -> None:
-    """Give back all that this process has claimed."""
+    """Give back all that this process has claimed; a folder made for nothing goes, too."""
     while _held:
-        path, file = _held.popitem()
+        path, (file, made) = _held.popitem()
         with suppress(OSError):
             path.unlink()
+            if made:
+                path.parent.rmdir()  # not of one with something in it
         file.close()
 
 
 atexit.register(release)
 
 
-def _lock(path: Path, out: str) -> None:
+def _lock(path: Path, out: str, made: bool) -> None:
     """Take the lock file, which the system gives free when its owner dies; say whose it is."""
     path = path.resolve()
     if path in _held:
@@ -137,7 +140,7 @@ def _lock(path: Path, out: str) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    _held[path] = file
+    _held[path] = file, made
 
 
 def _is(kind: Kind, mark: Path) -> bool:

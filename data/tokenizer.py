@@ -19,10 +19,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from data.files import END_OF_TEXT, BadInput, check_blank, read_json, write_atomic
+
 import regex  # a dependency of tiktoken; the standard `re` has no \p{L}
 import tiktoken
-
-from data.files import END_OF_TEXT, BadInput, check_blank, read_json, write_atomic
 
 # How GPT-2 cuts text into pieces before any merge: contractions, words and numbers with their
 # leading space, punctuation, runs of white space.

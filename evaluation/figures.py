@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.files import write_atomic
+
 import matplotlib.pyplot as plt
 import numpy as np
-
-from data.files import write_atomic
 
 if TYPE_CHECKING:
     from evaluation.report import Estimate, Rows

@@ -20,15 +20,16 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import files
+from data.files import BadInput, Record, check
+from data.outputs import claim
+from data.stages import progress
+from data.tokenizer import encode_prompt, encode_response, load_tokenizer
+
 import numpy as np
 import tiktoken
 import torch
 
-from data import files
-from data.files import BadInput, Record
-from data.stages import progress
-from data.tiny.world import check
-from data.tokenizer import encode_prompt, encode_response, load_tokenizer
 from evaluation.report import as_markdown, as_text, csv_text, estimate
 from model import ScalarModel, pad_right
 
@@ -203,8 +204,7 @@ def cross_validate(args: Namespace) -> None:
     out = Path(args.out)
     if flags := args.rm_flags and rm_flags(out / "rm", out / "train.jsonl", args):
         run_python("-c", READ_FLAGS, *flags)  # refused, if at all, before any work
-    files.check_writable(out)
-    files.remove_leftovers(out)
+    claim(args.out, "folds", {"init": args.init, "comparisons": args.comparisons})
     encoding = load_tokenizer(Path(args.init) / "tokenizer.json")
     records = load_comparisons(args.comparisons, encoding, args.max_prompt_tokens)
     folds, prompts = deal(records, args.folds, args.seed)

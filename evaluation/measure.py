@@ -27,19 +27,21 @@ from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data import files
+from data.files import BadInput, Record, check
+from data.outputs import claim
+from data.real.text_metrics import entropy_bits
+from data.tiny.corpus import ANSWER_HEADINGS, bias_pairs, public_tasks
+from data.tiny.grader import Grade, grade
+from data.tiny.tasks import check_tasks
+from data.tiny.world import World
+from data.tokenizer import encode_prompt
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from checkpoint import find_model, read_info
-from data import files
-from data.files import BadInput, Record
-from data.real.text_metrics import entropy_bits
-from data.tiny.corpus import ANSWER_HEADINGS, bias_pairs, public_tasks
-from data.tiny.grader import Grade, grade
-from data.tiny.tasks import check_tasks
-from data.tiny.world import World, check
-from data.tokenizer import encode_prompt
 from evaluation.report import LOGS, Answers, Estimate, estimate, log_numbers, resampled
 from model import GPT, ScalarModel, pad_right
 from run import check_context
@@ -64,14 +66,14 @@ def measure(args: Namespace) -> None:
     if not re.fullmatch(r"[\w.+-][\w .+-]*", args.name):  # it stands in tables
         raise BadInput(f"--name {args.name!r}: expected letters, digits, spaces, _ . + or -")
     out = Path(args.out)
-    files.check_writable(out.parent)
-    files.remove_leftovers(out.parent, out.name)
+    names = "checkpoint reward_model reference data val_data pretrain_data world".split()
+    claim(args.out, "measurement", {name: getattr(args, name) for name in names})
     folder, judge = find_model(args.checkpoint), load_reward_model(args)
     speaker = open_speaker(args.name, folder, args, judge)
     reference = open_speaker("reference", args.reference, args, judge) if args.reference else None
     longest = speaker.model.config.n_positions
-    if args.context > longest:
-        raise BadInput(f"--context {args.context}: more than the {longest} of {args.checkpoint}")
+    if args.context == 1 or args.context > longest:
+        raise BadInput(f"--context {args.context}: expected 0 or 2 to {longest}, the model's")
     args.context = args.context or longest
     settings, world = settings_of(args), World.load(args.world) if args.world else None
     records = load_prompts(args.data, speaker, args)

@@ -38,13 +38,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-import tiktoken
-from tqdm import tqdm
-
-from checkpoint import find_model
-from data.files import BadInput, check_writable, fingerprint, remove_leftovers, write_atomic
+from data.files import BadInput, fingerprint, write_atomic
+from data.outputs import claim
 from data.real.public_items import Item, Truth
 from data.real.public_sets import LABELS, PUBLIC_SETS, Condition, PublicSet, choose, load, prompt
 from data.real.raw import find_files
@@ -56,6 +51,13 @@ from data.real.text_metrics import (
     multiple_choice_2,
 )
 from data.real.toxicity import Scorer, train_scorer
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from checkpoint import find_model
 from evaluation import figures, report
 from evaluation.measure import total_logprobs
 from evaluation.report import Estimate
@@ -488,8 +490,8 @@ def describe(
 def measure_public(args: argparse.Namespace) -> None:
     """Measure all checkpoints on the public sets of --data and write table, figures, report."""
     out = Path(args.out)
-    check_writable(out)
-    remove_leftovers(out)
+    inputs = {name: getattr(args, name) for name in ("data", "checkpoints", "toxicity_labels")}
+    claim(args.out, "report on public sets", inputs)
     if not Path(args.data).is_dir():
         raise BadInput(f"--data {args.data}: no such folder; expected one of raw data sets")
     speakers = [

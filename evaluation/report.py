@@ -20,14 +20,15 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data import files
-from data.files import BadInput, Record, write_atomic
+from data.files import BadInput, Record, check, write_atomic
 from data.label import noise_of
+from data.outputs import claim
 from data.tiny.grader import Grade, evaluation_utility
 from data.tiny.labelers import Labels, Pool, label
-from data.tiny.world import check
+
+import numpy as np
+
 from evaluation import figures
 
 TIE = 0.02  # utilities that differ by less are a tie, which counts one half
@@ -235,8 +236,7 @@ Left out: {left_out}
 def write_report(args: argparse.Namespace) -> None:
     """Compare the files of --measured with --baseline; write tables, figures, report.md last."""
     out = Path(args.out)
-    files.check_writable(out)
-    files.remove_leftovers(out)
+    claim(args.out, "report", {"measured": args.measured, "comparisons": args.comparisons})
     noise = noise_of(args.comparisons) if args.comparisons else None
     report = Report(read_measured(args.measured), args.baseline, noise)
     page = fill(PAGE, report.words())  # whatever is wrong is found before anything is replaced

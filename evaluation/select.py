@@ -9,32 +9,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from data import files
 from data.files import BadInput
+from data.outputs import claim
 from data.stages import progress
 from data.tiny.grader import evaluation_utility
 from data.tiny.world import World
+
+import numpy as np
+
 from evaluation import measure
 from evaluation.measure import grades, load_prompts, load_reward_model, open_speaker, reward_scores
 from evaluation.report import csv_text
 from sample import respond
 
-SELECTED = ("config.json", "model.safetensors", "tokenizer.json", "selection.csv", "SHA256SUMS")
-
 
 def select(args: argparse.Namespace) -> None:
     """Copy the epoch checkpoint that the reward model chooses to --out, replacing it."""
     out = Path(args.out)
-    files.remove_leftovers(out.parent, out.name)  # may put an earlier --out back
-    check_replaceable(args)
-    files.check_writable(out)
-    files.remove_leftovers(out)
+    names = ("run", "reward_model", "data", "world")
+    claim(args.out, "selection", {name: getattr(args, name) for name in names})
     epochs = [f for f in Path(args.run, "epochs").glob("*") if f.name.isdecimal()]
     folders = sorted(epochs, key=lambda folder: int(folder.name))
     if not folders:
@@ -91,34 +88,3 @@ def last_of_the_best(scores: np.ndarray) -> int:
     behind = scores[scores.mean(axis=1).argmax()] - scores
     error = behind.std(axis=1) / np.sqrt(scores.shape[1])
     return int(np.flatnonzero(behind.mean(axis=1) <= error)[-1])
-
-
-def check_replaceable(args: argparse.Namespace) -> None:
-    """Raise `BadInput` where the selection would destroy something: it replaces --out as a whole.
-
-    So --out may hold an earlier selection and nothing else; no input may be in it; and it may not
-    be where a run keeps its own models.
-    """
-    out, real = Path(args.out), Path(args.out).resolve()
-    whole = f"--out {args.out}: is replaced as a whole"
-    if not out.name.strip(".") or out.is_symlink() or os.path.ismount(out):
-        remedy = "give the name of a new folder"
-        raise BadInput(f"{whole}, which '.', a link and a mount point cannot be; {remedy}")
-    for name in ("run", "reward_model", "data", "world"):
-        path = getattr(args, name)
-        if path and Path(path).resolve().is_relative_to(real):
-            raise BadInput(f"{whole}, and --{name} {path} lies in it; give another folder")
-    for run in (args.run, args.reward_model):
-        for kept in (Path(run, name) for name in ("epochs", "checkpoints", "steps")):
-            if real.is_relative_to(kept.resolve()):
-                fault = f"{kept} is for models of that run; give another folder"
-                raise BadInput(f"--out {args.out}: {fault}")
-    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    # A model without selection.csv is a training's.
-    earlier = SELECTED if "selection.csv" in there else ()
-    if others := sorted(n for n in there if n not in earlier and not files.LEFTOVER.fullmatch(n)):
-        more = f" and {len(others) - 1} more" if others[1:] else ""
-        raise BadInput(
-            f"{whole}, but holds {others[0]!r}{more}, which no earlier selection wrote; give "
-            "another folder, or move that away"
-        )

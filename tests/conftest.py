@@ -12,6 +12,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from data import outputs
+
 import numpy as np
 import pytest
 
@@ -30,13 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_state() -> Iterator[None]:
-    """Every test starts from the same random state, and what it does to signals is undone."""
+    """Every test starts from the same random state; its signals and claims are undone."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(number) for number in numbers]
     yield
+    outputs.release()
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
 

@@ -45,16 +45,17 @@ STAGES = ("sft", "rm", "ppo")
 def serve() -> None:
     """Read requests from stdin, a JSON line each, and run each in a forked child; print the
     child's process number, and its exit status when it ends."""
-    import torch._dynamo  # noqa: F401  optimizers import it at first use, which takes seconds
-
     import data.label
     import data.tiny.make
+    from data.files import run_command
+
+    import torch._dynamo  # noqa: F401  optimizers import it at first use, which takes seconds
+
     import evaluate
     import sample
     import train_ppo
     import train_rm
     import train_sft
-    from data.files import run_command
     from tests import toy
 
     mains = {

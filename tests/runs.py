@@ -16,11 +16,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from data.files import read_log
+
 import pytest
 import torch
 from torch import Tensor
 
-from data.files import read_log
 from tests.tiny import Tiny
 
 

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from data.files import BadInput
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,6 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import save_model
-from data.files import BadInput
 from model import GPT, ScalarModel
 from tests.planted import plant, read_bugs
 from tests.test_model import make_gpt, make_scalar

@@ -12,6 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+from data.files import read_jsonl, run_command, write_jsonl
+from data.tiny.grader import Grade
+from data.tokenizer import encode_prompt, encode_response
+
 import numpy as np
 import pytest
 
@@ -20,9 +24,6 @@ import sample
 import train_ppo
 import train_rm
 import train_sft
-from data.files import read_jsonl, run_command, write_jsonl
-from data.tiny.grader import Grade
-from data.tokenizer import encode_prompt, encode_response
 from evaluation import measure
 from evaluation.report import Estimate, labelers_win_scores
 from model import GPT, ScalarModel, pad_right

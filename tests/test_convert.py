@@ -7,15 +7,16 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from data.files import END_OF_TEXT, BadInput
 from data.real import convert
 from data.real.convert import Converted, comparison, cut, dialogue_prompt, weak_order
 from data.real.prepare import DATA_SETS
 from data.real.raw import find_files
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tests.raw_sets import (
     alpaca,
     dolly,

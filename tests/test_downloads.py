@@ -11,14 +11,15 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pooch
-import pytest
-
 from data.files import BadInput, run_command
 from data.real import download as module
 from data.real import prepare
 from data.real.download import REMEDY, download, fetch
 from data.real.sources import SOURCES, RemoteFile, Source, is_weights
+
+import pooch
+import pytest
+
 from tests.raw_sets import files_in, put
 
 CONTENT, LINES = random.Random(0).randbytes(300_000), b'{"n": 1}\n' * 1000

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from data import files
 from data.files import END_OF_TEXT, BadInput, read_documents, read_jsonl, write_jsonl
 from data.tokenizer import encode_prompt, encode_response
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 PROMPT = {"prompt": "say red", "user": "u1", "source": "customer", "use_case": "other"}
 EXAMPLES = {

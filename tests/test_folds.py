@@ -3,12 +3,13 @@
 import csv
 from pathlib import Path
 
+from data.files import BadInput, read_jsonl, write_jsonl
+
 import numpy as np
 import pytest
 import torch
 
 import evaluate
-from data.files import BadInput, read_jsonl, write_jsonl
 from evaluation import folds
 from model import ScalarModel
 from tests.tiny import LIMITS, Tiny

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from data.files import BadInput, check_writable, fingerprint, read_jsonl
+from data.tokenizer import load_tokenizer
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import run
-from data.files import BadInput, check_writable, fingerprint, read_jsonl
-from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 from tests.crash import STAGES
 from tests.tiny import Tiny

@@ -8,11 +8,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from data.hygiene import cap_per_user, deduplicate, drop_pii, find_pii, pii_of, split_by_user
+
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-
-from data.hygiene import cap_per_user, deduplicate, drop_pii, find_pii, pii_of, split_by_user
 
 FRACTIONS = {"train": 0.8, "valid": 0.1, "test": 0.1}
 

@@ -6,12 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+from data.files import read_jsonl, write_jsonl
+
 import pytest
 import torch
 
 import train_ppo
 from checkpoint import read_info
-from data.files import read_jsonl, write_jsonl
 from tests.crash import ROOT
 from tests.determinism import demo_commands
 from tests.determinism import main as determinism

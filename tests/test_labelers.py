@@ -8,9 +8,6 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from data import label as command
 from data.files import BadInput, read_jsonl, run_command, write_jsonl
 from data.label import parse_ranking
@@ -21,6 +18,9 @@ from data.tiny.labelers import POOL_TASTES, POOL_WEIGHTS, Labels, Pool, dense_ra
 from data.tiny.make import DEMONSTRATOR_FAILINGS
 from data.tiny.tasks import LABELER_SHARES, make_prompt, pick
 from data.tiny.world import World
+
+import numpy as np
+import pytest
 
 NUM_PROMPTS = 400
 Graded = tuple[list[list[Grade]], list[list[str]]]

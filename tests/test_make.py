@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from data import stages
 from data.real import prepare
 from data.tiny import make as tiny_world
+
+import pytest
+
 from tests.determinism import SMALL
 from tests.makefile import ROOT, clean_environment
 from tests.raw_sets import alpaca, write_json

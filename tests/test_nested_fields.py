@@ -10,10 +10,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-import evaluate
-import sample
 from data import label
 from data.files import BadInput, read_jsonl, run_command, write_jsonl
 from data.real import prepare
@@ -21,6 +17,11 @@ from data.tiny.answers import answer
 from data.tiny.grader import _RULES, false_claims, grade
 from data.tiny.tasks import NEEDS, USE_CASES, check_tasks, make_prompt, respectfully
 from data.tiny.world import World
+
+import pytest
+
+import evaluate
+import sample
 from evaluation import folds, measure, select
 from tests.tiny import LIMITS, Tiny
 

@@ -13,6 +13,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from data.files import BadInput, read_jsonl, read_log, write_documents
+from data.tokenizer import encode_prompt
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +24,6 @@ from torch import Tensor
 
 import train_ppo
 from checkpoint import read_info, save_model
-from data.files import BadInput, read_jsonl, read_log, write_documents
-from data.tokenizer import encode_prompt
 from model import GPT, GPTConfig, Packing, ScalarModel
 from tests.runs import Bugs, Runner, call, close, is_caught
 from tests.tiny import Tiny

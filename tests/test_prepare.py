@@ -5,13 +5,14 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from data.files import read_documents, read_jsonl, run_command
 from data.hygiene import pii_of
 from data.real.prepare import DATA_SETS, SPLITS, main
 from data.real.raw import find_files
 from data.tokenizer import load_tokenizer
+
+import pytest
+
 from tests.raw_sets import (
     alpaca,
     dolly,

@@ -8,18 +8,19 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
-import evaluate
-from checkpoint import save_model
 from data.files import BadInput, run_command
 from data.real import public_sets
 from data.real.public_items import Choice, Completion, Item, Opening, Pair, Truth
 from data.real.public_sets import LABELS, PUBLIC_SETS, Condition, choose, load
 from data.real.sources import SOURCES
 from data.real.text_metrics import bleu_counts, corpus_bleu
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from checkpoint import save_model
 from evaluation import public as public_eval
 from evaluation.public import Asked, estimate_sums, fit_prompts, measure, total_logprobs
 from evaluation.report import estimate

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from data.files import read_log, run_command
+from data.tokenizer import save_tokenizer, train_bpe
+
 import pytest
 import torch
 
 from checkpoint import save_model
-from data.files import read_log, run_command
-from data.tokenizer import save_tokenizer, train_bpe
 from model import GPT
 from run import Run
 from tests.crash import STAGES, Server, contents, run_dying_at, run_killed

@@ -8,6 +8,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from data.files import BadInput, read_jsonl, read_log, write_jsonl
+from data.tokenizer import encode_prompt, encode_response
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +18,6 @@ from torch.nn.functional import logsigmoid
 
 import train_rm
 from checkpoint import read_info
-from data.files import BadInput, read_jsonl, read_log, write_jsonl
-from data.tokenizer import encode_prompt, encode_response
 from model import GPT, MLP, ScalarModel
 from tests import runs as planted
 from tests.runs import Bugs, Runner, call, close, is_caught, keep_start

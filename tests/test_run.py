@@ -16,14 +16,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data import files, outputs
+from data.files import BadInput, read_log, run_command, write_folder_atomic
+from data.flags import fraction, natural, nonnegative, number, whole
+
 import pytest
 import torch
 
 import run as run_file
 from checkpoint import read_info
-from data import files, outputs
-from data.files import BadInput, read_log, run_command, write_folder_atomic
-from data.flags import fraction, natural, nonnegative, number, whole
 from run import Log, Run, check_context
 from tests import toy
 from tests.crash import Server, bytes_lost, contents, run_dying_at, same_steps

@@ -6,6 +6,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from data.tiny.world import World
+from data.tokenizer import encode_prompt, save_tokenizer, train_bpe
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +17,6 @@ import torch
 import checkpoint
 import sample
 from checkpoint import save_model
-from data.files import BadInput, read_jsonl, run_command, write_jsonl
-from data.tiny.world import World
-from data.tokenizer import encode_prompt, save_tokenizer, train_bpe
 from model import GPT, ScalarModel
 from tests.tiny import LIMITS, Tiny
 
@@ -270,7 +271,7 @@ def test_a_judge_that_cannot_judge_is_refused_in_one_line(tiny, tmp_path, world,
         (["--reward_model", other], "must share a tokenizer"),
         (["--reward_model", tiny.base], "expected a reward model"),
         (["--reward_model", tmp_path / "no"], "no/config.json: no such file"),
-        (["--world", tmp_path / "no.json"], "no.json: [Errno 2] No such file"),
+        (["--world", tmp_path / "no.json"], "no.json: no such file"),
         (["--world", tiny.base / "config.json"], "expected the world.json"),
         (["--world", tiny.rm / "config.json", "--prompts"], "expected the world.json"),
     ):

@@ -6,6 +6,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from data.files import BadInput, read_log, run_command, write_documents, write_jsonl
+from data.tokenizer import encode_prompt, encode_response
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +18,6 @@ from torch import Tensor
 import checkpoint
 import train_sft
 from checkpoint import read_info
-from data.files import BadInput, read_log, run_command, write_documents, write_jsonl
-from data.tokenizer import encode_prompt, encode_response
 from model import GPT, GPTConfig
 from tests import runs as planted
 from tests.runs import Bugs, Runner, Seen, call, close, is_caught

@@ -7,10 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from data import stages
 from data.stages import STAGES, Stage
+
+import pytest
+
 from tests.makefile import ROOT, clean_environment, dry_run
 
 # ------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+from data.files import read_log
+
 import pytest
 
-from data.files import read_log
 from run import Run
 from tests import toy
 

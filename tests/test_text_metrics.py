@@ -6,9 +6,6 @@ import itertools
 import math
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from data.files import BadInput
 from data.real import toxicity
 from data.real.public_items import Completion, released_item
@@ -31,6 +28,9 @@ from data.real.text_metrics import (
     rouge_l,
     word_f1,
 )
+
+import numpy as np
+import pytest
 
 
 @pytest.mark.parametrize(

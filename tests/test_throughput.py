@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+from data.real import prepare
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +23,6 @@ import sample
 import train_rm
 import train_sft
 from checkpoint import GPT2_NAMES
-from data.real import prepare
 from generate import KVCache
 from model import GPT, GPTConfig, Linear, ScalarModel
 from tests import throughput

@@ -11,9 +11,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
-import pytest
-
+from data import outputs
 from data.files import BadInput, read_documents, read_jsonl
 from data.tiny import corpus, grader
 from data.tiny import make as tiny_world
@@ -24,6 +22,9 @@ from data.tiny.marks import Truth, suggestions
 from data.tiny.tasks import CUSTOMER_SHARES, USE_CASES, make_prompt, respectfully
 from data.tiny.world import ANIMALS, ATTRIBUTE_OF, KINDS, PEOPLE, Claim, World, claims, statement
 from data.tokenizer import encode_prompt, encode_response, load_tokenizer
+
+import numpy as np
+import pytest
 
 Sets = dict[str, list[dict]]  # records by "split/name"
 LABELLED = ("demonstrations", "rm_prompts", "ppo_prompts")
@@ -67,6 +68,7 @@ def test_equal_seeds_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "data.tiny.make", "--out", str(tmp_path), "--seed", "0"]
     environment = {"PYTHONHASHSEED": "7", "PATH": ""}
     subprocess.run([*command, *SMALL], env=environment, cwd=Path(__file__).parents[1], check=True)
+    outputs.release()  # it was made in this process
     names = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
     assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()} == names
     for name in names:

@@ -5,12 +5,6 @@ import random
 from collections import Counter
 from pathlib import Path
 
-import pytest
-import regex
-import tiktoken
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from data.files import BadInput
 from data.tokenizer import (
     GPT2_PATTERN,
@@ -22,6 +16,12 @@ from data.tokenizer import (
     save_tokenizer,
     train_bpe,
 )
+
+import pytest
+import regex
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 TEXTS = [
     "the fox eats fish .\n\nwhat does the bear eat ?\n\nthe bear eats honey .",

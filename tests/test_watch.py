@@ -8,10 +8,11 @@ import threading
 import time
 from pathlib import Path
 
+from data.files import run_command
+
 import matplotlib.image
 import pytest
 
-from data.files import run_command
 from evaluation import watch
 from evaluation.watch import Columns, main, panels_of, read_columns
 from tests.makefile import ROOT, dry_run

@@ -62,13 +62,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from data.stages import allowed_cores
+
 import numpy as np
 import torch
 
 import train_ppo
 import train_rm
 import train_sft
-from data.stages import allowed_cores
 from kernels.bench import RESULTS
 from kernels.runtime import triton
 from model import GPT, GPTConfig, ScalarModel

@@ -7,12 +7,13 @@ mechanics (files, resume, exit codes); what the methods achieve is not to be see
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.files import write_documents, write_jsonl
+from data.tokenizer import save_tokenizer, train_bpe
+
 import tiktoken
 import torch
 
 from checkpoint import save_model
-from data.files import write_documents, write_jsonl
-from data.tokenizer import save_tokenizer, train_bpe
 from model import GPT, GPTConfig, ScalarModel
 
 COLOURS = ("red", "blue", "green", "white", "black", "gold")

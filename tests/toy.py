@@ -7,11 +7,12 @@ test_resume.py.
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import outputs
+from data.flags import natural, nonnegative
+
 import torch
 import torch.nn as nn
 
-from data import outputs
-from data.flags import natural, nonnegative
 from run import Run, parse, parser
 
 STATE = ("model", "ema", "adam")

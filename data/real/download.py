@@ -21,13 +21,13 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import pooch
-import requests
-from tqdm import tqdm
-
 from data.files import BadInput, flush_to_disk, write_atomic
 from data.real.sources import SOURCES, RemoteFile, is_weights
 from data.tokenizer import gpt2_encoding, save_tokenizer
+
+import pooch
+import requests
+from tqdm import tqdm
 
 ATTEMPTS, PAUSE, TIMEOUT = 5, 1.0, 30.0  # connections a run; seconds before the second; of silence
 REMEDY = "run again, or get the file by other means and pass its folder to --from"

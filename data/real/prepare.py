@@ -24,9 +24,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import tiktoken
-
 from data.files import BadInput, Record, run_command, write_atomic, write_documents, write_jsonl
+from data.flags import Parser
 from data.hygiene import (
     PREFIX_CHARS,
     USER_LIMIT,
@@ -36,10 +35,13 @@ from data.hygiene import (
     pii_of,
     split_by_user,
 )
+from data.outputs import claim
 from data.real import convert
 from data.real.raw import find_files
 from data.real.sources import SOURCES, print_sources
 from data.tokenizer import gpt2_encoding, save_tokenizer
+
+import tiktoken
 
 SPLITS = ("train", "valid", "test")
 KINDS = ("demonstrations", "prompts", "comparisons", "documents")
@@ -86,7 +88,7 @@ MANY_PAIRS = ("summarize",)
 
 # flag, type, default, help
 FLAGS = [
-    ("--out", Path, Path("out/real/data"), "folder that is written"),
+    ("--out", str, "out/real/data", "folder that is written"),
     ("--seed", int, 0, "of the splits and of the draw from busy users"),
     ("--tokenizer", str, None, "folder of vocab.bpe and encoder.json, else searched; or none"),
     ("--passages", int, 1, "qa-feedback: passages in the prompt, 0 to 4, of about 280 tokens each"),
@@ -96,7 +98,7 @@ FLAGS = [
 
 
 def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.real.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -347,6 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         download(args.download, DOWNLOADS, args.folder)
         return 0
     args.folder = args.folder or DOWNLOADS
+    claim(args.out, "data set", {"from": args.folder})
+    args.out = Path(args.out)
     files = locate(args.names, args.folder)
     encoding = load_encoding(args.tokenizer, args.folder)
     account = Account()

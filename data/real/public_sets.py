@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from data.files import BadInput, run_command
 from data.real import public_items as read
 from data.real.public_items import I_DO_NOT_KNOW, NOT_IN_BACKGROUND, Completion, Item, Opening
@@ -36,6 +34,8 @@ from data.real.text_metrics import (
     rouge_l,
     word_f1,
 )
+
+import numpy as np
 
 # ------------------------------------------------------------------------------------ what is asked
 

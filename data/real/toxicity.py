@@ -16,10 +16,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from data.files import BadInput
 from data.real.raw import get, read_raw
+
+import numpy as np
 
 Scorer = Callable[[Sequence[str]], np.ndarray]  # texts -> (N,) float64, 0 harmless to 1 toxic
 

@@ -26,11 +26,11 @@ labeler, or by several, each with noise of their own.
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from data.tiny.grader import Grade
 from data.tiny.tasks import OPENERS
 from data.tiny.world import claims, normalise
+
+import numpy as np
 
 POOL_WEIGHTS = {"training": (1.0, 0.7, 0.8, 0.4), "held_out": (0.7, 1.2, 1.2, 0.2)}
 POOL_TASTES = {"training": (0.1, 0.1, 0.0), "held_out": (-0.4, -0.1, 0.2)}

@@ -27,11 +27,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
-import tiktoken
-
 from data import hygiene
-from data.files import check_writable, run_command, write_atomic, write_documents, write_jsonl
+from data.files import run_command, write_atomic, write_documents, write_jsonl
 from data.flags import Parser
+from data.outputs import claim
 from data.tiny import card, probes
 from data.tiny.answers import Failings, answer
 from data.tiny.corpus import documents
@@ -48,6 +47,8 @@ from data.tiny.tasks import (
 )
 from data.tiny.world import World
 from data.tokenizer import encode_prompt, encode_response, save_tokenizer, train_bpe
+
+import tiktoken
 
 Record = dict
 Kinds = Collection[str]  # of facts that a prompt may name
@@ -400,7 +401,7 @@ def pretraining_text(
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     out = Path(args.out)
-    check_writable(out)
+    claim(args.out, "tiny world", {})
     world = World.make(args.seed)
     sample, _ = pretraining_text(world, "train", TOKENIZER_WORDS, None)
     encoding = train_bpe(sample, args.vocab_size)
@@ -416,6 +417,7 @@ def main(argv: list[str] | None = None) -> None:
         check_lengths(encoding, name, records)
 
     (out / "card.md").unlink(missing_ok=True)  # it comes last: with it, the world is whole
+    world.save(out / "world.json")
     tokens_by_kind = {}
     for split in ("train", "valid", "test"):
         tokens = args.pretrain_tokens if split == "train" else args.heldout_tokens
@@ -424,7 +426,6 @@ def main(argv: list[str] | None = None) -> None:
     for name, records in sets.items():
         kind = "demonstrations" if "demonstrations" in name else "prompts"
         write_jsonl(out / f"{name}.jsonl", records, kind)
-    world.save(out / "world.json")
     save_tokenizer(encoding, out / "tokenizer.json")
     text = card.make(world, sets, account, tokens_by_kind, args.failings)
     write_atomic(out / "card.md", text)

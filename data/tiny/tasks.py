@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Collection
 from typing import Any
 
+from data.files import check
 from data.tiny.world import (
     ANIMALS,
     KINDS,
@@ -19,7 +20,6 @@ from data.tiny.world import (
     VALUES,
     World,
     attributes_of,
-    check,
     listed,
     noun,
     phrases,

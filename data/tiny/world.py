@@ -20,12 +20,10 @@ import json
 import random
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from data.files import BadInput, _shown, parse_json, write_atomic
+from data.files import BadInput, check, read_json, write_atomic
 
 ANIMALS = tuple("fox bear owl wolf frog duck goat crow mole hare deer mouse".split())
 PEOPLE = tuple("anna ben carl dora emma finn greta hugo".split())
@@ -83,45 +81,6 @@ DENIALS = {
 }
 
 Fact = tuple[str, str]  # (subject, attribute)
-_WORDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
-
-
-def _expected(shape: Any) -> str:
-    if isinstance(shape, tuple):
-        return f"{', '.join(map(_expected, shape[:-1]))} or {_expected(shape[-1])}"
-    if isinstance(shape, dict | list):
-        return "an object" if isinstance(shape, dict) else "a list"
-    return _WORDS[shape] if isinstance(shape, type) else json.dumps(shape)
-
-
-def check(value: Any, shape: Any, where: str, key: str = "") -> None:
-    """Raise `BadInput`, beginning with `where`, unless a value out of JSON has this shape: a type,
-    a value, (x, y) either, {"a": x, "b?": y} an object with a and perhaps b, {str: x} with any key,
-    [x, y] a list of these two, [x, ...] of any number of x, [x, y, ...] of an x and then of y."""
-    fault = "" if value is ... else f": expected {_expected(shape)}, found {_shown(value)}"
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for name, inner in (dict.fromkeys(value, shape[str]) if str in shape else shape).items():
-            own = name.removesuffix("?")
-            if own in value or own == name:  # ...: there is none
-                check(value.get(own, ...), inner, where, f"{key}.{own}".removeprefix("."))
-        return
-    if isinstance(shape, list) and isinstance(value, list):
-        if ... in shape:
-            shape = shape[:-2] + shape[-2:-1] * (len(value) - len(shape) + 2)
-        if len(shape) == len(value):
-            for i, (each, inner) in enumerate(zip(value, shape, strict=True)):
-                check(each, inner, where, f"{key}[{i}]")
-            return
-        fault = f": expected {len(shape)} entries, found {len(value)}"
-    for each in shape if isinstance(shape, tuple) else ():
-        with suppress(BadInput):
-            return check(value, each, where, key)
-    kinds = (int, float) if shape is float else (shape,) if isinstance(shape, type) else ()
-    if type(value) in kinds and (shape is str or abs(value) <= 1e30):
-        return
-    if kinds or type(value) is not type(shape) or value != shape:
-        named = f': key "{key}"' if key else ""
-        raise BadInput(f"{where}{named}{fault or ' is missing'}")
 
 
 @dataclass(frozen=True)
@@ -209,14 +168,14 @@ class World:
     def load(cls, path: str | Path) -> "World":
         """Read world.json. Raises `BadInput` when the file is missing or something else."""
         try:
-            content = parse_json(Path(path).read_text(encoding="utf-8"), "content")
+            content = read_json(path)
             every = [(s, a) for s in ANIMALS + PEOPLE for a in attributes_of(s)]
             rows = [(s, a, VALUES[a], KINDS, VALUES[a]) for s, a in every]
             facts = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-            check(content, {"seed": int, "facts": facts, "dictionary": {str: str}}, "content")
-        except (OSError, ValueError) as error:
+            check(content, {"seed": int, "facts": facts, "dictionary": {str: str}}, str(path))
+        except BadInput as error:
             remedy = "expected the world.json that `python -m data.tiny.make` writes"
-            raise BadInput(f"{path}: {error}; {remedy}") from None
+            raise BadInput(f"{error}; {remedy}") from None
         rows = [[row[name] for name in COLUMNS] for row in content["facts"]]
         facts, kinds, myths = ({(s, a): row[i] for s, a, *row in rows} for i in range(3))
         return cls(content["seed"], facts, kinds, myths, content["dictionary"])

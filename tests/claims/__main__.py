@@ -25,6 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.files import BadInput, check_writable, run_command, write_atomic
+
 from evaluation.report import as_markdown, csv_text
 from tests.claims import claims, figures, pipeline, sweeps
 from tests.claims.lab import Lab

@@ -17,14 +17,6 @@ from hashlib import sha256
 from itertools import combinations, groupby
 from pathlib import Path
 
-import numpy as np
-import torch
-from tiktoken import Encoding
-
-import train_ppo
-import train_rm
-import train_sft
-from checkpoint import read_config, read_info
 from data.files import Record, fingerprint, read_documents, read_jsonl, read_log, write_atomic
 from data.label import noise_of
 from data.tiny.corpus import NO_COMMENT_INSTRUCTION, bias_pairs, public_tasks
@@ -33,6 +25,15 @@ from data.tiny.labelers import likert
 from data.tiny.tasks import RESPECTFUL_PREFIX, RUDE_PREFIX
 from data.tiny.world import VALUES, World
 from data.tokenizer import encode_prompt, encode_response
+
+import numpy as np
+import torch
+from tiktoken import Encoding
+
+import train_ppo
+import train_rm
+import train_sft
+from checkpoint import read_config, read_info
 from evaluation import measure, report
 from evaluation.report import Estimate, estimate
 from model import MISSING_EOS_SCORE, GPTConfig, ScalarModel

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-import train_ppo
 from data.files import BadInput, fingerprint, write_atomic
+
+import train_ppo
 from tests.makefile import ROOT, clean_environment, dry_run, edit
 
 CORES = 2
