@@ -68,7 +68,7 @@ def check_inputs(out: str, kind: str, inputs: Mapping[str, Any]) -> None:
     what = "folder" if writes else "file"
     if not out.strip() or not Path(out).name.strip(".") or out.endswith("/") > bool(writes):
         raise BadInput(f"--out {out!r}: expected the name of a {what}")
-    if re.search(rf"/({OWN})(/|$)", str(real)):
+    if re.search(rf"/({OWN})(/|$)|/(checkpoints|epochs|steps)$", str(real)):
         raise BadInput(f"--out {out}: lies among the models that a run keeps; give another {what}")
     for name, given in inputs.items():
         given = given.values() if isinstance(given, Mapping) else given
