@@ -159,7 +159,8 @@ def look(out: Path, logs: dict[str, Path]) -> str:
 def watch(args: argparse.Namespace) -> None:
     """Look, draw where a log has changed, wait; until all is done."""
     out, since, grown, seen = Path(args.out), time.time(), time.monotonic(), None
-    check_writable(out)
+    if out.exists():  # else a demo is about to make it
+        check_writable(out)
     if args.once:
         line = look(out, find_logs(out))
         if not line:

@@ -403,3 +403,40 @@ def test_a_config_of_other_types_is_refused(change: dict, tiny: Tiny, tmp_path: 
     (folder / "config.json").write_text(text)
     key = next(iter(change))
     one_line(lambda: GPT.from_pretrained(folder), key)
+
+
+# ------------------------------------------------------------------------------------------------
+# A run's folder
+
+
+@pytest.mark.parametrize("name", ("config.json", "tokenizer.json", "model.safetensors"))
+def test_a_resume_with_another_start_is_refused(name: str, tiny, tmp_path, server: Server) -> None:
+    """Also where only config.json differs, a number of which changes every later step."""
+    base = Path(shutil.copytree(tiny.base, tmp_path / "base"))
+    args = tiny.args("sft", tmp_path / "out", "--init", str(base))
+    assert server.run("sft", args, {60: signal.SIGKILL}).code == -signal.SIGKILL
+    assert list((tmp_path / "out/checkpoints").glob("0*"))
+    path = base / name
+    if name == "config.json":
+        path.write_text(path.read_text().replace("1e-05", "1e-04"))
+    elif name == "tokenizer.json":
+        path.write_text(path.read_text() + " ")
+    else:
+        weights = load_file(path)
+        save_file(weights | {"ln_f.bias": weights["ln_f.bias"] + 1e-3}, path)
+    run = server.run("sft", [*args, "--resume"])
+    assert run.code == 2 and run.stderr.count("\n") == 1
+    assert f"{path} was '" in run.stderr and run.stderr.count(" was ") == 1
+
+
+def test_folders_of_a_person_beside_checkpoints_stay(tiny, tmp_path, server: Server) -> None:
+    out = tmp_path / "out"
+    assert server.run("sft", tiny.args("sft", out)).code == 0
+    own = [out / name for name in ("checkpoints/2026-best", "epochs/01_best", "steps/x")]
+    for folder in own:
+        shutil.copytree(tiny.base, folder)
+    packed = out / "checkpoints/00000004.tar.gz"
+    packed.write_text("mine")
+    before = [contents(folder) for folder in own]
+    assert server.run("sft", tiny.args("sft", out, "--seed", "4")).code == 0
+    assert [contents(folder) for folder in own] == before and packed.read_text() == "mine"
