@@ -20,6 +20,10 @@ SEED    ?= 0
 DATA    ?=
 TESTS   ?=
 CLAIMS  ?=
+ifneq ($(filter ~/%,$(OUT) $(DATA)),)
+override OUT  := $(patsubst ~/%,$(HOME)/%,$(OUT))
+override DATA := $(patsubst ~/%,$(HOME)/%,$(DATA))
+endif
 # Make and the shell take white space and these characters for more than a part of a name.
 odd     := : % $$ \# ; ' " ` \ * ? [ ] { } ( ) & | < > ! ~ =
 is_odd   = $(filter-out 1,$(words x$(1)x))$(filter -%,$(1))$(strip $(foreach c,$(odd),$(findstring $(c),$(1))))
