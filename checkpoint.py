@@ -71,9 +71,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
             "model.safetensors (has the stage before finished?)"
         )
     info = files.read_json(path)
-    for key, kind in (("data", list), ("settings", dict)):
-        if not isinstance(info.get(key, kind()), kind):
-            raise BadInput(f'{path}: key "{key}": expected a {kind.__name__}, found {info[key]!r}')
+    files.check(info, {"data?": [str, ...], "settings?": {}}, str(path))
     return info
 
 
@@ -86,32 +84,29 @@ def read_config(folder: str | Path, config_class: type) -> Any:
             raise BadInput(f'{path}: key "{key}": expected {needed[0]!r}, found {info[key]!r}')
     names = {field.name for field in fields(config_class)}
     values = {"n_positions": info.get("n_ctx")} | {k: v for k, v in info.items() if k in names}
-    for name in SIZES:
-        if values.get(name) is None:
-            raise BadInput(f'{path}: key "{name}" is missing; expected a GPT-2 config')
+    files.check(values, dict.fromkeys(SIZES, int), str(path))
     values.setdefault("eos_token_id", values["vocab_size"] - 1)
     try:
         return config_class(**values)
-    except (BadInput, TypeError) as error:
+    except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
 
 
 def check_config(config: Any) -> None:
     """Raise `BadInput` unless a GPTConfig describes a model that can be built."""
-    for name in SIZES:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise BadInput(f"{name} is {value!r}; expected a whole number from 1")
+    kinds = dict.fromkeys((*SIZES, "eos_token_id"), int) | {"score_mod": str}
+    kinds |= dict.fromkeys("resid_pdrop layer_norm_epsilon initializer_range".split(), float)
+    files.check({name: getattr(config, name) for name in kinds}, kinds, "shape of the model")
     C, vocabulary, std = config.n_embd, config.vocab_size, config.initializer_range
     epsilon, end = config.layer_norm_epsilon, config.eos_token_id
     size = C * (vocabulary + config.n_positions + 12 * config.n_layer * C)
     sizes = ", ".join(f"{name} {getattr(config, name)}" for name in SIZES)
     for holds, problem in (
-        (C % config.n_head == 0, f"n_embd {C} is not a multiple of n_head {config.n_head}"),
+        (min(getattr(config, name) for name in SIZES) > 0, f"expected numbers from 1: {sizes}"),
+        (C % max(1, config.n_head) == 0, f"n_embd {C} is not a multiple of {config.n_head} heads"),
         (0 <= config.resid_pdrop < 1, f"resid_pdrop is {config.resid_pdrop}; expected 0 to 1"),
-        (type(epsilon) is float and 0 < epsilon < 1, f"layer_norm_epsilon is {epsilon!r}"),
-        (type(std) in (float, int) and 0 <= std < 1e6, f"initializer_range is {std!r}"),
-        (isinstance(config.score_mod, str), f"score_mod is {config.score_mod!r}; expected a name"),
+        (0 < epsilon < 1, f"layer_norm_epsilon is {epsilon}; expected 0 to 1"),
+        (0 <= std < 1e6, f"initializer_range is {std}; expected a number from 0"),
         (size <= MAX_PARAMETERS, f"{size:.0e} parameters, over {MAX_PARAMETERS:.0e}: {sizes}"),
         (0 <= end < vocabulary, f"eos_token_id {end} is not below vocab_size {vocabulary}"),
     ):
@@ -276,6 +271,9 @@ def load_state(path: Path, objects: dict[str, Any]) -> int:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, each in objects.items():
             each.load_state_dict(saved["state"][name])
+            own = getattr(each, "state", {}).items()  # of an optimizer, which trusts the shapes
+            if any(t.shape not in (p.shape, ()) for p, kept in own for t in kept.values()):
+                raise ValueError("shapes")
         return int(saved["step"])
     except Exception as error:  # a crafted pickle can raise anything
         too_large = isinstance(error, RuntimeError) and "memory" in str(error)

@@ -67,7 +67,7 @@ class Parser(flags.Parser):
 def parser(doc: str, *, out: str, save_every: int) -> argparse.ArgumentParser:
     """A parser with the flags that every run has; the script adds the method's."""
     title, shape = doc.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(description=title, allow_abbrev=False, formatter_class=shape)
+    parser = Parser(description=title, formatter_class=shape)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--out", default=out, help="folder of the run")
     add("--save_every", type=whole, default=save_every, help="steps between checkpoints; 0: last")
@@ -349,6 +349,8 @@ class Run:
             raise BadInput(f"{other}: {self._differences(checkpoints[-1])}; {remedy}")
         newest = self.saved[-1]
         self.done = load_state(newest / "state.pt", self.state)
+        if self.done != int(newest.name):
+            raise BadInput(f"{newest}: its state is of step {self.done}; start over")
         kept = set(mine) - set(checkpoints)
         self.models = {f for f in kept if read_info(f).get("step", math.inf) <= self.done}
         self._tidy()
@@ -359,9 +361,14 @@ class Run:
         before, now = read_info(folder).get("settings"), self.info["settings"]
         if not isinstance(before, dict):
             return "none are recorded"
-        try:  # files in place of the one dictionary of their checksums
-            before, now = ({**s, **s["sha256"], "sha256": 0} for s in (before, now))
-        except (KeyError, TypeError):
+        names, real = _inputs(self.args), os.path.realpath
+        try:  # files by their real paths, from wherever they are named
+            before, now = (
+                {k: real(v) if k in names and v else v for k, v in each.items() if k != "sha256"}
+                | {real(path): digest for path, digest in each["sha256"].items()}
+                for each in (before, now)
+            )
+        except (KeyError, TypeError, AttributeError):
             return "no checksums are recorded"
         differ = [k for k in {**now, **before} if before.get(k) != now.get(k)]
         return ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differ)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from data import files, outputs
 from data.files import BadInput, Record, run_command
-from data.flags import Named, natural, nonnegative, temperature, whole
+from data.flags import Named, natural, nonnegative, part, temperature, whole
 from data.stages import progress
 from data.tiny.marks import Truth, suggestions
 from data.tokenizer import decode_response, encode_prompt
@@ -42,6 +42,7 @@ from model import GPT, MISSING_EOS_SCORE, ScalarModel, pad_right
 from run import Parser, check_context, model_flags
 
 CHUNK = 512  # prompts sampled together, from random numbers of their own
+OF_OTHERS = ("ranks", "labeler", "noise")  # of other responses to a prompt
 Judge = Callable[["Speaker", str, "Sample"], str]  # a response to a bare prompt -> words about it
 
 
@@ -53,14 +54,6 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every command that samples or scores, those of evaluate.py too."""
     model_flags(parser)
     parser.add_argument("--batch_size", type=natural, default=256, help="responses sampled at once")
-
-
-def part(text: str) -> tuple[int, int]:
-    """ "1/2" -> (1, 2)."""
-    number, _, parts = text.partition("/")
-    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"{text}: expected 1/2 for the first of two parts")
-    return int(number), int(parts)
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -215,6 +208,7 @@ def write_candidates(speakers: list[Speaker], args: argparse.Namespace) -> None:
     """Sample K responses to each prompt of --data and write them to --out, all at once."""
     out, limit = Path(args.out), args.max_prompt_tokens
     records = files.read_jsonl(args.data, "prompts")[: args.num_prompts or None]
+    records = [{k: v for k, v in record.items() if k not in OF_OTHERS} for record in records]
 
     def fits(prompt: str) -> bool:
         return all(len(encode_prompt(s.encoding, prompt)) <= limit for s in speakers)
@@ -297,7 +291,7 @@ def answer(
             raise BadInput(f"the prompt has {length} tokens for {speaker.name}, {over}")
         prompts, seed = [prompt] * args.num_responses[-1], args.seed * 1_000_003 + turn
         for sample in respond(speaker, prompts, args, args.temperature, seed):
-            text = sample.text.strip("\n").replace("\n", "\n" + indent)
+            text = files.printable(sample.text.strip("\n")).replace("\n", "\n" + indent)
             print(f"{speaker.name:>{width}} | {text}{'' if sample.ended else ' ... (cut)'}")
             if judges:
                 print(f"{indent}({', '.join(say(speaker, prompt, sample) for say in judges)})")
@@ -314,7 +308,7 @@ def talk(speakers: list[Speaker], judges: list[Judge], args: argparse.Namespace)
     with suppress(EOFError):  # of input, at the end
         for turn, line in enumerate(filter(str.strip, lines)):
             if not interactive:
-                print(f"> {line}")
+                print(f"> {files.printable(line)}")
             try:
                 answer(line, turn, speakers, judges, args)
             except BadInput as error:

@@ -442,7 +442,7 @@ def folder_is_intact(folder: Path | str) -> bool:
     """True if every file that SHA256SUMS names is there with that checksum."""
     folder = Path(folder)
     try:
-        lines = (folder / "SHA256SUMS").read_text().split("\n")[:-1]
+        lines = read_text(folder / "SHA256SUMS").split("\n")[:-1]
         sums = [(folder / name, digest) for digest, name in (line.split("  ") for line in lines)]
         return bool(sums) and all(f.is_file() and _sha256(f) == digest for f, digest in sums)
     except (OSError, ValueError):
@@ -558,7 +558,7 @@ def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "the disk is full" if full else error.strerror or _one_line(error)
-        print(f"error: {error.filename or 'file'}: {reason}", file=sys.stderr)
+        print(f"error: {error.filename or 'a file or stdout'}: {reason}", file=sys.stderr)
         return 1 if full else 2
     except FloatingPointError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -576,8 +576,15 @@ def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size
         outputs.release()
 
 
+def printable(text: str) -> str:
+    """Text of a file as a terminal may show it: what would move its cursor or turn its text around
+    is escaped (\\x1b, \\r, \\u202e); lines and tabs stay."""
+    controls = "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+    return re.sub(controls, lambda found: ascii(found[0])[1:-1], text)
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(printable(str(error)).split())
 
 
 def check_writable(folder: Path | str) -> None:

@@ -37,11 +37,20 @@ def temperature(text: str) -> float:
     return value
 
 
+def part(text: str) -> tuple[int, int]:
+    """ "1/2" -> (1, 2)."""
+    number, _, parts = text.partition("/")
+    numeric = (number + parts).isdecimal() and max(len(number), len(parts)) < 9 and number and parts
+    if not (numeric and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text}: expected 1/2 for the first of two parts")
+    return int(number), int(parts)
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage of all flags; takes no flag as empty."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e3 is a number, too
 
     def parse_known_args(self, *args, **kwargs) -> tuple[argparse.Namespace, list[str]]:

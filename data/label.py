@@ -24,7 +24,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from data.files import BadInput, printable, read_jsonl, run_command, write_jsonl
 from data.flags import Parser
 from data.outputs import claim
 from data.stages import progress
@@ -155,7 +155,7 @@ def parse_ranking(text: str, count: int) -> list[int]:
     """
     groups = [re.split(r"\s*=\s*", group) for group in re.sub(r"\s*=\s*", "=", text).split()]
     numbers = [number for group in groups for number in group]
-    if not all(number.isdecimal() for number in numbers):
+    if not all(number.isdecimal() and len(number) < 9 for number in numbers):
         raise ValueError(f"{text!r}: type numbers, best first, with = between equals: 2 1=3 4")
     if sorted(map(int, numbers)) != list(range(1, count + 1)):
         raise ValueError(f"{text!r}: each of 1 to {count} must stand there exactly once")
@@ -169,10 +169,10 @@ def parse_ranking(text: str, count: int) -> list[int]:
 def rank_by_hand(records: list[Record], out: Path, labeler: str, seed: int) -> None:
     """Show each prompt with its responses in random order, read the ranking, save it at once. A
     file may hold rankings of several labelers: what others ranked is still to go for this one."""
-    done = read_jsonl(out, "comparisons") if out.exists() else []
+    done = read_jsonl(out, "comparisons") if out.exists() and out.stat().st_size else []
     mine = [record for record in done if record["labeler"] == labeler]
     for name, number in Counter(r["labeler"] for r in done if r["labeler"] != labeler).items():
-        print(f"{number} ranked by {shown(name)} in {out}; you are {labeler}")
+        print(f"{number} ranked by {printable(name)} in {out}; you are {labeler}")
     seen = Counter((record["prompt"], tuple(record["responses"])) for record in mine)
     left = []
     for record in records:
@@ -189,9 +189,9 @@ def rank_by_hand(records: list[Record], out: Path, labeler: str, seed: int) -> N
     for record in left:
         count = len(record["responses"])
         order = random.Random(f"{seed} {record['prompt']}").sample(range(count), count)
-        print(f"\n{'-' * 72}\n{shown(record['prompt'])}\n")
+        print(f"\n{'-' * 72}\n{printable(record['prompt'])}\n")
         for number, index in enumerate(order, start=1):
-            print(f"  [{number}] {shown(record['responses'][index])}")
+            print(f"  [{number}] {printable(record['responses'][index])}")
         typed = _ask(count)
         if typed is None:
             break
@@ -203,13 +203,6 @@ def rank_by_hand(records: list[Record], out: Path, labeler: str, seed: int) -> N
         done.append(record | {"ranks": ranks, "labeler": labeler})
         write_jsonl(out, done, "comparisons")
     print(f"{len(done)} ranked in {out}")
-
-
-def shown(text: str) -> str:
-    """Text of a file as a terminal may show it: what would move its cursor or turn its text around
-    is escaped (\\x1b, \\r, \\u202e); lines and tabs stay."""
-    controls = "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-    return re.sub(controls, lambda found: ascii(found[0])[1:-1], text)
 
 
 def _ask(count: int) -> list[int] | None:

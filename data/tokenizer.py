@@ -211,6 +211,11 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
             raise BadInput(
                 f"{path}: the pattern matches nothing at all, or the name is no text; {remedy}"
             )
-        return _encoding(name, pattern, ranks, end)
-    except (TypeError, regex.error) as error:
+        encoding = _encoding(name, pattern, ranks, end)
+        if encoding.decode(encoding.encode_ordinary("a b\n 1!")) != "a b\n 1!":
+            raise BadInput(f"{path}: the pattern drops text; {remedy}")
+        return encoding
+    except (TypeError, regex.error, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
         raise BadInput(f"{path}: pattern: {error}; {remedy}") from None

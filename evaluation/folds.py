@@ -30,6 +30,7 @@ import numpy as np
 import tiktoken
 import torch
 
+from checkpoint import read_info
 from evaluation.report import as_markdown, as_text, csv_text, estimate
 from model import ScalarModel, pad_right
 
@@ -205,6 +206,7 @@ def cross_validate(args: Namespace) -> None:
     if flags := args.rm_flags and rm_flags(out / "rm", out / "train.jsonl", args):
         run_python("-c", READ_FLAGS, *flags)  # refused, if at all, before any work
     claim(args.out, "folds", {"init": args.init, "comparisons": args.comparisons})
+    read_info(args.init)  # says which stage is missing
     encoding = load_tokenizer(Path(args.init) / "tokenizer.json")
     records = load_comparisons(args.comparisons, encoding, args.max_prompt_tokens)
     folds, prompts = deal(records, args.folds, args.seed)

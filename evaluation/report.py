@@ -290,11 +290,13 @@ def read_measured(paths: Sequence[str]) -> list[Record]:
         check_measured(file, f"{path}: expected a file that `evaluate.py measure` wrote")
         file |= {log: log_numbers(file[log], log, f"{path}: {log}.csv") for log in LOGS}
         measured.append(file | {"path": path})
-        ours, theirs = ({**f["settings"], "prompts": f["prompts"]} for f in (file, measured[0]))
+        both = (file, measured[0])
+        ours, theirs = ({**f["settings"], **{k: f[k] for k in ("prompts", "users")}} for f in both)
         differ = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
         if differ:
             shown = (f"{k} {ours.get(k)!r}, not {theirs.get(k)!r}" for k in differ[:3])
-            what = "other prompts" if differ == ["prompts"] else ", ".join(shown)
+            lists = [f"other {key}" for key in ("prompts", "users") if key in differ]
+            what = ", ".join(lists or shown)
             raise BadInput(f"{path}: measured otherwise than {paths[0]} ({what}): measure it again")
         values = measured[0]["models"][0]["values"].items()
         check(file["models"][0]["values"], {k: [float] * len(v) for k, v in values}, path, "values")

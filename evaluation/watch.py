@@ -135,7 +135,8 @@ def draw(path: Path, runs: dict[str, Columns]) -> None:
                 )
                 if f"{name}_ci" in log:
                     panel.errorbar(x, y, error, color=look["color"], fmt="none", linewidth=1)
-            panel.set_title(f"{run}: {title}".replace("$", r"\$"))  # no formula
+            shown = run.encode("ascii", "backslashreplace").decode()
+            panel.set_title(f"{shown}: {title}".replace("$", r"\$"))  # no formula
             panel.legend(fontsize=7)
             panel.xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()

@@ -755,7 +755,8 @@ def test_what_was_measured_otherwise_is_refused(tiny, tmp_path, capsys):
         capsys.readouterr()
         assert reporting(tmp_path / "report", "base", base, other) == 2
         error = capsys.readouterr().err
-        assert f"{other}: measured otherwise than {base} ({key} " in error, key
+        what = "other prompts, other users" if key == "data" else f"{key} "
+        assert f"{other}: measured otherwise than {base} ({what}" in error, key
         assert error.count("\n") == 1
     (tmp_path / "no.json").write_text("[3]")
     for files, words in (

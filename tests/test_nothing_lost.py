@@ -1,6 +1,7 @@
 """An output is claimed before the work begins: what it may replace, and whose it is. And what else
 ends in one line: a full disk, closed streams, Ctrl-C during imports, pipes, overflowing numbers."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -440,3 +441,38 @@ def test_folders_of_a_person_beside_checkpoints_stay(tiny, tmp_path, server: Ser
     before = [contents(folder) for folder in own]
     assert server.run("sft", tiny.args("sft", out, "--seed", "4")).code == 0
     assert [contents(folder) for folder in own] == before and packed.read_text() == "mine"
+
+
+def test_shapes_of_an_optimizer_are_not_trusted(tiny, tmp_path, server: Server) -> None:
+    """With checksums made anew; Adam would read past the end of a tensor."""
+    out = tmp_path / "out"
+    args = tiny.args("sft", out)
+    assert server.run("sft", args, {60: signal.SIGKILL}).code == -signal.SIGKILL
+    newest = sorted((out / "checkpoints").glob("0*"))[-1]
+    saved = torch.load(newest / "state.pt", weights_only=True)
+    moments = next(iter(saved["state"]["adam"]["state"].values()))
+    moments["exp_avg"] = moments["exp_avg"].flatten()[:1]
+    torch.save(saved, newest / "state.pt")
+    digest = hashlib.sha256((newest / "state.pt").read_bytes()).hexdigest()
+    sums = newest / "SHA256SUMS"
+    lines = [line for line in sums.read_text().splitlines() if not line.endswith("state.pt")]
+    sums.write_text("\n".join([*lines, f"{digest}  state.pt"]) + "\n")
+    run = server.run("sft", [*args, "--resume"])
+    assert run.code == 2 and "not the state of such a run (ValueError)" in run.stderr
+
+
+def test_comparisons_give_their_prompts_alone(tiny: Tiny, tmp_path: Path) -> None:
+    """Ranks of other responses do not go along."""
+    argv = tiny.args("sample", tmp_path, "--data", str(tiny.comparisons))
+    assert importlib.import_module("sample").main(argv) == 0
+    made = read_jsonl(tmp_path / "candidates.jsonl", "candidates")
+    assert made and not any({"ranks", "labeler", "noise"} & record.keys() for record in made)
+
+
+def test_a_resume_may_name_its_files_otherwise(tiny, tmp_path, server: Server, whole) -> None:
+    args = tiny.args("sft", tmp_path / "out")
+    assert server.run("sft", args, {60: signal.SIGKILL}).code == -signal.SIGKILL
+    other = [os.path.relpath(a, ROOT) if a.startswith(str(tiny.folder)) else a for a in args]
+    assert other != args and server.run("sft", [*other, "--resume"]).code == 0
+    weights = (tmp_path / "out/model.safetensors").read_bytes()
+    assert weights == (whole["sft"][0] / "model.safetensors").read_bytes()
