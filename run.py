@@ -158,8 +158,6 @@ class Run:
         settings["sha256"] = _fingerprints(args)
         self.info = {"stage": self.stage, "data": [p for p in data if p], "settings": settings}
         outputs.claim(args.out, self.stage, _inputs(args))
-        for name in FOLDERS:
-            files.remove_leftovers(self.out / name)
         self.start_row = {}
         self.done, self.saved, self.models = 0, [], set()  # step, checkpoints, models that are kept
         newest = self._restore() if args.resume else None
@@ -236,7 +234,7 @@ class Run:
         now = time.perf_counter()
         self.clocks[name], self.last_lap = now - self.last_lap, now
         if tokens is not None:
-            self.rates["tok_per_s"] = tokens / self.clocks[name]
+            self.rates["tok_per_s"] = tokens / max(self.clocks[name], 1e-9)
 
     def log_start(self, values: dict[str, torch.Tensor]) -> None:
         """The `mean` of what is measured before step 1: row 0 of log.csv, written with row 1."""
@@ -281,6 +279,7 @@ class Run:
 
     def finish(self, **info: Any) -> int:
         """Write the result, which the next stage reads; the exit code of a run that is done."""
+        outputs.check_claims()
         save_model(self.out, self.result, self.tokenizer_json, self.info | info)
         outputs.release()
         print(f"wrote {self.out}")
@@ -303,6 +302,7 @@ class Run:
             for log in self.logs:
                 (aside / log.path.name).write_text("".join(log.lines))
 
+        outputs.check_claims()
         folder = self.out / "checkpoints" / f"{self.step:08d}"
         files.write_folder_atomic(folder, write)
         (self.out / "model.safetensors").unlink(missing_ok=True)

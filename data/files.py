@@ -25,10 +25,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -287,11 +289,11 @@ def _to_json(record: Record, where: str) -> str:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{where}: cannot be written as JSON ({error})") from None
-    _check_text(line, f"{where}:")
+    check_text(line, f"{where}:")
     return line
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -330,7 +332,7 @@ def write_documents(path: Path | str, documents: Iterable[str]) -> None:
     for number, document in enumerate(documents, start=1):
         if any(line.strip() == END_OF_TEXT for line in document.split("\n")):
             raise BadInput(f"{path}: document {number} has a line that holds only {END_OF_TEXT}")
-        _check_text(document, f"{path}: document {number}")
+        check_text(document, f"{path}: document {number}")
     write_atomic(path, f"\n{END_OF_TEXT}\n".join(documents) + "\n")
 
 
@@ -372,7 +374,7 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
 
 
 # What a process has aside: `.<what it becomes>.<process>.tmp`, or the folder that it replaces.
-LEFTOVER = re.compile(r"\.(.+)\.\d+\.(tmp|replaced)")
+LEFTOVER = re.compile(r"(?s)\.(.+)\.\d+\.(tmp|replaced)")
 
 
 def write_folder_atomic(folder: Path | str, write: Callable[[Path], None]) -> None:
@@ -418,12 +420,13 @@ def _put_back(replaced: Path, folder: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path | str, name: str = "") -> None:
+def remove_leftovers(folder: Path | str, *names: str) -> None:
     """Delete what killed processes left aside in `folder` before it could be renamed, and put back
-    the folders that they were about to replace; with `name`, only what was to become that file or
-    folder: others may be at work beside it."""
+    the folders that they were about to replace; only what was to become a file or folder of one of
+    these names, which may be patterns: others may be at work beside it."""
     for path in sorted(Path(folder).glob(".*")):
-        if not (found := LEFTOVER.fullmatch(path.name)) or name not in ("", found[1]):
+        found = LEFTOVER.fullmatch(path.name)
+        if not found or not any(fnmatch(found[1], name) for name in names):
             continue
         if found[2] == "replaced":
             _put_back(path, path.with_name(found[1]))
@@ -544,6 +547,11 @@ def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size
             bad = "replace" if name == "stdin" else "backslashreplace"
             with suppress(io.UnsupportedOperation):  # of stdin that was read before
                 getattr(sys, name).reconfigure(errors=bad)
+    leave = {n: lambda n, _: sys.exit(128 + n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    with suppress(ValueError):  # not in the main thread
+        for number in leave:
+            if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as under nohup
+                signal.signal(number, leave[number])
     try:
         return main() or 0
     except KeyboardInterrupt:
@@ -574,6 +582,9 @@ def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size
         from data import outputs  # here, because it imports this file
 
         outputs.release()
+        for number in leave:
+            if signal.getsignal(number) is leave[number]:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def printable(text: str) -> str:

@@ -169,6 +169,7 @@ def parse_ranking(text: str, count: int) -> list[int]:
 def rank_by_hand(records: list[Record], out: Path, labeler: str, seed: int) -> None:
     """Show each prompt with its responses in random order, read the ranking, save it at once. A
     file may hold rankings of several labelers: what others ranked is still to go for this one."""
+    written = last_change(out)
     done = read_jsonl(out, "comparisons") if out.exists() and out.stat().st_size else []
     mine = [record for record in done if record["labeler"] == labeler]
     for name, number in Counter(r["labeler"] for r in done if r["labeler"] != labeler).items():
@@ -201,8 +202,17 @@ def rank_by_hand(records: list[Record], out: Path, labeler: str, seed: int) -> N
         for index, rank in zip(order, typed, strict=True):
             ranks[index] = rank
         done.append(record | {"ranks": ranks, "labeler": labeler})
+        done[-1].pop("noise", None)  # of simulated labelers
+        if last_change(out) != written:
+            raise BadInput(f"{out}: was changed by another program; start again to go on with it")
         write_jsonl(out, done, "comparisons")
+        written = last_change(out)
     print(f"{len(done)} ranked in {out}")
+
+
+def last_change(path: Path) -> tuple[int, int] | None:
+    """Time and size of a file, None where there is none."""
+    return ((s := path.stat()).st_mtime_ns, s.st_size) if path.exists() else None
 
 
 def _ask(count: int) -> list[int] | None:

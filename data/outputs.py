@@ -11,9 +11,11 @@ from __future__ import annotations
 import atexit
 import errno
 import fcntl
+import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -28,14 +30,14 @@ RUN += ("log.csv", "timing.csv")
 PAGE = ("*.md", "*.csv", "*.txt", "*.png", "parts", "samples.jsonl")
 DATA = ("train", "valid", "test", "tokenizer.json")
 OWN = r"checkpoints/[0-9]{8}|(epochs|steps)/[0-9]+"  # a run's models; others there are the user's
-HEAD = 2**16  # bytes of a file that tell what it is
+HEAD = 2**16  # characters of a file that tell what it is
 
 
 class Kind(NamedTuple):
-    """One kind of result, and how it is known: by the beginning of the output or of its `mark`."""
+    """One kind of result, and how it is known."""
 
-    mark: str  # a file in the output; "": the output is itself a file
-    words: str  # a pattern
+    mark: str  # a file in the output, which begins with `words`; "": the output is itself a file,
+    words: str  # of JSON Lines; then words are the keys that its first object has, or !has not
     writes: tuple[str, ...] = ()  # names in the output; "*": it is replaced as a whole
     after: tuple[str, ...] = ()  # those of them that are never there without the mark
 
@@ -45,38 +47,42 @@ def run_of(stage: str) -> Kind:
 
 
 KINDS = {
-    "candidates": Kind("", r'\{(?!.*"ranks": ).*"responses": .*"models": '),
-    "simulated comparisons": Kind("", r'\{.*"ranks": .*"noise": '),
-    "comparisons by hand": Kind("", r'\{(?!.*"noise": ).*"ranks": '),
-    "measurement": Kind("", r'\{"name": .*"settings": '),
-    "selection": Kind("selection.csv", "epoch,", ("*",), ("*",)),
+    "candidates": Kind("", "responses models !ranks"),
+    "simulated comparisons": Kind("", "ranks noise"),
+    "comparisons by hand": Kind("", "ranks !noise"),
+    "measurement": Kind("", "name settings models"),
+    "selection": Kind("selection.csv", "epoch,", ("*",)),
     **{stage: run_of(stage) for stage in ("base", "sft", "rm", "ppo")},
     "report": Kind("report.md", "# What each step did", PAGE),
     "report on public sets": Kind("report.md", "# Public sets", PAGE),
     "folds": Kind("folds.md", "# Reward models", ("fold_*", "folds.*")),
-    "tiny world": Kind("world.json", r"\{", (*DATA, "world.json", "card.md"), DATA),
+    "tiny world": Kind("world.json", r'\{\s*"seed": ', (*DATA, "world.json", "card.md"), DATA),
     "data set": Kind("account.txt", "", (*DATA, "account.txt"), ("model.safetensors",)),
 }
 SELECTION = {"config.json", "model.safetensors", "tokenizer.json", "selection.csv", "SHA256SUMS"}
 
-_held: dict[Path, tuple[Any, bool]] = {}  # this process's locks: file, was its folder made for it
+_held: dict[Path, tuple[int, list[Path]]] = {}  # this process's locks: file, folders made for it
 
 
 def check_inputs(out: str, kind: str, inputs: Mapping[str, Any]) -> None:
     """Raise `BadInput` where the result would overwrite an input: path, paths or name -> path."""
     real, writes = Path(os.path.realpath(out)), KINDS[kind].writes
-    what = "folder" if writes else "file"
-    if not out.strip() or not Path(out).name.strip(".") or out.endswith("/") > bool(writes):
+    what, name = "folder" if writes else "file", Path(out).name
+    if not out.strip() or not name.strip(".") or out.endswith("/") > bool(writes):
         raise BadInput(f"--out {out!r}: expected the name of a {what}")
+    if len(os.fsencode(name)) > 200 or not name.isprintable():
+        raise BadInput(f"--out {out!r}: expected a name of at most 200 bytes, all printable")
     if re.search(rf"/({OWN})(/|$)|/(checkpoints|epochs|steps)$", str(real)):
         raise BadInput(f"--out {out}: lies among the models that a run keeps; give another {what}")
-    for name, given in inputs.items():
+    for flag, given in inputs.items():
         given = given.values() if isinstance(given, Mapping) else given
         for path in [given] if isinstance(given, (str, Path)) else given or ():
             read = Path(os.path.realpath(path))
             first = read.relative_to(real).parts[:1] if read.is_relative_to(real) else None
-            if first == () or first and any(fnmatch(first[0], pattern) for pattern in writes):
-                raise BadInput(f"--out {out} would replace --{name} {path}: give another {what}")
+            same = real.exists() and read.exists() and read.samefile(real)  # two mounts of one
+            if same or first == () or first and any(fnmatch(first[0], name) for name in writes):
+                raise BadInput(f"--out {out} would replace --{flag} {path}: give another {what}")
+            files.check_text(str(path), f"--{flag} {path!r}:")  # it stands in what is written
 
 
 def claim(out: str, kind: str, inputs: Mapping[str, Any]) -> None:
@@ -88,64 +94,110 @@ def claim(out: str, kind: str, inputs: Mapping[str, Any]) -> None:
     """
     check_inputs(out, kind, inputs)
     path, writes = Path(out), KINDS[kind].writes
-    whole = not writes or "*" in writes
     if path.exists() and (not path.is_dir() if writes else not path.is_file()):
         raise BadInput(f"--out {out}: expected a {'folder' if writes else 'file'}, or nothing")
     if "*" in writes and (path.is_symlink() or os.path.ismount(path)):
-        raise BadInput(
-            f"--out {out}: is replaced as a whole, which a link or mount point cannot be"
-        )
-    folder = path.parent if whole else path
-    made = not folder.exists()
-    files.check_writable(folder)
-    _lock(folder / (f".{path.name}.lock" if whole else ".lock"), out, made)
-    files.remove_leftovers(folder, path.name if whole else "")
+        raise BadInput(f"--out {out}: is replaced whole, which a link or mount point cannot be")
+    real = Path(os.path.realpath(out))
+    made = [folder for folder in (real, real.parent) if not folder.exists()]
+    # Beside the output; a folder can be writable where the one around it is not, as a mount.
+    inside = writes and "*" not in writes and real.exists() and not os.access(real.parent, os.W_OK)
+    place = real if inside else real.parent
+    files.check_writable(place)
+    _lock(place / f".{real.name}.lock", out, made)
+    files.remove_leftovers(place, real.name)
     _check_kind(path, kind)
+    if writes:
+        files.check_writable(path)
+        for folder in (path, *(path / name for name in writes if (path / name).is_dir())):
+            files.remove_leftovers(folder, *writes if folder == path else "*")
+
+
+def check_claims() -> None:
+    """Raise `BadInput` unless all claims of this process still hold: a person may have deleted or
+    moved an output."""
+    for path, (lock, _) in _held.items():
+        if not _is_file(path, lock):
+            raise BadInput(f"{path}: was removed or replaced while this process was at work: stop")
 
 
 def release() -> None:
     """Give back all that this process has claimed; a folder made for nothing goes, too."""
     while _held:
-        path, (file, made) = _held.popitem()
+        path, (lock, made) = _held.popitem()
         with suppress(OSError):
-            path.unlink()
-            if made:
-                path.parent.rmdir()  # not of one with something in it
-        file.close()
+            if _is_file(path, lock):
+                path.unlink()
+        for folder in made:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+        os.close(lock)
 
 
 atexit.register(release)
 
 
-def _lock(path: Path, out: str, made: bool) -> None:
+def _is_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(path: Path, out: str, made: list[Path]) -> None:
     """Take the lock file, which the system gives free when its owner dies; say whose it is."""
-    path = path.resolve()
     if path in _held:
         return
+    if path.is_symlink() or path.exists() and not path.is_file():
+        raise BadInput(f"{path}: expected the lock of --out {out}; move that away")
+    me = f"process {os.getpid()} on {socket.gethostname()}"
     while True:
-        file = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                file.seek(0)
-                owner = file.read(200).strip() or "another process"
-                file.close()
-                fault = f"--out {out}: {owner} is at work on it"
-                raise BadInput(f"{fault}; wait for its end, or give another") from None
-            # Some file systems have no locks; then the name of the owner is all there is.
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except PermissionError:  # another user's
+            lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        owner = os.pread(lock, 500, 0).decode("utf-8", "replace").strip()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = False
+        except OSError as error:  # a file system without locks: then its owner's name tells
+            taken = error.errno in (errno.EAGAIN, errno.EACCES) or _alive(owner)
+        if owner and not re.fullmatch(r"process \d+ on \S+", owner):
+            os.close(lock)
+            raise BadInput(f"{path}: expected the lock of --out {out}; move that away")
+        if taken:
+            os.close(lock)
+            fault = f"--out {out}: {owner or 'another process'} is at work on it"
+            raise BadInput(f"{fault}; wait for its end, or give another")
+        if _is_file(path, lock):
             break
-        file.close()  # its owner has ended, and removed it, meanwhile
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _held[path] = file, made
+        os.close(lock)  # its owner has ended, and removed it, meanwhile
+    with suppress(OSError):  # read-only
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{me}\n".encode(), 0)
+    _held[path] = lock, made
+
+
+def _alive(owner: str) -> bool:
+    """Whether "process N on HOST" may be at work; nothing is known of other hosts."""
+    number, _, host = owner.removeprefix("process ").partition(" on ")
+    return bool(host) and (host != socket.gethostname() or Path(f"/proc/{number}").exists())
 
 
 def _is(kind: Kind, mark: Path) -> bool:
-    with mark.open("rb") as file:
-        return bool(re.match(kind.words, file.read(HEAD).decode("utf-8", "replace").lstrip("﻿")))
+    if not stat.S_ISREG(mark.stat().st_mode):
+        return False
+    with mark.open(encoding="utf-8-sig", errors="replace") as file:
+        if kind.mark:
+            return bool(re.match(kind.words, file.read(HEAD)))
+        line = next((line for line in file if line.strip()), "")
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        has = isinstance(record, dict) and all(
+            (word.strip("!") in record) != word.startswith("!") for word in kind.words.split()
+        )
+        return has
+    return False
 
 
 def _check_kind(path: Path, name: str) -> None:
@@ -154,24 +206,36 @@ def _check_kind(path: Path, name: str) -> None:
     if not kind.writes:
         if path.exists() and path.stat().st_size and not _is(kind, path):
             odd = ["something else"]
-    else:
-        there = {f.name for f in path.iterdir()} if path.exists() else set()
-        there = {f for f in there if f != ".lock" and not files.LEFTOVER.fullmatch(f)}
-        marked = {n: k for n, k in KINDS.items() if k.writes and k.mark in there}
-        found = {n: k.writes for n, k in marked.items() if _is(k, path / k.mark)}
+    elif path.exists():
+        there = {f.name for f in path.iterdir() if not files.LEFTOVER.fullmatch(f.name)}
+        there -= {f".{path.name}.lock", ".DS_Store"}
+        found = {n: k for n, k in KINDS.items() if k.mark in there and _is(k, path / k.mark)}
+        own = [f for f in path.glob("*/*") if re.fullmatch(OWN, f"{f.parent.name}/{f.name}")]
+        own = [f for f in own if f.is_dir() and not f.is_symlink() and not _is_own(kind, f)]
         if "*" in kind.writes:
             odd = sorted(there - SELECTION if name in found else there)
         elif kind.mark in there and name not in found:
             odd = [f"a result of kind {next(iter(found), 'unknown')}"]
         else:
-            odd = [f"a result of kind {n}" for n in found if n != name and _clash(found[n], kind)]
+            others = [n for n, k in found.items() if n != name and _clash(k, kind)]
+            odd = [f"a result of kind {n}" for n in others]
             odd += [] if kind.mark in there else sorted(there & set(kind.after))
+            odd += [f"{f.parent.name}/{f.name}" for f in own]
     if odd:
         more = f" and {len(odd) - 1} more" if odd[1:] else ""
         remedy = "give another, or move that away"
         raise BadInput(f"--out {path}: holds {odd[0]}{more}, and no earlier {name}; {remedy}")
 
 
-def _clash(names: tuple[str, ...], kind: Kind) -> bool:
-    """Whether one of the names, or patterns of names, is also written by a kind."""
-    return any(fnmatch(a, b) or fnmatch(b, a) for a in names for b in kind.writes)
+def _is_own(kind: Kind, folder: Path) -> bool:
+    """Whether a model among those of a run is of a run of this kind, damaged or not."""
+    config, names = folder / "config.json", {file.name for file in folder.iterdir()}
+    other = config.exists() and '"stage": ' in config.read_text("utf-8", "replace")
+    ours = names <= {*RUN, "state.pt", "SHA256SUMS"} and (not other or _is(kind, config))
+    return kind.writes == RUN and ours
+
+
+def _clash(one: Kind, other: Kind) -> bool:
+    """Whether two kinds write the same name; names may be patterns."""
+    both = [(a, b) for a in one.writes for b in other.writes]
+    return any(fnmatch(a, b) or fnmatch(b, a) for a, b in both)

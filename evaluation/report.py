@@ -245,6 +245,7 @@ def write_report(args: argparse.Namespace) -> None:
         for model, row in (report.table | report.differences()).items()
         for metric, e in row.items()
     ]
+    (out / "report.md").unlink(missing_ok=True)  # it comes last: with it, all is of one report
     report.draw(out)
     write_atomic(out / "table.csv", csv_text(rows))
     write_atomic(out / "table.txt", terminal_table(report.table))

@@ -31,7 +31,10 @@ def select(args: argparse.Namespace) -> None:
     """Copy the epoch checkpoint that the reward model chooses to --out, replacing it."""
     out = Path(args.out)
     names = ("run", "reward_model", "data", "world")
-    claim(args.out, "selection", {name: getattr(args, name) for name in names})
+    inputs = {name: getattr(args, name) for name in names}
+    claim(args.out, "selection", inputs)
+    if not Path(args.run, "model.safetensors").exists():
+        raise BadInput(f"{args.run}: has no result yet; select when its training is done")
     epochs = [f for f in Path(args.run, "epochs").glob("*") if f.name.isdecimal()]
     folders = sorted(epochs, key=lambda folder: int(folder.name))
     if not folders:
@@ -67,6 +70,7 @@ def select(args: argparse.Namespace) -> None:
         (aside / "config.json").write_text(json.dumps(info, indent=2) + "\n")
         (aside / "selection.csv").write_text(csv_text(rows))
 
+    claim(args.out, "selection", inputs)  # still nobody's but an earlier selection's
     files.write_folder_atomic(out, write)
     for i, row in enumerate(rows):
         shown = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None)

@@ -477,11 +477,11 @@ def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
     (tmp_path / "empty").mkdir()
     files.remove_leftovers(tmp_path, "other")
     assert len(list(tmp_path.iterdir())) == len(kept) + 7
-    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path, "*")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "empty", "gone", "there"])
     assert (tmp_path / "gone/.gone.77.replaced").exists() and (tmp_path / "there/there").exists()
     assert (tmp_path / "empty/.empty.77.replaced").exists()
-    files.remove_leftovers(tmp_path / "absent")
+    files.remove_leftovers(tmp_path / "absent", "*")
 
 
 def raising(error: BaseException) -> Callable[[], int]:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,6 +59,8 @@ def paths(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     folder = Path(shutil.copytree(tiny.folder, tmp_path_factory.mktemp("copy") / "tiny"))
     made = {name: folder / Path(p).name for name, p in vars(tiny).items() if name != "encoding"}
     made |= {"folder": folder, "run": folder / "sft"}
+    (folder / "sft").mkdir()
+    (folder / "sft/model.safetensors").touch()
     for epoch in ("01", "02"):
         shutil.copytree(tiny.base, folder / "sft/epochs" / epoch)
     records = read_jsonl(tiny.prompts, "prompts")[:3]
@@ -136,7 +139,7 @@ def test_a_folder_replaces_no_file_input_or_other_result(command, paths, capsys)
     refused(command, paths, paths["run"] / "epochs/01", capsys)
     of = command.split()[-1]
     for mark, text in (
-        ("world.json", "{}"),
+        ("world.json", '{"seed": 1}'),
         ("account.txt", "x"),
         ("selection.csv", "epoch,score\n"),
         ("report.md", "# What each step did\n"),
@@ -476,3 +479,130 @@ def test_a_resume_may_name_its_files_otherwise(tiny, tmp_path, server: Server, w
     assert other != args and server.run("sft", [*other, "--resume"]).code == 0
     weights = (tmp_path / "out/model.safetensors").read_bytes()
     assert weights == (whole["sft"][0] / "model.safetensors").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------
+# Claims that a second attempt to break them found wanting
+
+
+def of_stage(folder: Path, stage: str, name: str = "model.safetensors") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"stage": stage}, indent=2))
+    (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "name"), [("sft", "state.pt"), ("rm", "pytorch_model.bin")])
+def test_an_interrupted_run_of_another_stage_stays(stage: str, name: str, tmp_path: Path) -> None:
+    """It has checkpoints and no result yet; or they are another program's."""
+    out = of_stage(tmp_path / "run/checkpoints/00000008", stage, name).parents[1]
+    for kind in ("rm", "report", "selection"):
+        with pytest.raises(BadInput, match="holds checkpoints.*, and no earlier"):
+            claim(str(out), kind, {})
+    if name == "state.pt":
+        claim(str(out), stage, {})
+
+
+@pytest.mark.parametrize("way", ("link", "file", "folder", "pipe", "bytes"))
+def test_a_lock_that_is_something_else_stays(way: str, tmp_path: Path) -> None:
+    lock, mine = tmp_path / ".run.lock", tmp_path / "mine"
+    mine.write_text("mine")
+    {
+        "link": lambda: lock.symlink_to(mine),
+        "file": lambda: lock.write_text("mine"),
+        "folder": lock.mkdir,
+        "pipe": lambda: os.mkfifo(lock),
+        "bytes": lambda: lock.write_bytes(b"\xff\xfe"),
+    }[way]()
+    one_line(lambda: claim(str(tmp_path / "run"), "sft", {}), f"{lock}: expected the lock of")
+    outputs.release()
+    assert os.path.lexists(lock) and mine.read_text() == "mine"
+
+
+def test_without_locks_of_the_system_the_owners_name_counts(tmp_path, monkeypatch) -> None:
+    def no_flock(*_) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(outputs.fcntl, "flock", no_flock)
+    lock = tmp_path / ".run.lock"
+    for owner, alive in ((f"process {os.getppid()} on {socket.gethostname()}", True),
+                         ("process 5 on elsewhere", True),
+                         (f"process 99999999 on {socket.gethostname()}", False)):  # fmt: skip
+        lock.write_text(owner + "\n")
+        if alive:
+            one_line(lambda: claim(str(tmp_path / "run"), "sft", {}), "is at work on it")
+        else:
+            claim(str(tmp_path / "run"), "sft", {})
+
+
+def test_a_claim_that_was_taken_away_is_noticed(tmp_path: Path) -> None:
+    claim(str(tmp_path / "run"), "sft", {})
+    (tmp_path / ".run.lock").unlink()
+    one_line(outputs.check_claims, "was removed or replaced")
+    (tmp_path / ".run.lock").write_text("process 1 on another\n")
+    outputs.release()
+    assert (tmp_path / ".run.lock").exists()  # the next owner's
+
+
+def test_select_and_training_see_each_other(tmp_path: Path) -> None:
+    for kinds in (("selection", "sft"), ("sft", "selection")):
+        first = holder(tmp_path / "out", kinds[0])
+        try:
+            one_line(lambda k=kinds[1]: claim(str(tmp_path / "out"), k, {}), "is at work on it")
+        finally:
+            first.kill()
+            first.wait()
+
+
+def test_what_others_are_about_to_write_stays(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    alive, ours = (tmp_path / f"report/.{n}.77.tmp" for n in ("c.json", "table.csv"))
+    alive.touch()
+    ours.touch()
+    claim(str(tmp_path / "report"), "report", {})
+    assert alive.exists() and not ours.exists()
+
+
+def test_two_mounts_of_one_folder_are_one(paths, tmp_path: Path) -> None:
+    mount = ["mount", "--bind", str(paths["base"]), str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        with pytest.raises(BadInput, match="would replace --init"):
+            claim(str(tmp_path), "sft", {"init": paths["base"]})
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("text", ('\n{"ranks":[1,2],"x":1}\n', '{"ranks": [1], "a": "%s"}', ""))
+def test_rankings_however_they_are_written_go_on(text: str, tmp_path: Path) -> None:
+    """Blank lines first, without spaces, a long first record, none yet."""
+    (tmp_path / "r").write_text(text.replace("%s", "x" * 200_000))
+    claim(str(tmp_path / "r"), "comparisons by hand", {})
+
+
+def test_a_ranking_that_an_editor_changed_is_not_undone(paths, tmp_path, monkeypatch) -> None:
+    label, out = importlib.import_module("data.label"), tmp_path / "r"
+
+    def typed(_: str) -> str:
+        if out.exists():
+            out.write_text(out.read_text().replace('"ranks": [1, 2]', '"ranks": [2, 1]') + "\n")
+        return "1 2"
+
+    monkeypatch.setattr("builtins.input", typed)
+    argv = ["--interactive", "--data", str(paths["candidates"]), "--out", str(out)]
+    one_line(lambda: label.main(argv), "was changed by another program")
+    assert out.read_text().count("\n\n") == 1  # the editor's
+
+
+def test_sigterm_ends_a_command_and_what_it_started(paths, tmp_path: Path) -> None:
+    """`folds` runs train_rm.py; no process is left at work."""
+    flags = f"folds --folds 2 --comparisons {paths['comparisons']} --init {paths['base']}"
+    command = [sys.executable, "evaluate.py", *flags.split(), "--out", str(tmp_path / "f"), *LIMITS]
+    process = subprocess.Popen([*command, "--rm_flags", "--epochs 4000"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    while b"steps of" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()  # until no process has it open
+    assert process.wait() == 143 and not list(tmp_path.rglob(".f.lock"))

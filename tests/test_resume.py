@@ -230,7 +230,7 @@ BAD_INPUT = [
     ("*", "--init", small_tokenizer, "do not fit a model with vocab_size"),
     ("*", "--max_new_tokens", "13", r"36 and --max_new_tokens 13 come to more than .* 48: lower"),
     ("*", "--max_prompt_tokens", "2", "no prompt (is within|with a pair that is not tied is left)"),
-    ("*", "--out", lambda t, p: t.tokenizer / "below", "tokenizer.json/below: cannot be written"),
+    ("*", "--out", lambda t, p: t.tokenizer / "below", "tokenizer.json: cannot be written"),
     ("*", "--kernels", "triton", "impl 'triton' "),
     ("sft", "--data", no_response, BLANK),
     ("rm", "--demonstrations", no_response, BLANK),
