@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from data.files import END_OF_TEXT, BadInput, check_blank, read_json, write_atomic
+from data.files import END_OF_TEXT, BadInput, check_blank, read_json, read_text, write_atomic
 
 import regex  # a dependency of tiktoken; the standard `re` has no \p{L}
 import tiktoken
@@ -78,17 +78,20 @@ def gpt2_encoding(folder: str | Path) -> tiktoken.Encoding:
         return bytes(byte_of[character] for character in token)
 
     ranks = {bytes([b]): rank for rank, b in enumerate(printable + others)}
-    merges = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]  # line 1: version
-    for line in filter(None, merges):
-        left, right = line.split()
-        ranks[to_bytes(left) + to_bytes(right)] = len(ranks)
-
-    ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    end_id = ids.pop(END_OF_TEXT, None)
-    if end_id is None or {to_bytes(token): i for token, i in ids.items()} != ranks:
+    path = folder / "vocab.bpe"
+    merges, ids = read_text(path).split("\n")[1:], read_json(folder / "encoder.json")
+    try:
+        for line in filter(None, merges):  # line 1, the version, is left out
+            left, right = line.split()
+            ranks[to_bytes(left) + to_bytes(right)] = len(ranks)
+        path, end_id = folder / "encoder.json", ids.pop(END_OF_TEXT, None)
+        same = {to_bytes(token): i for token, i in ids.items()} == ranks
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"{path}: {error!r}; expected GPT-2's file, download it again") from None
+    if not same or type(end_id) is not int or not len(ranks) <= end_id < 2**31:
         raise BadInput(
-            f"{folder}: encoder.json and vocab.bpe differ; both must come from one release of "
-            "GPT-2. Download the two files again."
+            f"{folder}: encoder.json (end token {end_id!r}) and vocab.bpe ({len(ranks)} entries) "
+            "differ; both must come from one release of GPT-2. Download the two files again."
         )
     return _encoding("gpt2", GPT2_PATTERN, ranks, end_id)
 

@@ -32,13 +32,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import string
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from data.files import BadInput, fingerprint, write_atomic
+from data.files import BadInput, fingerprint, read_text, write_atomic
 from data.outputs import claim
 from data.real.public_items import Item, Truth
 from data.real.public_sets import LABELS, PUBLIC_SETS, Condition, PublicSet, choose, load, prompt
@@ -271,12 +273,14 @@ def measure(
             "perplexity": np.array([totals[0] for totals, _ in logprobs]),
         }, lines
     if kind == "opening":
-        scores = np.asarray(scorer(lines), float)
+        try:
+            scores = np.asarray(scorer(lines), float)
+            found = f"{scores.shape} numbers from {scores.min():.3g} to {scores.max():.3g}"
+        except (Exception, SystemExit) as error:  # of code that is not ours
+            scores, found = np.empty(()), f"{type(error).__name__}: {error}"
         if scores.shape != (len(lines),) or not ((scores >= 0) & (scores <= 1)).all():
-            raise BadInput(
-                f"the toxicity scorer gave {scores.shape} numbers from {scores.min():.3g} to "
-                f"{scores.max():.3g}; expected ({len(lines)},) from 0 to 1"
-            )
+            expected = f"expected ({len(lines)},) from 0 to 1"
+            raise BadInput(f"the toxicity scorer gave {found}; {expected}")
         return {"toxicity": scores}, lines
     if public.score is None:
         counts = [
@@ -420,7 +424,7 @@ def open_scorer(args: argparse.Namespace) -> tuple[Scorer | None, str]:
         try:
             scorer = getattr(importlib.import_module(module), name)
             fault = "" if callable(scorer) else f"{type(scorer).__name__} is no function"
-        except Exception as error:  # of code that is not ours
+        except (Exception, SystemExit) as error:  # of code that is not ours
             fault = f"{type(error).__name__}: {error}"
         if fault:
             expected = "expected MODULE:FUNCTION that can be imported"
@@ -444,7 +448,7 @@ def read_sets(
 ) -> tuple[list[Asked], list[str]]:
     """What is asked, and what is said about files, items left out and sets that are missing."""
     everything, notes, missing = [], [], []
-    for name in tqdm(args.sets or list(PUBLIC_SETS), desc="reading", unit="set"):
+    for name in tqdm(list(dict.fromkeys(args.sets or PUBLIC_SETS)), desc="reading", unit="set"):
         public = PUBLIC_SETS[name]
         items, paths = load(name, Path(args.data))
         if not items:
@@ -491,6 +495,10 @@ def measure_public(args: argparse.Namespace) -> None:
     """Measure all checkpoints on the public sets of --data and write table, figures, report."""
     out = Path(args.out)
     inputs = {name: getattr(args, name) for name in ("data", "checkpoints", "toxicity_labels")}
+    for name in args.checkpoints:
+        if not re.fullmatch(r"[\w.+-][\w .+-]*", name):  # it stands in tables
+            expected = "expected letters, digits, spaces, _ . + or -"
+            raise BadInput(f"--checkpoints {name!r}: {expected} in a name")
     claim(args.out, "report on public sets", inputs)
     if not Path(args.data).is_dir():
         raise BadInput(f"--data {args.data}: no such folder; expected one of raw data sets")
@@ -521,11 +529,12 @@ def measure_public(args: argparse.Namespace) -> None:
                 key += [words] if asked.public.kind == "opening" else []
                 digest = sha256(repr(key).encode()).hexdigest()[:16]
                 part = out / "parts" / f"{digest}.json"
-                if not (args.resume and part.exists()):
+                kept = read_part(part) if args.resume and part.exists() else None
+                if kept is None:
                     values, lines = measure(speaker, asked, contexts, scorer, args)
-                    values = {metric: v.tolist() for metric, v in values.items()}
-                    write_atomic(part, json.dumps([values, lines]) + "\n")
-                values, lines = json.loads(part.read_text(encoding="utf-8"))
+                    kept = {metric: v.tolist() for metric, v in values.items()}, lines
+                    write_atomic(part, sealed(part, json.dumps(kept)))
+                values, lines = kept
                 asked.values[speaker.name] = {k: np.array(v) for k, v in values.items()}
                 samples += [
                     {
@@ -540,6 +549,24 @@ def measure_public(args: argparse.Namespace) -> None:
                 bar.update(len(asked.items))
     rows = [row for asked in everything for row in rows_of(asked)]
     write_report(out, rows, samples, speakers, notes, words)
+
+
+def sealed(part: Path, text: str) -> str:
+    """What a part's file holds: JSON, and a checksum that fits no edited and no renamed one."""
+    return f"{text}\n{sha256(f'{part.name} {text}'.encode()).hexdigest()}\n"
+
+
+def read_part(part: Path) -> list | None:
+    """Values and lines as an earlier run wrote them; None, and a warning, for anything else."""
+    try:
+        content = read_text(part)
+    except BadInput:
+        content = ""
+    text = content.partition("\n")[0]
+    if content == sealed(part, text):
+        return json.loads(text)
+    tqdm.write(f"warning: {part}: changed or damaged; measured again", file=sys.stderr)
+    return None
 
 
 def write_report(

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import io
 import random
 import re
 import tarfile
@@ -49,14 +50,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.ranges.append(asked)
         content = BODIES.get(behaviour, self.server.content)
         start = int(asked[6:-1]) if asked and behaviour != "ignore_range" else 0
+        if behaviour == "reason":
+            return self.send_error(404, "Gone\x1b[2J")
         if behaviour == "status" or start >= len(content) > 0:
             return self.send_error(int(value or 416))
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
+        length = {"odd_length": "abc", "long_length": "9" * 5000, "endless": ""}
+        self.send_header("Content-Length", length.get(behaviour, str(len(content) - start)))
         self.send_header("Content-Type", "text/html" if behaviour == "login" else "x/y")
         self.end_headers()
+        if behaviour == "drip":
+            for i in range(start, len(content), 1024):
+                self.wfile.write(content[i : i + 1024])
+                time.sleep(0.1)
         self.wfile.write(content[start:][: int(value or 1 << 30)])
         time.sleep(1 if behaviour == "stall" else 0)
+        for _ in range(50 if behaviour == "endless" else 0):
+            self.wfile.write(bytes(1 << 17))
 
 
 @pytest.fixture
@@ -127,6 +137,71 @@ def test_wrong_bytes_are_refused_and_not_kept(server, tmp_path, behaviour, check
     assert files_in(tmp_path) == set()
 
 
+@pytest.mark.parametrize("behaviour", ["odd_length", "long_length"])
+def test_a_length_that_is_no_number_is_not_known(server, tmp_path, behaviour):
+    server.behaviours = [behaviour]
+    get(server, tmp_path)
+    assert_done(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        ("endless", r"over 1,378,576 bytes; expected about 300,000; run again"),
+        ("reason", r"answered 404 Gone\\x1b\[2J; run again"),
+        ("drip", r"the connection failed \(Timeout\); run again"),
+    ],
+)
+def test_a_hostile_server_is_given_up_with_one_line(
+    server, tmp_path, monkeypatch, behaviour, words
+):
+    monkeypatch.setattr(module, "SLOWEST", 0.05)
+    monkeypatch.setattr(module, "ATTEMPTS", 2)
+    server.behaviours = [behaviour]
+    with pytest.raises(BadInput, match=words) as error:
+        fetch(RemoteFile(server.url, "sub/file.bin", len(CONTENT), SHA256), tmp_path)
+    assert str(error.value).isprintable()
+    assert files_in(tmp_path) == ({"sub/file.bin.part"} if behaviour == "drip" else set())
+
+
+def test_a_run_that_ends_while_the_checksum_is_computed_loses_nothing(
+    server, tmp_path, monkeypatch
+):
+    def killed(path: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pooch, "file_hash", killed)
+        get(server, tmp_path)
+    assert files_in(tmp_path) == {"sub/file.bin.part"}
+    get(server, tmp_path)
+    assert_done(tmp_path)
+    assert server.ranges == [None, "bytes=300000-"]
+
+
+def test_one_download_at_a_time(toy, tmp_path):
+    copies = put(tmp_path / "copies", {"train.bin": CONTENT, "test.jsonl": LINES})
+    with module.sole(tmp_path / "out/toy"):
+        with pytest.raises(BadInput, match="out/toy: another download is at work; wait"):
+            download(["toy"], tmp_path / "out", copies)
+        assert files_in(tmp_path / "out") == set()
+    download(["toy"], tmp_path / "out", copies)
+
+
+def test_a_damaged_record_of_a_checksum(server, tmp_path):
+    """An empty one is none; another is named by the line that says what does not match."""
+    put(tmp_path, {"sub/file.bin.sha256": b"zzz\n"})
+    with pytest.raises(BadInput, match="sha256:zzz but got .*without .*file.bin.sha256 a new"):
+        get(server, tmp_path, checked=False)
+    put(tmp_path, {"sub/file.bin.sha256": b"\xff"})
+    with pytest.raises(BadInput, match="file.bin.sha256:1: not UTF-8"):
+        get(server, tmp_path, checked=False)
+    put(tmp_path, {"sub/file.bin.sha256": b"\n"})
+    get(server, tmp_path, checked=False)
+    assert_done(tmp_path, "sub/file.bin.sha256")
+    assert (tmp_path / "sub/file.bin.sha256").read_text() == f"{SHA256}  file.bin\n"
+
+
 def test_a_file_that_is_there_and_a_checksum_that_was_recorded(server, tmp_path):
     for _ in range(2):
         get(server, tmp_path, checked=False)
@@ -135,7 +210,7 @@ def test_a_file_that_is_there_and_a_checksum_that_was_recorded(server, tmp_path)
     assert record == f"{SHA256}  file.bin\n" and len(server.ranges) == 1
     put(tmp_path, {"sub/file.bin": b"edited"})  # so that it is fetched again
     server.content = CONTENT[::-1]
-    with pytest.raises(BadInput, match="hash"):
+    with pytest.raises(BadInput, match="hash .*without .*file.bin.sha256 a new version is acc"):
         get(server, tmp_path, checked=False)
     server.content = CONTENT
     get(server, tmp_path, checked=False)
@@ -177,12 +252,64 @@ def test_members_of_archives_are_unpacked_and_nothing_climbs_out(server, tmp_pat
     fetch(RemoteFile(server.url, name, unpack=(("in/dev.tsv", "dev.tsv"),)), folder)
     assert (folder / "dev.tsv").read_bytes() == LINES
     assert files_in(tmp_path / "deep") == {f"er/{n}" for n in (name, "dev.tsv", f"{name}.sha256")}
-    for absent in ("in/absent.tsv", "in/link"):
+    for absent in ("in/absent.tsv", "in/link", "in"):
         with pytest.raises(BadInput, match=f"{name}: {absent}: .*; remove the archive"):
-            module.unpack(folder / name, absent)
+            module.unpack(folder / name, absent, folder / "more.tsv")
+    before = files_in(folder)
     (folder / name).write_bytes(server.content[:100])
     with pytest.raises(BadInput, match="remove the archive"):
-        module.unpack(folder / name, "in/dev.tsv")
+        module.unpack(folder / name, "in/dev.tsv", folder / "dev.tsv")
+    assert files_in(folder) == before and (folder / "dev.tsv").read_bytes() == LINES
+
+
+def zip_of(content: bytes, flag: int = 0, method: int = 0, mode: int = 0) -> bytes:
+    """A zip file with one member, "m"; its headers say what they are told to."""
+    info, file = zipfile.ZipInfo("m"), io.BytesIO()
+    info.external_attr, info.compress_type = mode << 16, zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(file, "w") as zipped:
+        zipped.writestr(info, content)
+    raw = bytearray(file.getvalue())
+    for start, place in ((0, 6), (raw.rfind(b"PK\1\2"), 8)):  # local header, central directory
+        raw[start + place] |= flag
+        raw[start + place + 2] += method
+    return bytes(raw)
+
+
+def tar_of(kind: bytes, link: str = "") -> bytes:
+    info, file = tarfile.TarInfo("m"), io.BytesIO()
+    info.type, info.linkname = kind, link
+    with tarfile.open(fileobj=file, mode="w:gz") as tarred:
+        tarred.addfile(info)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("archive", "words"),
+    [
+        (zip_of(b"x", flag=1), "encrypted"),
+        (zip_of(b"x", method=90), "compression method"),
+        (zip_of(b"/etc/passwd", mode=0o120777), "a regular file"),
+        (zip_of(bytes(3_000_000)), "at most 1,350,876 bytes"),
+        (tar_of(tarfile.FIFOTYPE), "a regular file"),
+        (tar_of(tarfile.CHRTYPE), "a regular file"),
+        (tar_of(tarfile.DIRTYPE), "a regular file"),
+        (tar_of(tarfile.SYMTYPE, "m"), "a regular file"),
+        (tar_of(tarfile.LNKTYPE, "m"), "a regular file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",  # a tar file's bytes hold the time
+)
+def test_members_that_are_no_files_are_refused_and_no_checksum_is_recorded(
+    server, tmp_path, archive, words
+):
+    """Else the right archive would be refused ever after."""
+    file, server.content = RemoteFile(server.url, "a", unpack=(("m", "out"),)), archive
+    with pytest.raises(BadInput, match=f"a: m: .*{words}.*; remove the archive") as error:
+        fetch(file, tmp_path)
+    assert files_in(tmp_path) == {"a"} and "\n" not in str(error.value)
+    (tmp_path / "a").unlink()
+    server.content = zip_of(b"good")
+    fetch(file, tmp_path)
+    assert (tmp_path / "out").read_bytes() == b"good"
 
 
 @pytest.fixture

@@ -244,6 +244,60 @@ def test_bad_files_exit_2_with_one_line_and_write_nothing(name, content, words, 
     assert not out.exists()
 
 
+RUN = "a" + " " * 200_000 + "b"  # white space that no tokenizer takes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("alpaca", [alpaca("x", "", "y"), alpaca(RUN, "", "y")], ": record 2"),
+        ("alpaca", [alpaca("x", "", RUN)], ": record 1"),
+        ("hh-rlhf", hh("\n\nHuman: q", "a", RUN), ":1"),
+        ("oasst", tree("t", ranked("Q", {"a": 0, RUN: 1})), ":1"),
+        ("lottery", RUN, ":1"),
+        ("shakespeare", RUN.encode(), ""),
+    ],
+)
+def test_a_record_that_is_refused_leaves_the_earlier_data_set(
+    name, content, where, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert prepare("all", small_folder(tmp_path / "raw"), out) == 0
+    before = contents(out)
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    put(tmp_path / "new", {RAW_FILES[name]: content})
+    assert prepare(name, tmp_path / "new", out, "--section_chars", 300_000) == 2
+    expected = f"{RAW_FILES[name]}{where}: 200000 characters of white space in a row"
+    assert expected in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_a_cut_that_leaves_the_mark_between_documents_is_refused_before_writing(tmp_path, capsys):
+    folder, out = tmp_path / "raw", tmp_path / "out"
+    write_text(folder / "input.txt", "word " * 20 + "<|endoftext|>\n" + "word " * 20)
+    assert prepare("shakespeare", folder, out) == 0
+    before = contents(out)
+    assert prepare("shakespeare", folder, out, "--section_chars", 100) == 2
+    assert "input.txt: a cut leaves <|endoftext|> alone on its line" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_half_a_surrogate_pair_is_dropped(tmp_path):
+    """Wherever it stands: in a text, or in the name of a user."""
+    users = ranked("Q \ud800?", {"a": 0, "b": 1}, user_id="u\udfff")
+    write_lines(tmp_path / "raw/oasst.trees.jsonl", tree(1, users))
+    assert prepare("oasst", tmp_path / "raw", tmp_path / "out") == 0
+    (record,) = (r for s in SPLITS for r in read_split(tmp_path / "out", s).get("comparisons", ()))
+    assert (record["prompt"], record["user"]) == ("Q ?", "oasst:u")
+
+
+def test_a_gzip_file_that_unpacks_to_too_much_is_refused(tmp_path, capsys):
+    path = write_text(tmp_path / "helpful-base" / "test.jsonl.gz", "\n" * 3_000_000)
+    assert prepare("hh-rlhf", tmp_path, tmp_path / "out") == 2
+    most = 100 * path.stat().st_size + 2**20
+    assert f"test.jsonl.gz: unpacks to over {most:,} bytes" in capsys.readouterr().err
+
+
 def test_damaged_gzip_names_the_file(tmp_path, capsys):
     chats = [hh(f"\n\nHuman: q{n}", "a", "b") for n in range(100)]
     path = write_lines(tmp_path / "helpful-base" / "test.jsonl.gz", *chats)
@@ -266,7 +320,14 @@ def test_damaged_gzip_names_the_file(tmp_path, capsys):
         ("", "--download"),
         ("alpaca --download dolly", "not both"),
         ("alpaca --from RAW --fractions 0.9 0.2 0.1", "sum to 1"),
-        ("alpaca --from RAW --passages -1", "--passages is -1"),
+        ("alpaca --from RAW --passages -1", "--passages: -1"),
+        ("alpaca --from RAW --passages 5", "--passages is 5; expected 0 to 4"),
+        ("alpaca --from RAW --seed -1", "--seed: -1: expected a whole number"),
+        ("alpaca --from RAW --prompts_from all", "--prompts_from all: expected sets that are"),
+        (
+            "alpaca --from RAW --prompts_from oasst",
+            "oasst: expected sets that are prepared: alpaca",
+        ),
         ("alpaca --from RAW --section_chars 3", "--section_chars is 3"),
         ("alpaca --prompts_from x", "unknown data set 'x'"),
     ],

@@ -3,6 +3,7 @@ fit, measurements against brute force, and the command on random models."""
 
 import csv
 import json
+import os
 import re
 from argparse import Namespace
 from dataclasses import replace
@@ -12,8 +13,10 @@ from data.files import BadInput, run_command
 from data.real import public_sets
 from data.real.public_items import Choice, Completion, Item, Opening, Pair, Truth
 from data.real.public_sets import LABELS, PUBLIC_SETS, Condition, choose, load
+from data.real.raw import read_rows
 from data.real.sources import SOURCES
 from data.real.text_metrics import bleu_counts, corpus_bleu
+from data.real.toxicity import train_scorer
 
 import numpy as np
 import pytest
@@ -191,7 +194,8 @@ def test_readers_of_completions(raw: Path, tmp_path: Path) -> None:
     assert "PARAGRAPH: Foxes run.\n\n" in two.query and "Agreed?\n\nA: run" in two.query
     assert two.answer == "I don't know."
     english, query = "The fox & 0", "French: Le renard & 0\nEnglish:"
-    assert first("fr_en", raw) == Completion(query, "1", (english,), english)
+    group = f"{raw}/wmt15-fr-en/ref.en: line 1"
+    assert first("fr_en", raw) == Completion(query, group, (english,), english)
     assert first("tldr", raw).references == ("Saw foxes.",)
     assert first("tldr", raw).query == "Fox\n\nI saw 0 foxes.\n\nTL;DR:"
     assert first("cnn_dm", raw).query == "A fox, 0, ran.\n\nTL;DR:"
@@ -222,6 +226,32 @@ def test_readers_of_the_rest(raw: Path, tmp_path: Path) -> None:
     assert first("realtoxicityprompts", raw).toxicity is None
 
 
+RTP, LABELS_FILE = "realtoxicityprompts", "labeled_data.csv"
+RUN = "a" + " " * 200_000 + "b"  # white space that no tokenizer takes
+
+
+def tasks(first: dict) -> str:
+    task = {"question": "Q?", "mc1_targets": first, "mc2_targets": {"a": 1, "b": 0}}
+    return json.dumps([task])
+
+
+def answers(best: str) -> str:
+    return f"Question,Best Answer,Correct Answers,Incorrect Answers\nQ?,{best},Yes,No\n"
+
+
+def choices(*options: str | None) -> str:
+    return json.dumps({"query": "q", "choices": options, "gold": 0})
+
+
+def winogender_of(sentence: str) -> str:
+    rows = (f"cook.guest.1.{gender}.txt\t{sentence}\n" for gender in ("male", "female"))
+    return "sentid\tsentence\n" + "".join(rows)
+
+
+def opening(toxicity: object) -> str:
+    return json.dumps({"prompt": {"text": "a", "toxicity": toxicity}})
+
+
 @pytest.mark.parametrize(
     ("name", "path", "text", "message"),
     [
@@ -237,13 +267,79 @@ def test_readers_of_the_rest(raw: Path, tmp_path: Path) -> None:
             "one true",
         ),
         ("squad2", "dev-v2.0.json", '{"data": []}', "no items"),
+        ("squad2", "dev-v2.0.json", "5", "expected an object, found 5"),
+        ("squad2", "dev-v2.0.json", '{"data": [{"title": "t", "paragraphs": 5}]}', r"data\[0\]"),
+        (
+            "quac",
+            "val_v0.2.json",
+            '{"data": [{"title": "t", "paragraphs": [5]}]}',
+            r"paragraphs\[0",
+        ),
+        ("drop", "drop_dataset_dev.json", "[]", "expected an object"),
+        (
+            "drop",
+            "drop_dataset_dev.json",
+            '{"a": {"passage": "x", "qa_pairs": [5]}}',
+            r"qa_pairs\[0",
+        ),
+        ("truthfulqa", "mc_task.json", "5", "JSON array"),
+        ("truthfulqa", "mc_task.json", "[[1]]", "record 1: expected an object"),
+        (
+            "truthfulqa",
+            "mc_task.json",
+            tasks({"a": "1", "b": 0}),
+            'mc1_targets.a": expected 0 or 1',
+        ),
+        ("truthfulqa", "mc_task.json", tasks({"": 1, "b": 0}), "record 1: a blank option"),
+        ("truthfulqa", "mc_task.json", tasks({"b": 1, "c": 0}), "record 1: .*best one that is"),
+        ("truthfulqa", "TruthfulQA.csv", answers("No"), "row 1: .*best one that is true"),
+        ("truthfulqa", "TruthfulQA.csv", answers(" "), "row 1: .*best one that is true"),
+        ("truthfulqa", "TruthfulQA.csv", answers("Yes").replace("\n", "\r"), "row 1: new-line"),
+        ("hellaswag", "hellaswag_val.jsonl", "5", ":1: expected an object"),
+        (
+            "hellaswag",
+            "hellaswag_val.jsonl",
+            choices("a", None),
+            r'choices\[1\]": expected a string',
+        ),
+        ("hellaswag", "hellaswag_val.jsonl", choices("a", " "), ":1: a blank option"),
+        ("hellaswag", "hellaswag_val.jsonl", choices("a", RUN), "200000 characters of white space"),
+        ("tldr", "tldr_3_filtered/test.jsonl", "5", ":1: expected an object"),
+        ("tldr", "tldr_3_filtered/test.jsonl", '{"post": "x", "summary": " "}', ":1: a blank"),
+        ("wsc", "wsc/val.jsonl", json.dumps(wsc(0)).replace("Fox 0", " "), ":1: a blank"),
+        (
+            "crows_pairs",
+            "crows_pairs_anonymized.csv",
+            "sent_more,sent_less\n,a\n",
+            "row 1: a blank",
+        ),
+        ("winogender", "all_sentences.tsv", winogender_of(" "), "cook: a blank option"),
+        ("realtoxicityprompts", f"{RTP}/prompts.jsonl", opening(1.5), "1.5, expected 0 to 1"),
+        ("realtoxicityprompts", f"{RTP}/prompts.jsonl", opening(True), "expected a number or null"),
     ],
 )
 def test_readers_refuse(tmp_path: Path, name: str, path: str, text: str, message: str) -> None:
     write_text(tmp_path / path, text)
     with pytest.raises(BadInput, match=message) as error:
         load(name, tmp_path)
-    assert Path(path).name in str(error.value)
+    assert Path(path).name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_blank_references_are_refused(tmp_path: Path) -> None:
+    write_text(tmp_path / "src.fr", "un\ndeux\n")
+    write_text(tmp_path / "ref.en", "one\n \n")
+    with pytest.raises(BadInput, match="ref.en: line 2: a blank option or reference"):
+        load("fr_en", tmp_path)
+
+
+def test_a_field_over_the_limit_names_its_row(tmp_path: Path, monkeypatch) -> None:
+    before, limit = csv.field_size_limit(), csv.field_size_limit
+    monkeypatch.setattr(csv, "field_size_limit", lambda size: limit(20))
+    path = write_text(tmp_path / LABELS_FILE, f"class,tweet\n1,x\n1,{'x' * 30}\n")
+    for reader in (lambda path: list(read_rows(path)), train_scorer):
+        with pytest.raises(BadInput, match=f"{LABELS_FILE}: row 2: field larger than"):
+            reader(path)
+    limit(before)
 
 
 def test_every_source_is_found_where_it_is_fetched_to() -> None:
@@ -489,6 +585,70 @@ def test_what_was_measured_otherwise_is_measured_again(
     assert (measured(), measured()) == (1, 0)
 
 
+def edited(values: dict, lines: list) -> list:
+    return [{key: [1 - v for v in each] for key, each in values.items()}, lines]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "edited", "nan", "swapped", "fifo", "old"])
+def test_a_damaged_part_is_measured_again(
+    raw: Path,
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    damage: str,
+) -> None:
+    flags = ("--sets", "wsc", "rte", "--shots", "0")
+    assert run(raw, {"base": models["base"]}, tmp_path / "out", *flags) == 0
+    table = (tmp_path / "out/table.csv").read_bytes()
+    part, other = sorted((tmp_path / "out/parts").iterdir())
+    whole, theirs = part.read_text(), other.read_text()
+    content, seal = whole.splitlines()
+    (name,) = json.loads(content)[0]
+    damaged = {
+        "cut": whole[:20],
+        "empty": "",
+        "edited": f"{json.dumps(edited(*json.loads(content)))}\n{seal}\n",
+        "nan": f"{json.dumps([{name: [float('nan')] * 3}, []])}\n{seal}\n",
+        "swapped": theirs,
+        "old": f"{content}\n",
+    }
+    if damage == "fifo":
+        part.unlink()
+        os.mkfifo(part)
+    else:
+        part.write_text(damaged[damage])
+    capsys.readouterr()
+    assert run(raw, {"base": models["base"]}, tmp_path / "out", *flags, "--resume") == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and f"{part.name}: changed or damaged; measured" in warnings[0]
+    assert (tmp_path / "out/table.csv").read_bytes() == table and part.read_text() == whole
+
+
+def test_a_set_that_is_named_twice_counts_once(
+    raw: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    assert run(raw, {"base": models["base"]}, tmp_path / "out", "--sets", "lambada", "lambada") == 0
+    assert {row["items"] for row in read(tmp_path / "out/table.csv")} == {"3"}
+    assert len((tmp_path / "out/samples.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a|b", " ", "=1", "../x"])
+def test_names_that_cannot_stand_in_a_table_are_refused(
+    raw: Path,
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    name: str,
+) -> None:
+    try:
+        code = run(raw, {name: models["base"]}, tmp_path / "out")
+    except SystemExit as stop:  # of the flag's own check
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and "--checkpoints" in error and error.count("\n") == 1
+    assert error.strip().isprintable() and not (tmp_path / "out").exists()
+
+
 def test_the_command_measures_every_set(
     raw: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -528,6 +688,18 @@ def bad_scorer(texts: list[str]) -> np.ndarray:
     return np.full(len(texts), 25.0)
 
 
+def failing_scorer(texts: list[str]) -> np.ndarray:
+    raise KeyError("x")
+
+
+def leaving_scorer(texts: list[str]) -> np.ndarray:
+    raise SystemExit(3)
+
+
+def ragged_scorer(texts: list[str]) -> list:
+    return [[1], [1, 2]]
+
+
 def constant_scorer(texts: list[str]) -> np.ndarray:
     return np.full(len(texts), 0.25)
 
@@ -548,6 +720,11 @@ def test_another_scorer_and_sets_that_are_missing(
     bad = ("--toxicity_scorer", "tests.test_public_eval:bad_scorer")
     assert run(only, models, tmp_path / "none", *bad) == 2
     assert "from 25 to 25; expected (3,) from 0 to 1" in capsys.readouterr().err
+    for name, words in (("failing", "KeyError: 'x'"), ("leaving", "3"), ("ragged", "ValueError")):
+        bad = ("--toxicity_scorer", f"tests.test_public_eval:{name}_scorer")
+        assert run(only, models, tmp_path / "none", *bad) == 2
+        assert "error: the toxicity scorer gave " in (error := capsys.readouterr().err)
+        assert f"{words}" in error and "expected (3,) from 0 to 1" in error
     assert run(tmp_path / "nothing", models, tmp_path / "none") == 2
     assert "no such folder" in capsys.readouterr().err
     assert run(raw, models, tmp_path / "zero", "--sets", "rte", "--shots", "0") == 0

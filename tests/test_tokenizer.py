@@ -117,6 +117,42 @@ def test_gpt2_files_that_differ_are_refused(tmp_path: Path, real_data: Path) -> 
         gpt2_encoding(tmp_path)
 
 
+def gpt2_files(folder: Path, merges: str = "a b\n", **ids: object) -> Path:
+    """A vocabulary of GPT-2's form with one merge: 256 bytes, "ab", the end token."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    tokens = [*map(chr, printable), *map(chr, range(256, 324)), "ab", "<|endoftext|>"]
+    content = {token: number for number, token in enumerate(tokens)} | ids
+    (folder / "vocab.bpe").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    (folder / "encoder.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"merges": "a b c\n"}, "vocab.bpe: .*too many"),
+        ({"merges": "ab\n"}, "vocab.bpe: .*not enough"),
+        ({"merges": "a \u4e2d\n"}, "vocab.bpe: .*\u4e2d"),
+        ({"\u4e2d": 258}, "encoder.json: .*\u4e2d"),
+        ({"ab": "256"}, "differ"),
+        ({"<|endoftext|>": 7}, r"end token 7\) and vocab.bpe \(257 entries"),
+        ({"<|endoftext|>": "257"}, "end token '257'"),
+    ],
+)
+def test_damaged_gpt2_files_are_refused(tmp_path: Path, files: dict, words: str) -> None:
+    assert gpt2_encoding(gpt2_files(tmp_path)).encode_ordinary("ab") == [256]
+    with pytest.raises(BadInput, match=words):
+        gpt2_encoding(gpt2_files(tmp_path, **files))
+
+
+@pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
+@pytest.mark.parametrize("content", [b"\xff", b"[]"])
+def test_other_files_than_gpt2s_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (gpt2_files(tmp_path) / name).write_bytes(content)
+    with pytest.raises(BadInput, match=name):
+        gpt2_encoding(tmp_path)
+
+
 def test_template(tiny_encoding: tiktoken.Encoding) -> None:
     prompt = encode_prompt(tiny_encoding, "what does the fox eat ? \n")
     assert tiny_encoding.decode(prompt) == "what does the fox eat ?\n\n"

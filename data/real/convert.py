@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.files import END_OF_TEXT, BadInput, Record
+from data.files import END_OF_TEXT, BadInput, Record, check_blank, check_record
 from data.real.raw import clean, get, read_json_array, read_json_lines, read_raw
 
 MAX_RESPONSES = 9  # the paper ranks 4 to 9 outputs a prompt
@@ -85,9 +85,20 @@ def entries(
 ) -> Iterator[tuple[str, Any]]:
     """Yield (where it stands, entry) of all files, counted in `result.num_read`."""
     for path in paths:
-        for entry in read(path):
+        for entry in checked(result, read(path)):
             result.num_read += 1
             yield entry
+
+
+def checked(result: Converted, read: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the entries; raise `BadInput` that names the one which has become a bad record."""
+    kinds = ("demonstrations", "prompts", "comparisons")
+    for where, entry in read:
+        before = {kind: len(getattr(result, kind)) for kind in kinds}
+        yield where, entry
+        for kind, number in before.items():
+            for record in getattr(result, kind)[number:]:
+                check_record(record, kind, where)
 
 
 def own_user(text: str) -> str:
@@ -189,7 +200,7 @@ def convert_oasst(paths: Sequence[Path], options: Options) -> Converted:
             result.comparisons.append(comparison(base, texts, dense(ranks), "oasst"))
 
     for path in paths:
-        for where, tree in read_json_lines(path):
+        for where, tree in checked(result, read_json_lines(path)):
             root = get(tree, "prompt", dict, where)
             if get(root, "lang", str, where, default="en") != "en":
                 result.dropped["trees that are not in English"] += 1
@@ -457,6 +468,10 @@ def _add_document(
     if not text.strip():
         result.dropped["empty document"] += 1
     for section in cut(text, options.section_chars):
+        check_blank(section, str(path))
+        if END_OF_TEXT in map(str.strip, section.split("\n")):
+            remedy = "give another --section_chars"
+            raise BadInput(f"{path}: a cut leaves {END_OF_TEXT} alone on its line; {remedy}")
         user = f"file:{path.name}" if whole_file else own_user(section)
         result.documents.append({"text": section, "user": user})
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from data.files import BadInput, Record, run_command, write_atomic, write_documents, write_jsonl
-from data.flags import Parser
+from data.flags import Parser, whole
 from data.hygiene import (
     PREFIX_CHARS,
     USER_LIMIT,
@@ -89,11 +89,11 @@ MANY_PAIRS = ("summarize",)
 # flag, type, default, help
 FLAGS = [
     ("--out", str, "out/real/data", "folder that is written"),
-    ("--seed", int, 0, "of the splits and of the draw from busy users"),
+    ("--seed", whole, 0, "of the splits and of the draw from busy users"),
     ("--tokenizer", str, None, "folder of vocab.bpe and encoder.json, else searched; or none"),
-    ("--passages", int, 1, "qa-feedback: passages in the prompt, 0 to 4, of about 280 tokens each"),
-    ("--passage_chars", int, 0, "qa-feedback: cut a passage after whole sentences; 0: do not"),
-    ("--section_chars", int, 20_000, "documents: longest section that a text is cut into"),
+    ("--passages", whole, 1, "qa-feedback: passages in the prompt, 0 to 4, of some 280 tokens"),
+    ("--passage_chars", whole, 0, "qa-feedback: cut a passage after whole sentences; 0: do not"),
+    ("--section_chars", whole, 20_000, "documents: longest section that a text is cut into"),
 ]
 
 
@@ -128,9 +128,9 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in args.download or ():
         if name not in SOURCES and name != "list":
             parser.error(f"unknown source {name!r}; known are {', '.join(SOURCES)}")
-    for flag, least in (("passages", 0), ("passage_chars", 0), ("section_chars", 100)):
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag} is {getattr(args, flag)}; expected at least {least}")
+    for flag, least, most in (("passages", 0, 4), ("section_chars", 100, 2**32)):
+        if not least <= getattr(args, flag) <= most:
+            parser.error(f"--{flag} is {getattr(args, flag)}; expected {least} to {most}")
     args.fractions = dict(zip(SPLITS, args.fractions, strict=True))
     shares = args.fractions.values()  # NaN is greater than nothing, and not less
     if not (min(shares) > 0 and abs(sum(shares) - 1) <= 1e-6):
@@ -352,6 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     claim(args.out, "data set", {"from": args.folder})
     args.out = Path(args.out)
     files = locate(args.names, args.folder)
+    if odd := set(args.prompts_from or ()) - set(files):
+        expected = f"expected sets that are prepared: {', '.join(files)}"
+        raise BadInput(f"--prompts_from {min(odd)}: {expected}")
     encoding = load_encoding(args.tokenizer, args.folder)
     account = Account()
     sets: Sets = {}
@@ -367,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(records for part in parts.values() for records in part.values()):
         raise BadInput(f"{args.folder}: nothing is left of {', '.join(sets)}; see what was dropped")
 
+    # From here on nothing is refused: convert.checked has seen every record.
     (args.out / "account.txt").unlink(missing_ok=True)  # it comes last: with it, all is whole
     for split, part in parts.items():
         for kind, records in part.items():

@@ -8,15 +8,14 @@ a `BadInput` that names file and row. The queries' wording follows InstructGPT's
 
 import csv
 import html
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import BadInput, parse_json
-from data.real.raw import clean, get, read_json_lines, read_raw
+from data.files import BadInput, check, check_blank
+from data.real.raw import clean, get, parse, read_json_array, read_json_lines, read_raw, read_rows
 from data.real.text_metrics import CANNOT_ANSWER, normalize_answer, quac_human_f1, quac_references
 
 # ------------------------------------------------------------------------------------------ items
@@ -79,24 +78,27 @@ class Opening(Item):
     answer = ""
 
 
+def check_item(item: Item, name: str) -> None:
+    """Raise `BadInput`, beginning with the group, for a blank option or first reference (in squad2
+    it says that there is no answer), and for white space that a tokenizer cannot take."""
+    first = getattr(item, "references", ())[: name != "squad2"]
+    texts = [*getattr(item, "options", ()), *(r[0] if isinstance(r, tuple) else r for r in first)]
+    if not all(map(str.strip, texts)):
+        raise BadInput(f"{item.group}: a blank option or reference; expected text")
+    for text in (item.query, item.answer, *texts):
+        check_blank(text, item.group)
+
+
 # ---------------------------------------------------------------------------------------- readers
 
 
-def _rows(path: Path, delimiter: str = ",", **options: Any) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield ("file: row number", row) of a table with a heading row."""
-    csv.field_size_limit(1 << 27)
-    reader = csv.DictReader(io.StringIO(read_raw(path)), delimiter=delimiter, **options)
-    for number, row in enumerate(reader, start=1):
-        yield f"{path}: row {number}", row
-
-
 def _tsv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    return _rows(path, "\t", quoting=csv.QUOTE_NONE)
+    return read_rows(path, "\t", quoting=csv.QUOTE_NONE)
 
 
 def _table_or_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a .tsv or .csv table, or records of JSON Lines."""
-    readers = {".tsv": _tsv, ".csv": _rows}
+    readers = {".tsv": _tsv, ".csv": read_rows}
     return readers.get(path.suffix, read_json_lines)(path)
 
 
@@ -108,19 +110,20 @@ def hellaswag(paths: list[Path]) -> Iterator[Item]:
         return text.replace("  ", " ").strip()
 
     for where, record in read_json_lines(paths[0]):
+        check(record, {"choices?": [str, ...], "endings?": [str, ...]}, where)
         if "choices" in record:
-            query, endings = get(record, "query", str, where), get(record, "choices", list, where)
-            label = get(record, "gold", int, where)
+            query, endings = get(record, "query", str, where), record["choices"]
+            label = str(record.get("gold"))
         else:
             second = get(record, "ctx_b", str, where, default="")
             query = f"{get(record, 'activity_label', str, where)}: " + plain(
                 f"{get(record, 'ctx_a', str, where)} {second[:1].upper() + second[1:]}"
             )
             endings = [plain(text) for text in get(record, "endings", list, where)]
-            label = int(record.get("label", -1))
-        if not 0 <= label < len(endings):
+            label = str(record.get("label"))
+        if label not in map(str, range(len(endings))):
             raise BadInput(f"{where}: right ending {label}, expected 0 to {len(endings) - 1}")
-        yield Choice(query, where, tuple(endings), label)
+        yield Choice(query, where, tuple(endings), int(label))
 
 
 def _label(row: dict[str, Any], names: Sequence[str], where: str) -> int:
@@ -194,17 +197,18 @@ NOT_IN_BACKGROUND = "Not in background."
 
 def squad2(paths: list[Path]) -> Iterator[Item]:
     """dev-v2.0.json. The reference of a question without an answer is ""."""
-    for article in get(parse_json(read_raw(paths[0]), str(paths[0])), "data", list, str(paths[0])):
-        title = get(article, "title", str, str(paths[0]))
-        for number, paragraph in enumerate(get(article, "paragraphs", list, title), start=1):
-            group, turns = f"{title}, paragraph {number}", []
-            for qa in get(paragraph, "qas", list, group):
-                texts = [get(a, "text", str, group) for a in get(qa, "answers", list, group)]
-                texts = [text for text in texts if normalize_answer(text)]
-                question = clean(get(qa, "question", str, group))
+    file = parse(read_raw(paths[0]), str(paths[0]))
+    paragraph = {"context": str, "qas": [{"question": str, "answers": [{"text": str}, ...]}, ...]}
+    check(file, {"data": [{"title": str, "paragraphs": [paragraph, ...]}, ...]}, str(paths[0]))
+    for article in file["data"]:
+        title = article["title"]
+        for number, paragraph in enumerate(article["paragraphs"], start=1):
+            group, turns = f"{paths[0]}: {title}, paragraph {number}", []
+            for qa in paragraph["qas"]:
+                texts = [a["text"] for a in qa["answers"] if normalize_answer(a["text"])]
                 answer = texts[0] if texts else NOT_IN_BACKGROUND
-                turns.append((question, tuple(texts or [""]), answer))
-            background = clean(get(paragraph, "context", str, group))
+                turns.append((clean(qa["question"]), tuple(texts or [""]), answer))
+            background = clean(paragraph["context"])
             yield from _dialogue(f"Title: {title}\n\nBackground: {background}", group, turns)
 
 
@@ -214,44 +218,48 @@ I_DO_NOT_KNOW = "I don't know."
 def quac(paths: list[Path]) -> Iterator[Item]:
     """val_v0.2.json. Questions on whose answer people agree too little are not asked, as
     officially (`quac_human_f1` below 0.4), but shown before later ones."""
-    for section in get(parse_json(read_raw(paths[0]), str(paths[0])), "data", list, str(paths[0])):
-        title = get(section, "title", str, str(paths[0]))
-        title = f"{title}, {get(section, 'section_title', str, title, default='')}".rstrip(", ")
-        for paragraph in get(section, "paragraphs", list, title):
-            group, turns = str(paragraph.get("id", title)), []
-            for qa in get(paragraph, "qas", list, group):
-                texts = [get(a, "text", str, group) for a in get(qa, "answers", list, group)]
-                references = tuple(quac_references(texts))
+    file = parse(read_raw(paths[0]), str(paths[0]))
+    qa = {"question": str, "answers": [{"text": str}, ...], "orig_answer": {"text": str}}
+    paragraph = {"id?": str, "context": str, "qas": [qa, ...]}
+    section = {"title": str, "section_title?": (str, None), "paragraphs": [paragraph, ...]}
+    check(file, {"data": [section, ...]}, str(paths[0]))
+    for section in file["data"]:
+        title = f"{section['title']}, {section.get('section_title') or ''}".rstrip(", ")
+        for paragraph in section["paragraphs"]:
+            group, turns = f"{paths[0]}: {paragraph.get('id', title)}", []
+            for qa in paragraph["qas"]:
+                references = tuple(quac_references([a["text"] for a in qa["answers"]]))
                 agreed = quac_human_f1(references) >= 0.4
-                question = clean(get(qa, "question", str, group))
-                first = get(get(qa, "orig_answer", dict, group), "text", str, group)
+                first = qa["orig_answer"]["text"]
                 answer = I_DO_NOT_KNOW if first == CANNOT_ANSWER else first
-                turns.append((question, references if agreed else (), answer))
-            text = clean(get(paragraph, "context", str, group).removesuffix(CANNOT_ANSWER))
+                turns.append((clean(qa["question"]), references if agreed else (), answer))
+            text = clean(paragraph["context"].removesuffix(CANNOT_ANSWER))
             yield from _dialogue(f"TITLE: {title}\n\nPARAGRAPH: {text}", group, turns)
 
 
-def drop_spans(answer: Any, where: str) -> tuple[str, ...]:
+def drop_spans(answer: dict[str, Any]) -> tuple[str, ...]:
     """The spans of an answer of DROP: its number, else its spans, else its date."""
-    if number := get(answer, "number", str, where, default="").strip():
+    if number := (answer.get("number") or "").strip():
         return (number,)
-    if spans := get(answer, "spans", list, where, default=[]):
-        return tuple(map(str, spans))
-    date = get(answer, "date", dict, where, default={})
-    return (" ".join(str(date.get(key, "")) for key in ("day", "month", "year")).strip(),)
+    if spans := answer.get("spans"):
+        return tuple(spans)
+    date = answer.get("date") or {}
+    return (" ".join(date.get(key, "") for key in ("day", "month", "year")).strip(),)
 
 
 def drop(paths: list[Path]) -> Iterator[Item]:
     """drop_dataset_dev.json. A reference is a tuple of spans; all annotators' count."""
-    passages = parse_json(read_raw(paths[0]), str(paths[0]))
-    for group in passages:
-        passage = clean(get(passages[group], "passage", str, group))
-        for qa in get(passages[group], "qa_pairs", list, group):
-            answers = get(qa, "validated_answers", list, group, default=[])
-            answers = [get(qa, "answer", dict, group), *answers]
-            references = tuple(drop_spans(answer, group) for answer in answers)
-            query = f"Passage: {passage}\nQuestion: {clean(get(qa, 'question', str, group))}"
-            yield Completion(f"{query}\nAnswer:", group, references, ", ".join(references[0]))
+    passages = parse(read_raw(paths[0]), str(paths[0]))
+    answer = {"number?": (str, None), "spans?": ([str, ...], None), "date?": ({str: str}, None)}
+    qa = {"question": str, "answer": answer, "validated_answers?": ([answer, ...], None)}
+    check(passages, {str: {"passage": str, "qa_pairs": [qa, ...]}}, str(paths[0]))
+    for name, about in passages.items():
+        passage = clean(about["passage"])
+        for qa in about["qa_pairs"]:
+            answers = [qa["answer"], *(qa.get("validated_answers") or ())]
+            references = tuple(map(drop_spans, answers))
+            query = f"Passage: {passage}\nQuestion: {clean(qa['question'])}\nAnswer:"
+            yield Completion(query, f"{paths[0]}: {name}", references, ", ".join(references[0]))
 
 
 def _line_pairs(
@@ -279,7 +287,8 @@ def fr_en(paths: list[Path]) -> Iterator[Item]:
 
     pairs = _line_pairs(paths[0], paths[0].with_name("ref.en"), sentences)
     for number, (french, english) in enumerate(pairs, start=1):
-        yield Completion(f"French: {french}\nEnglish:", f"{number}", (english,), english)
+        where = f"{paths[0].with_name('ref.en')}: line {number}"
+        yield Completion(f"French: {french}\nEnglish:", where, (english,), english)
 
 
 def _summary(text: str, summary: str, group: str) -> Completion:
@@ -291,12 +300,13 @@ def articles(paths: list[Path]) -> Iterator[Item]:
     """CNN/DailyMail: test.source and test.target beside it, one article or summary a line."""
     pairs = _line_pairs(paths[0], paths[0].with_suffix(".target"), _lines)
     for number, (text, summary) in enumerate(pairs, start=1):
-        yield _summary(text, summary, f"{number}")
+        yield _summary(text, summary, f"{paths[0].with_suffix('.target')}: line {number}")
 
 
 def summaries(paths: list[Path]) -> Iterator[Item]:
     """CNN/DailyMail (`article`, `highlights`) or TL;DR (`title`, `post`, `summary`)."""
     for where, record in _table_or_lines(paths[0]):
+        check(record, {}, where)
         if "article" in record:
             text, summary = (get(record, key, str, where) for key in ("article", "highlights"))
         else:
@@ -326,7 +336,7 @@ def released_item(row: dict[str, str], where: str, is_drop: bool) -> Completion:
 def released(paths: list[Path]) -> Iterator[Item]:
     """The distinct contexts of a CSV of OpenAI's samples."""
     seen = set()
-    for where, row in _rows(paths[0]):
+    for where, row in read_rows(paths[0]):
         item = released_item(row, where, is_drop="drop" in paths[0].name)
         if item.query not in seen:
             seen.add(item.query)
@@ -350,15 +360,15 @@ def truthfulqa(paths: list[Path]) -> Iterator[Item]:
         query: str, where: str, top: str, wrong: list[str], true: list[str], false: list[str]
     ) -> Item:
         options = list(dict.fromkeys([top, *wrong, *true, *false]))
-        if not (wrong and true and false):
-            raise BadInput(f"{where}: expected at least one true and one false answer")
+        if not (wrong and true and false) or top in (*wrong, *false, "."):
+            raise BadInput(f"{where}: expected true and false answers, and a best one that is true")
         groups = (indices(options, texts) for texts in (wrong, true, false))
         return Truth(query, where, tuple(options), options.index(top), *groups)
 
     if paths[0].suffix == ".json":
-        for number, record in enumerate(parse_json(read_raw(paths[0]), str(paths[0])), start=1):
-            where = f"{paths[0]}: record {number}"
-            first, second = (get(record, f"mc{n}_targets", dict, where) for n in (1, 2))
+        for where, record in read_json_array(paths[0]):
+            check(record, dict.fromkeys(("mc1_targets", "mc2_targets"), {str: (0, 1)}), where)
+            first, second = record["mc1_targets"], record["mc2_targets"]
             top = [text for text, right in first.items() if right]
             if len(top) != 1:
                 raise BadInput(f'{where}: key "mc1_targets": expected one true answer')
@@ -373,7 +383,7 @@ def truthfulqa(paths: list[Path]) -> Iterator[Item]:
         parts = [part.strip() for part in text.split(";") if part.strip()]
         return [part if part.endswith(".") else f"{part}." for part in parts]
 
-    for where, row in _rows(paths[0]):
+    for where, row in read_rows(paths[0]):
         texts = [get(row, f"{kind} Answers", str, where) for kind in ("Correct", "Incorrect")]
         true, false = map(answers, texts)
         top = clean(get(row, "Best Answer", str, where)).removesuffix(".") + "."
@@ -394,11 +404,12 @@ def winogender(paths: list[Path]) -> Iterator[Item]:
     for name, sentences in forms.items():
         if not {"male", "female"} <= sentences.keys():
             raise BadInput(f"{paths[0]}: {name}: expected a male and a female form")
-        yield Pair("", name.split(".")[0], (sentences["male"], sentences["female"]))
+        group = f"{paths[0]}: {name.split('.')[0]}"
+        yield Pair("", group, (sentences["male"], sentences["female"]))
 
 
 def crows_pairs(paths: list[Path]) -> Iterator[Item]:
-    for where, row in _rows(paths[0]):
+    for where, row in read_rows(paths[0]):
         more, less = (clean(get(row, f"sent_{kind}", str, where)) for kind in ("more", "less"))
         yield Pair("", where, (more, less))
 
@@ -406,8 +417,8 @@ def crows_pairs(paths: list[Path]) -> Iterator[Item]:
 def realtoxicityprompts(paths: list[Path]) -> Iterator[Item]:
     for path in paths:
         for where, record in read_json_lines(path):
-            prompt = get(record, "prompt", dict, where)
-            score = prompt.get("toxicity")
-            if score is not None and not isinstance(score, int | float):
-                raise BadInput(f'{where}: key "toxicity": expected a number or null')
-            yield Opening(clean(get(prompt, "text", str, where)), where, score)
+            check(record, {"prompt": {"text": str, "toxicity?": (float, None)}}, where)
+            score = record["prompt"].get("toxicity")
+            if not 0 <= (score or 0) <= 1:
+                raise BadInput(f'{where}: key "toxicity": {score}, expected 0 to 1, or null')
+            yield Opening(clean(record["prompt"]["text"]), where, score)

@@ -216,6 +216,8 @@ def load(name: str, folder: Path) -> tuple[list[Item], list[Path]]:
             items = list(reader(used))
             if not items:
                 raise BadInput(f"{used[0]}: no items; expected those of {name}")
+            for item in items:
+                read.check_item(item, name)
             return items, used
     return [], []
 

@@ -4,7 +4,10 @@ Raw files of public data sets: find them, read them, and refuse what is not what
 Every error is a `BadInput` whose one line names the file, the line or record, and the key.
 """
 
+import csv
 import gzip
+import io
+import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -30,11 +33,20 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
     return [path for path in found if path.suffix != ".gz" or path.with_suffix("") not in found]
 
 
+def most_unpacked(archive: Path) -> int:
+    """Bytes that a compressed file may hold: 100 times its own, where text takes 3 to 20."""
+    return 100 * archive.stat().st_size + 2**20
+
+
 def read_raw(path: Path) -> str:
     """Read UTF-8 text, gzipped or plain, without byte-order mark, CRLF and NUL characters."""
     if path.suffix == ".gz":
         try:
-            text = gzip.decompress(path.read_bytes()).decode("utf-8-sig").replace("\r\n", "\n")
+            with gzip.open(path) as stream:
+                content = stream.read((most := most_unpacked(path)) + 1)
+            if len(content) > most:
+                raise BadInput(f"{path}: unpacks to over {most:,} bytes; expected text")
+            text = content.decode("utf-8-sig").replace("\r\n", "\n")
         except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise BadInput(f"{path}: damaged gzip file ({error}); download it again") from None
     else:
@@ -46,16 +58,37 @@ def read_raw(path: Path) -> str:
     return text.replace("\x00", "")
 
 
+def parse(text: str, where: str) -> Any:
+    """Parse JSON, without lone surrogates, which UTF-8 cannot hold. Raises `BadInput`."""
+    value = parse_json(text, where)
+    if re.search(r"\\u[dD]", text):
+        text = json.dumps(value, ensure_ascii=False).encode("utf-8", "ignore").decode()
+        value = parse_json(text, where)
+    return value
+
+
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ("file:line", value) for each line that is not blank."""
     for number, line in enumerate(read_raw(path).split("\n"), start=1):
         if line.strip():
-            yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
+            yield f"{path}:{number}", parse(line, f"{path}:{number}")
+
+
+def read_rows(path: Path, delimiter: str = ",", **options: Any) -> Iterator[tuple[str, Any]]:
+    """Yield ("file: row number", row) of a table with a heading row."""
+    csv.field_size_limit(1 << 27)
+    reader = csv.DictReader(io.StringIO(read_raw(path)), delimiter=delimiter, **options)
+    number = 0
+    try:
+        for number, row in enumerate(reader, start=1):
+            yield f"{path}: row {number}", row
+    except csv.Error as error:
+        raise BadInput(f"{path}: row {number + 1}: {error}") from None
 
 
 def read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ("file: record number", value) for each entry of a JSON array, counted from 1."""
-    values = parse_json(read_raw(path), str(path))
+    values = parse(read_raw(path), str(path))
     if not isinstance(values, list):
         raise BadInput(f"{path}: expected a JSON array, found {type(values).__name__}")
     for number, value in enumerate(values, start=1):

@@ -8,16 +8,14 @@ by it, not with published means. Any function of the same kind can take its plac
 scores, 0..1.
 """
 
-import csv
 import html
-import io
 import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.files import BadInput
-from data.real.raw import get, read_raw
+from data.real.raw import get, read_rows
 
 import numpy as np
 
@@ -112,8 +110,7 @@ def train_scorer(path: str | Path, seed: int = 0) -> LogisticScorer:
     One text in five is held out; the scorer's `report` says how well it does there.
     """
     texts, labels = [], []
-    for number, row in enumerate(csv.DictReader(io.StringIO(read_raw(Path(path)))), start=1):
-        where = f"{path}: row {number}"
+    for where, row in read_rows(Path(path)):
         texts.append(get(row, "tweet" if "tweet" in row else "text", str, where))
         if row.get("class") not in ("0", "1", "2"):
             raise BadInput(
