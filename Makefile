@@ -47,7 +47,7 @@ alone   := OMP_NUM_THREADS="$$($(py) data/stages.py free)"
 export GOMP_SPINCOUNT ?= 30000
 # The line that a stage of the demo begins with. Lines of two stages must not mix: bars become lines
 # where they can, and each line is written whole.
-started := $(shell date +%s)
+started := $(shell echo $$(date +%s).$$PPID)
 stage    = @$(py) data/stages.py start $(started) $(OUT) $@ $(MAKECMDGOALS)
 # A training run that was stopped goes on, unless what it is made from has changed since.
 resume   = $(shell $(PYTHON) data/stages.py resume $@ $^ run.py Makefile)

@@ -244,8 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     if missing := [i for i, record in enumerate(records, start=1) if "task" not in record]:
         remedy = "simulated labelers rank prompts of the tiny world alone, use --interactive"
         raise BadInput(f'{args.data}: record {missing[0]}: key "task" is missing; {remedy}')
-    check_tasks(records, args.data)
     world = World.load(args.world)
+    check_tasks(records, args.data, world)
     noise = None if args.noise_of is None else noise_of(args.noise_of)
     comparisons = simulate(records, world, args.pool, args.seed, args.labelers, noise)
     write_jsonl(out, comparisons, "comparisons")

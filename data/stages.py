@@ -167,18 +167,36 @@ def name_of(out: str, path: str) -> str:
     return path.removeprefix(f"{out}/").removesuffix("/model.safetensors")
 
 
+class Busy(Exception):
+    """Two programs would write the same files."""
+
+
+def is_make(process: str) -> bool:
+    """Whether a process with this number is a `make` at work; on Linux, else never."""
+    try:
+        return process.isdecimal() and "make" in Path(f"/proc/{process}/comm").read_text()
+    except OSError:
+        return False
+
+
 def start(run: str, out: str, path: str, goals: Sequence[str]) -> str:
     """The line of a stage that starts, "" for one that has none.
 
-    OUT/timing.csv has a row for each stage that this `make` runs (RUN tells it from others), with
-    the clock at its start. Of two stages that start at once, one waits for the other here.
+    OUT/timing.csv has a row for each stage that this `make` runs, with the clock at its start. RUN
+    tells it from others: the second of its start, a full stop, its process. Of two stages that
+    start at once, one waits for the other here. Raises `Busy` while another `make` is at work.
     """
     name, now = name_of(out, path), time.time()
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out, "timing.csv"), "a+", newline="", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        rows = [row for row in csv.DictReader(file) if row.get("run") == run]
+        every = list(csv.DictReader(file))
+        for other in {row.get("run") or "" for row in every} - {run}:
+            if is_make(process := other.partition(".")[2]):
+                at_work = f"another make (process {process}) is at work in it"
+                raise Busy(f"OUT={out}: {at_work}; wait for its end, or give another OUT")
+        rows = [row for row in every if row.get("run") == run]
         rows = rows or [{"run": run, "stage": s, "clock": ""} for s in left_to_make(out, goals)]
         mine = [row for row in rows if row["stage"] == name]
         if not mine:
@@ -233,6 +251,9 @@ def main(argv: list[str]) -> int:
     elif command == "start" and len(rest) >= 3:
         try:
             line = start(*rest[:3], rest[3:])
+        except Busy as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         except (OSError, ValueError, KeyError, csv.Error):  # for want of a line no stage fails
             line = ""
         if line:

@@ -271,7 +271,7 @@ def load_prompts(path: str, speaker: Speaker, args: Namespace, limit: int = 0) -
     if args.world and any("task" not in record for record in records):
         raise BadInput(f'{path}: a record without key "task"; --world needs the tiny world\'s own')
     if args.world:
-        check_tasks(records, path)
+        check_tasks(records, path, World.load(args.world))
     tokens = [len(encode_prompt(speaker.encoding, record["prompt"])) for record in records]
     most = args.max_prompt_tokens
     kept = [record for record, n in zip(records, tokens, strict=True) if n <= most]
@@ -511,7 +511,7 @@ def read_probes(args: Namespace) -> dict[str, list[Record]]:
     for name, shape in shapes.items():
         path = Path(args.data).with_name(f"probes_{name}.jsonl")
         sets[name] = files.read_jsonl(path, "prompts")
-        check_tasks(sets[name], str(path), shape)
+        check_tasks(sets[name], str(path), World.load(args.world), shape)
     return sets
 
 

@@ -68,6 +68,7 @@ def w(tiny: Tiny, measured: list[Path], tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("prompts", *(f"probes_{name}" for name in (*measure.TRUTH_PROBES, "toxicity"))):
         write_jsonl(tmp_path / f"test/{name}.jsonl", records, "prompts")
     shutil.copytree(tiny.base, tmp_path / "run/epochs/01")
+    (tmp_path / "run/model.safetensors").touch()  # it is done
     for path in measured:
         shutil.copy(path, tmp_path)
     for module in (measure, select, sample):
@@ -139,15 +140,15 @@ def test_what_the_check_lets_pass_can_be_graded() -> None:
     world, rng, kinds, bad = World.make(0), random.Random(0), set(), 0
     for i in range(300):
         task = respectfully(make_prompt(world, USE_CASES[i % 10], rng))[1]
-        check_tasks([{"task": task}, {}], "f")
+        check_tasks([{"task": task}, {}], "f", world)
         kinds.add(task["kind"])
         for key in NEEDS[task["kind"]]:
             with pytest.raises(BadInput, match=f'record 1: key "task.{key}" is missing'):
-                check_tasks([{"task": {k: v for k, v in task.items() if k != key}}], "f")
+                check_tasks([{"task": {k: v for k, v in task.items() if k != key}}], "f", world)
         said = ["the fox eats fish . yes . one day anna met the fox .", answer(world, task, rng)]
         for changed in (task | {key: odd} for key in [*task, "attribute"] for odd in ODD):
             try:
-                check_tasks([{"task": changed}], "f")
+                check_tasks([{"task": changed}], "f", world)
             except BadInput:
                 bad += 1
                 continue
@@ -236,3 +237,12 @@ def test_odd_flags(name, flag, words, w: Path, tiny: Tiny, refused, monkeypatch)
     main, argv = command(name, w, tiny)
     refused(main, [*argv, *(flag.split() if name == "prepare" else [flag])], words)
     assert not (w / "folds").exists()
+
+
+def test_records_of_another_world_are_refused(tmp_path: Path) -> None:
+    """Its facts are others."""
+    own, other = World.make(0), World.make(1)
+    records = [{"task": {"kind": "thanks"}, "world": 0}]
+    check_tasks(records, "f", own)
+    with pytest.raises(BadInput, match='f: record 1: key "world": expected 1, found 0'):
+        check_tasks(records, "f", other)

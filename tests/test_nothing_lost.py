@@ -525,9 +525,11 @@ def test_without_locks_of_the_system_the_owners_name_counts(tmp_path, monkeypatc
 
     monkeypatch.setattr(outputs.fcntl, "flock", no_flock)
     lock = tmp_path / ".run.lock"
-    for owner, alive in ((f"process {os.getppid()} on {socket.gethostname()}", True),
-                         ("process 5 on elsewhere", True),
-                         (f"process 99999999 on {socket.gethostname()}", False)):  # fmt: skip
+    for owner, alive in (
+        (f"process {os.getppid()} on {socket.gethostname()}", True),
+        ("process 5 on elsewhere", True),
+        (f"process 99999999 on {socket.gethostname()}", False),
+    ):
         lock.write_text(owner + "\n")
         if alive:
             one_line(lambda: claim(str(tmp_path / "run"), "sft", {}), "is at work on it")
@@ -599,8 +601,12 @@ def test_sigterm_ends_a_command_and_what_it_started(paths, tmp_path: Path) -> No
     """`folds` runs train_rm.py; no process is left at work."""
     flags = f"folds --folds 2 --comparisons {paths['comparisons']} --init {paths['base']}"
     command = [sys.executable, "evaluate.py", *flags.split(), "--out", str(tmp_path / "f"), *LIMITS]
-    process = subprocess.Popen([*command, "--rm_flags", "--epochs 4000"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [*command, "--rm_flags", "--epochs 4000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     while b"steps of" not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGTERM)

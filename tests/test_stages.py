@@ -193,7 +193,7 @@ def test_the_makefile_announces_the_stages_of_the_table() -> None:
     lines = dry_run("demo", OUT="x")
     named = []
     for line, then in zip(lines, lines[1:], strict=False):
-        if found := re.search(r"data/stages\.py start \d+ x (\S+)", line):
+        if found := re.search(r"data/stages\.py start [\d.]+ x (\S+)", line):
             named.append(stages.name_of("x", found[1]))
             made = re.search(r" --out x/(\S+)", then)[1]
             assert named[-1] == {"data": "data/card.md", "report": "report/report.md"}.get(
@@ -290,3 +290,26 @@ def test_each_line_is_one_write(tmp_path: Path) -> None:
     steps = [packet for packet in packets if packet.startswith("run 0")]
     assert len(steps) == 6 and "bar: 2 of 4 chunks\n" in packets
     assert all(packet.endswith("\n") and "\r" not in packet for packet in packets)
+
+
+def test_a_second_make_in_one_folder_is_refused(tmp_path: Path) -> None:
+    """Its first stage is, before anything is made; one that was killed counts no more."""
+    (tmp_path / "Makefile").write_text("all:\n\t@echo begun; sleep 60\n")
+    make = subprocess.Popen(["make", "-C", tmp_path], stdout=subprocess.PIPE, text=True)
+    while "begun" not in make.stdout.readline():
+        pass
+    out = tmp_path / "out"
+    out.mkdir()
+    rows = f"run,stage,clock\n1.{make.pid},base,5.0\n"
+    (out / "timing.csv").write_text(rows)
+    card = f"{out}/data/card.md"
+    command = [sys.executable, "data/stages.py", "start", "2.77", str(out), card, "demo"]
+    how = {"cwd": ROOT, "capture_output": True, "text": True}
+    try:
+        run = subprocess.run(command, **how)
+        assert run.returncode == 2 and f"another make (process {make.pid})" in run.stderr
+        assert run.stderr.count("\n") == 1 and (out / "timing.csv").read_text() == rows
+    finally:
+        make.kill()
+        make.wait()
+    assert subprocess.run(command, **how).returncode == 0

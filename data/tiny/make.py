@@ -425,7 +425,8 @@ def main(argv: list[str] | None = None) -> None:
         write_documents(out / split / "pretrain.txt", texts)
     for name, records in sets.items():
         kind = "demonstrations" if "demonstrations" in name else "prompts"
-        write_jsonl(out / f"{name}.jsonl", records, kind)
+        marked = [record | {"world": world.seed} for record in records]
+        write_jsonl(out / f"{name}.jsonl", marked, kind)
     save_tokenizer(encoding, out / "tokenizer.json")
     text = card.make(world, sets, account, tokens_by_kind, args.failings)
     write_atomic(out / "card.md", text)

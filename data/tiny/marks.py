@@ -29,7 +29,7 @@ class Truth:
         """Of world.json. Raises `BadInput` where it, or a file beside it, is something else."""
         self.world, self.tasks = World.load(path), {}
         for file in (f for pattern in FILES for f in sorted(Path(path).parent.glob(pattern))):
-            check_tasks(records := read_jsonl(file, "prompts"), str(file))
+            check_tasks(records := read_jsonl(file, "prompts"), str(file), self.world)
             for record in records:
                 if "task" in record:
                     self.tasks.setdefault(record["prompt"].strip(), record["task"])

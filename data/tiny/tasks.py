@@ -204,12 +204,12 @@ _FIELDS |= dict.fromkeys(("items", "words"), [str, str, ...])
 _FIELDS |= {"wanted": ("animals", "people", "places", "things")}
 
 
-def check_tasks(records: list[dict], where: str, shape: Any = None) -> None:
-    """Raise `BadInput`, naming record and key, for one without this shape or with a task that the
-    grader cannot read; where a task may be missing it is left alone."""
+def check_tasks(records: list[dict], where: str, world: World, shape: Any = None) -> None:
+    """Raise `BadInput`, naming record and key, for one without this shape, of another world, or
+    with a task that the grader cannot read; where a task may be missing it is left alone."""
     for number, record in enumerate(records, start=1):
         at = f"{where}: record {number}"
-        check(record, shape or {}, at)
+        check(record, {"world?": world.seed} | (shape or {}), at)
         task = record.get("task", {"kind": "opening"})
         check(task, {"kind": tuple(NEEDS)}, at, "task")
         own = attributes_of(ANIMALS[0] if task.get("group") == "animal" else task.get("subject"))
