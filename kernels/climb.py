@@ -33,7 +33,9 @@ class Rung(NamedTuple):
 
 
 def check_type(x: Tensor) -> None:
-    """Raise ValueError unless a rung in Triton is right for x's dtype where it runs."""
+    """Raise ValueError unless there is Triton and a rung is right for x's dtype where it runs."""
+    if triton is None:
+        raise ValueError("a rung got no Triton: it is not installed; rungs in torch run without")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"a rung got {x.dtype}; expected float32, float16 or bfloat16")
     if INTERPRETED and x.dtype == torch.bfloat16:

@@ -31,8 +31,9 @@ row (left, 130) reads nothing and writes zeros. A window (right) moves the other
 
 Cost per row and head (2-byte elements, causal): the naive form moves about 8 T^2 bytes of scores
 and probabilities beside 8 T D of inputs and output, the fused one only 8 T D + 4 T. Both do 2 T^2 D
-operations forward (at D = 64 and T = 1024: 134 million, for 8.4 MB against 0.53 MB). The backward
-needs 5 T^2 D operations and does 7 T^2 D here.
+operations forward (at D = 64 and T = 1024: 134 million, for 8.4 MB against 0.53 MB). These bytes
+are distinct ones: each tile of queries asks for its keys again, 1.45 MB in all with tiles of 128,
+mostly from the cache. The backward needs 5 T^2 D operations and does 7 T^2 D here.
 
 Preconditions (checked in `attention`): one floating dtype, last stride 1, any other strides;
 Triton: D up to 128 (padded to a power of two inside), float32 / float16 / bfloat16 (float64 in the

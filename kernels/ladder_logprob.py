@@ -264,14 +264,12 @@ def counts(run: Any) -> list[Count]:
     x, w = (torch.randn(n, 64, requires_grad=run is not None) for n in (256, 8192))
     y, d_out = torch.randint(8192, (256,)), torch.randn(2, 256).unbind(0)
     counted = partial(count, tensors=("W", "w_ptr"), sizes={0: TILE["BLOCK_V"]})
-    with torch.no_grad():
-        forward = counted(partial(run or linear_logprob.triton_forward, x, w, y, 1.0))
+    outs, run_forward = [], run or linear_logprob.triton_forward
+    forward = counted(lambda: outs.append(run_forward(x, w, y, 1.0)))
     if run:
-        backward = partial(torch.autograd.backward, run(x, w, y, 1.0), d_out)
-    else:
-        _, entropy, lse = linear_logprob.triton_forward(x, w, y, 1.0)
-        backward = partial(linear_logprob.triton_backward, *d_out, x, w, y, entropy, lse, 1.0)
-    return [forward, counted(backward)]
+        return [forward, counted(lambda: torch.autograd.backward(outs[0], d_out))]
+    arguments = *d_out, x, w, y, *outs[0][1:], 1.0
+    return [forward, counted(partial(linear_logprob.triton_backward, *arguments))]
 
 
 GROUPS = {"forward": "tmpl", "backward": "mpl"}
