@@ -83,7 +83,7 @@ def test_what_is_outside(x, start, message):
 def test_an_address_in_another_argument_is_outside():
     memory = torch.zeros(32)
     with pytest.raises(OutOfBounds, match=r"x_ptr\[16\], outside its shape \(16,\)"), watching():
-        launch(copy_kernel, (1,), memory[:16], memory[16:], 0, 32, BLOCK=32)
+        launch(copy_kernel, (1,), memory[:16], memory[16:], 16, 32, BLOCK=16)
 
 
 def test_booleans_are_checked_although_their_pointers_are_cast():
