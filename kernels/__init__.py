@@ -11,6 +11,10 @@ file's IMPLS, give it a line there ("mine": my_attention), and run
     python -m kernels.flash_attention                      compare with the reference, then time
     python train_sft.py ... --kernels attention=mine       train with it
 
+To learn how such a kernel comes about, read ladder.py: seven rungs from three lines of torch to the
+kernels here (ladder_logprob.py: four). To see what a kernel does, and to find an access outside of
+its tensors, use watch.py.
+
 Names are looked up on first use and nothing is imported before that: `python -m
 kernels.flash_attention` can then choose Triton's interpreter before Triton is imported, and does
 not load its own file twice.

@@ -17,35 +17,38 @@ without the row. Then dq = ds k / sqrt(D) and dk = ds^T q / sqrt(D), with p reco
 the saved L. One kernel owns query tiles (dq, delta), another key tiles (dk, dv). That takes seven
 products where a single pass takes five, but no atomic sums, so runs repeat bit for bit.
 
-Which program owns which tile (T = 6 tiles; F is a full tile, D a tile on the diagonal, which is
-masked; no other tile is visited):
+Which tiles each program reads, as `--watch` prints it: a row of 300 tokens. Down: programs, each
+with a tile of 64 queries (forward, dq) or of 64 keys (dk, dv). Across: tiles of 32 keys, or of 32
+queries. A causal program masks only the tiles on its diagonal. One that is past the length of its
+row (left, 130) reads nothing and writes zeros. A window (right) moves the other end of the loop.
 
-    forward, dq: a program owns a row        dk, dv: a program owns a column
-      keys   0 1 2 3 4 5                       keys   0 1 2 3 4 5
-    query 0  D                               query 0  D
-          1  F D                                   1  F D
-          2  F F D      <- program 2               2  F F D
-          3  F F F D                               3  F F F D
-          4  . . . . .  <- past the length:        4  . . . .    nothing is read, zeros are written
-          5  . . . . .                             5  . . . .
-                                                        ^ program 1
+    forward, 130 tokens   dk dv, 130 tokens     forward, window       dk dv, window
+    # # . . . . . . . .   # # # # # . . . . .   # # . . . . . . . .   # # # # . . . . . .
+    # # # # . . . . . .   . . # # # . . . . .   # # # # . . . . . .   . . # # # # . . . .
+    # # # # # . . . . .   . . . . # . . . . .   . . # # # # . . . .   . . . . # # # # . .
+    . . . . . . . . . .   . . . . . . . . . .   . . . . # # # # . .   . . . . . . # # # #
+    . . . . . . . . . .   . . . . . . . . . .   . . . . . . # # # #   . . . . . . . . # #
 
 Cost per row and head (2-byte elements, causal): the naive form moves about 8 T^2 bytes of scores
 and probabilities beside 8 T D of inputs and output, the fused one only 8 T D + 4 T. Both do 2 T^2 D
-operations forward (at D = 64 and T = 1024: 134 million, for 8.4 MB against 0.53 MB). The backward
-needs 5 T^2 D operations and does 7 T^2 D here.
+operations forward (at D = 64 and T = 1024: 134 million, for 8.4 MB against 0.53 MB). These bytes
+are distinct ones: each tile of queries asks for its keys again, 1.45 MB in all with tiles of 128,
+mostly from the cache. The backward needs 5 T^2 D operations and does 7 T^2 D here.
 
 Preconditions (checked in `attention`): one floating dtype, last stride 1, any other strides;
 Triton: D up to 128 (padded to a power of two inside), float32 / float16 / bfloat16 (float64 in the
 interpreter). Softmax and sums are float32.
 
-Run: python -m kernels.flash_attention    verify every implementation, then time it
+Run: python -m kernels.flash_attention            verify every implementation, then time it
+     python -m kernels.flash_attention --watch    what the kernels read and write (watch.py)
+The way here, one idea at a time: kernels/ladder.py.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from functools import partial
 from typing import Any
 
@@ -53,7 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
+if __name__ == "__main__" and ("--watch" in sys.argv or not torch.cuda.is_available()):
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -729,5 +732,10 @@ def verify(impl: str, dtype: torch.dtype, device: str) -> float:
 
 
 if __name__ == "__main__":
-    verify_all(IMPLS, verify)
-    benchmark("flash_attention", partial(attention_rows, attention, IMPLS))
+    if "--watch" in sys.argv:
+        from kernels.watch import attention_case  # only here: nothing else needs it
+
+        print(attention_case(attention))
+    else:
+        verify_all(IMPLS, verify)
+        benchmark("flash_attention", partial(attention_rows, attention, IMPLS))

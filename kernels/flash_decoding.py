@@ -15,9 +15,12 @@ sum norm_i of exp(s - m_i) and unnormalised output acc_i; with m = max m_i, the 
 
     out = sum_i exp(m_i - m) acc_i / sum_i exp(m_i - m) norm_i
 
-    cache of one row and head   |  split 0  |  split 1  |  split 2  |  split 3  |      S = 4 splits
-                                 k k k k k k k k k k k k k k . . . . . . . . . .   n ends in split 2
-    programs                       all read    all read    reads to n   exits at once
+What each program reads, as `--watch` prints it: 290 of 400 cached keys, in tiles of 32:
+
+    split 0   # # # # . . . . . . . . .
+    split 1   . . . . # # # # . . . . .
+    split 2   . . . . . . . . # # . . .
+    split 3   . . . . . . . . . . . . .
 
 Bytes read per row and head (2-byte elements): 4 n D. Masked attention over a whole cache of C keys
 reads 4 C D, about twice as much in the middle of a rollout. Each split writes and reads 4 (D + 2)
@@ -27,20 +30,22 @@ There is no backward: training uses kernels/flash_attention.py on whole sequence
 same numbers up to rounding. Preconditions (checked in `decode_attention`): one floating dtype, last
 stride 1, D up to 128 for Triton.
 
-Run: python -m kernels.flash_decoding    verify every implementation, then time it
+Run: python -m kernels.flash_decoding            verify every implementation, then time it
+     python -m kernels.flash_decoding --watch    what the kernels read and write (watch.py)
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
+if __name__ == "__main__" and ("--watch" in sys.argv or not torch.cuda.is_available()):
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -416,5 +421,10 @@ def verify(impl: str, dtype: torch.dtype, device: str) -> float:
 
 
 if __name__ == "__main__":
-    verify_all(IMPLS, verify)
-    benchmark("flash_decoding", partial(decode_attention_rows, decode_attention, IMPLS))
+    if "--watch" in sys.argv:
+        from kernels.watch import decoding_case  # only here: nothing else needs it
+
+        print(decoding_case(decode_attention))
+    else:
+        verify_all(IMPLS, verify)
+        benchmark("flash_decoding", partial(decode_attention_rows, decode_attention, IMPLS))

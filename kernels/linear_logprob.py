@@ -23,10 +23,15 @@ and the saved L and writes dz, in the inputs' dtype, into one fixed workspace; i
 and x are ordinary matrix products. dx adds up in float32 over the stretches; each stretch's rows of
 dw are written once, so dw needs no float32 copy.
 
-    programs of the forward                       the workspace of the backward: dz of a stretch
-    vocabulary    stretch 0   stretch 1 ...       vocabulary   [ stretch 0 ] -> [ stretch 1 ] -> ...
-    tokens   0    program 0,0   1,0               tokens   0   | dz | ...
-    tokens 128    program 0,1   1,1               tokens 128   | dz | ...
+The forward's programs, as `--watch` prints them: 40 tokens in tiles of 32, and the part of w that
+each reads, of a vocabulary of 5000 in tiles of 512:
+
+    token tile 0, stretch 0   # # # # . . . . . .
+    token tile 0, stretch 1   . . . . # # # # . .
+    token tile 0, stretch 2   . . . . . . . . # #
+    token tile 1, stretch 0   # # # # . . . . . .
+    token tile 1, stretch 1   . . . . # # # # . .
+    token tile 1, stretch 2   . . . . . . . . # #
 
 Why not fuse the backward as well? dx of one tile of tokens is 128 x C float32, 393 KB at C = 768,
 more than a multiprocessor holds. A fused kernel must share sums through atomics, or recompute the
@@ -43,19 +48,22 @@ with the library's matrix product and reduces them from memory.
 
 Preconditions (checked in `logprobs`): one floating dtype, last stride 1, int64 targets.
 
-Run: python -m kernels.linear_logprob    verify every implementation, then time it
+Run: python -m kernels.linear_logprob            verify every implementation, then time it
+     python -m kernels.linear_logprob --watch    what the kernels read and write (watch.py)
+The way here, one idea at a time: kernels/ladder_logprob.py.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from functools import partial
 
 import torch
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
+if __name__ == "__main__" and ("--watch" in sys.argv or not torch.cuda.is_available()):
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -642,5 +650,10 @@ def verify(impl: str, dtype: torch.dtype, device: str) -> float:
 
 
 if __name__ == "__main__":
-    verify_all(IMPLS, verify)
-    benchmark("linear_logprob", partial(logprobs_rows, logprobs, IMPLS))
+    if "--watch" in sys.argv:
+        from kernels.watch import logprobs_case  # only here: nothing else needs it
+
+        print(logprobs_case(logprobs))
+    else:
+        verify_all(IMPLS, verify)
+        benchmark("linear_logprob", partial(logprobs_rows, logprobs, IMPLS))
