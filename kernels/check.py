@@ -192,16 +192,18 @@ class Outside(IndexError):
 def guarded() -> Iterator[Counter]:
     """In Triton's interpreter, watch each load, store and product of the kernels that run within.
 
-    Raises Outside for an address beyond the tensors that the kernel was given and ValueError for a
-    float32 product of less precision; fills new tensors with NaN, so that what a kernel forgets to
-    write is seen. The result counts (kernel, argument): elements read of it, and (kernel, "dot"):
-    products. Without the interpreter nothing is watched or counted.
+    Raises Outside for an address beyond the tensors that the kernel was given, ValueError for a
+    product in less than float32 and FloatingPointError for 1 / 0, inf - inf and their like, also in
+    a number that is not used; fills new tensors with NaN, so that what a kernel forgets to write is
+    seen. The result counts (kernel, argument): elements read of it, and (kernel, "dot"): products.
+    Without the interpreter nothing is watched or counted.
     """
     count: Counter = Counter()
     if not runtime.INTERPRETED:
         yield count
         return
     from triton.runtime.interpreter import interpreter_builder as machine
+    from triton.runtime.interpreter import np
 
     now, spans = None, []
     load, store, dot = machine.create_masked_load, machine.create_masked_store, machine.create_dot
@@ -237,6 +239,8 @@ def guarded() -> Iterator[Counter]:
     def watched_dot(a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
         if a.data.dtype.itemsize >= 4 and "IEEE" not in str(precision):
             raise ValueError(f"a float32 product has precision {precision}; give 'ieee'")
+        if d.data.dtype.itemsize < 4:
+            raise ValueError("a product is summed in 16 bits; give out_dtype=ACC")
         count[runtime.launched.kernel.__name__, "dot"] += 1
         return dot(a, b, d, precision, *rest)
 
@@ -246,7 +250,8 @@ def guarded() -> Iterator[Counter]:
     for name, function in zip(names, (watched_load, watched_store, watched_dot), strict=True):
         setattr(machine, name, function)
     try:
-        yield count
+        with np.errstate(divide="raise", invalid="raise"):  # of which the interpreter's numbers are
+            yield count
     finally:
         for name, function in zip(names, (load, store, dot), strict=True):
             setattr(machine, name, function)
@@ -282,11 +287,11 @@ def changed(variables: dict[str, Any], **values: Any) -> Iterator[None]:
 # ---- tensors of awkward layout
 
 
-def with_gaps(x: Tensor) -> Tensor:
-    """`x` as a view with NaN before, between and after its rows, and an odd offset."""
-    memory = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan"), dtype=x.dtype)
-    memory[..., 1:-2] = x.cpu()
-    return memory.to(x.device)[..., 1:-2]
+def with_gaps(x: Tensor, gap: int = 3) -> Tensor:
+    """`x` as a view with `gap` NaN between its rows, and with an odd offset."""
+    memory = torch.full((*x.shape[:-1], x.shape[-1] + gap), float("nan"), dtype=x.dtype)
+    memory[..., 1 : 1 + x.shape[-1]] = x.cpu()
+    return memory.to(x.device)[..., 1 : 1 + x.shape[-1]]
 
 
 def with_other_column(x: Tensor) -> Tensor:

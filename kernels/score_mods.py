@@ -252,8 +252,8 @@ def check_fields(name: str, tokens: int = 1024) -> None:
         assert bool(blind.any()), (
             f"{name}: last_query({k}) is {int(last[k])}, but by first_key it is {int(exact[k])}"
         )
-    scores = mod.torch_scores(torch.zeros(1, 2, 256, 256), i[:256, None], i[:256])
+    scores = mod.torch_scores(torch.zeros(1, 2, 128, 128), i[:128, None], i[:128])
     assert not scores.isnan().any(), f"{name}: the score of a visible pair is NaN"
-    blind[:256] |= (scores == float("-inf")).all(-1).any(1)[0]
+    blind[:128] |= (scores == float("-inf")).all(-1).any(1)[0]
     for q in blind.nonzero()[:1, 0].tolist():
         raise AssertionError(f"{name}: query {q} sees no key; let it see itself, for example")
