@@ -58,6 +58,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("forward_kernel", "acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float16)"): ZERO,
     ("combine_kernel", "target = tl.zeros((BLOCK_N,), tl.float16)"): ZERO,
     ("forward_kernel", "m_new = tl.maximum((m + 1), tl.max(s, 1))"): SHIFT,
+    ("split_kernel", "m_new = tl.maximum((m + 1), tl.max(s, 0))"): SHIFT,
+    ("split_kernel", "acc = tl.zeros((BLOCK_D,), tl.float16)"): ZERO,
+    ("split_kernel", "norm = tl.zeros((1,), tl.float16)"): ZERO,
 }
 
 CHECK = """
@@ -209,14 +212,14 @@ def verdict(mutant: Mutant) -> str:
     return text[0] if text and run.returncode == 1 else f"the process ended: {run.returncode}"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print a row a mutant and the rate; exit with 1 if more than 4 % of the wrong ones pass."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=50, help="wrong mutants")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--kernel", choices=KERNELS, help="one file; default: all")
     parser.add_argument("--processes", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     drawn = draw([args.kernel] if args.kernel else [*KERNELS], args.count, args.seed)
     caught, total = Counter(), Counter()
     with ThreadPoolExecutor(args.processes) as pool:

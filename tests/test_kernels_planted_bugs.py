@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from kernels import flash_attention, flash_decoding, linear_logprob
-from tests import test_flash_attention, test_flash_decoding, test_linear_logprob
+from kernels import flash_attention, flash_decoding, linear_logprob, runtime
+from tests import mutants, test_flash_attention, test_flash_decoding, test_linear_logprob
 from tests.interpreter import gpu_or_cpu, needs_triton
 
 
@@ -194,3 +194,33 @@ def test_planted_bug_is_caught(module, bug, tmp_path):
 def test_an_unpatched_copy_passes(module, check, tmp_path):
     """What catches the bugs is the bug: the same loading without one passes every check."""
     check(load_patched(module, "IMPLS = ", "IMPLS = ", tmp_path))
+
+
+# ---- and by machine: tests/mutants.py
+
+
+def test_what_is_listed_as_equivalent_is_a_mutant() -> None:
+    made = {(m.function, m.new) for kernel in mutants.KERNELS for m in mutants.mutants_of(kernel)}
+    assert set(mutants.EQUIVALENT) <= made
+    drawn = mutants.draw([*mutants.KERNELS], 50, 0)
+    assert sum(m.reason is None for m in drawn) == 50
+    assert {(m.kind, m.kernel) for m in drawn} >= {
+        (kind, kernel) for kind in mutants.KINDS for kernel in mutants.KERNELS
+    }
+
+
+@needs_triton
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="the guard is the interpreter's")
+def test_a_mutant_is_caught_and_the_file_itself_is_not() -> None:
+    """In a process of its own, as each of the fifty."""
+    made = mutants.mutants_of("flash_decoding")
+    mutant = next(m for m in made if m.new.startswith("m_new = tl.minimum"))
+    assert "not finite" in mutants.verdict(mutant) or "invalid value" in mutants.verdict(mutant)
+    source = Path(flash_decoding.__file__).read_text(encoding="utf-8")
+    assert mutants.verdict(mutant._replace(source=source)) == ""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_of_fifty_mutants_48_are_caught() -> None:
+    assert mutants.main([]) == 0
