@@ -719,6 +719,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: s
 # low that a running maximum which starts at 0 loses them; each mod at over twice its window
 CASES = [
     (1, 1, 1, 16, None, "causal", 0.0),
+    (2, 2, 160, 16, [160, 144], "probe", 0.0),
     (2, 1, 65, 16, [65, 20], "causal", 0.0),
     (1, 1, 65, 16, None, "causal", -120.0),
     (3, 1, 129, 80, [129, 0, 63], "causal", 0.0),
@@ -729,7 +730,6 @@ CASES = [
         for name in [*SCORE_MODS, "window:33"]
         if name != "causal"
     ),
-    (2, 2, 160, 16, [160, 144], "probe", 0.0),
 ]
 
 
@@ -757,7 +757,9 @@ def make_case(
     q = with_gaps(random(B, T, H, D)).transpose(1, 2)
     k = with_gaps(random(B, heads, T, D), 4)
     v = with_gaps(random(T, B, heads, D), 5).permute(1, 2, 0, 3)
-    grad = random(H, B, D, T).permute(1, 0, 3, 2)  # last stride is not 1
+    grad = with_gaps(random(B, H, T, D), 6)
+    if H == 1:
+        grad = random(H, B, D, T).permute(1, 0, 3, 2)  # last stride is not 1
     if level:
         q[..., 0], k[..., 0] = math.sqrt(-level) * D**0.25, -math.sqrt(-level) * D**0.25
     if lengths is not None:

