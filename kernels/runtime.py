@@ -113,10 +113,10 @@ def gpu_class(tensor: Tensor) -> str:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the device of `tensor`; 4 in the interpreter, so that it splits its grids
+    """Multiprocessors of the device of `tensor`; 8 in the interpreter, so that it splits its grids
     too."""
     if not tensor.is_cuda:
-        return 4 if _recorded is None else 132
+        return 8 if _recorded is None else 132
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 

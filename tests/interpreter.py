@@ -24,9 +24,10 @@ def each(impls: Mapping[str, Callable]) -> list:
 
 
 def gpu_tables(tiles: dict, interpreter: tuple) -> list:
-    """Parameters: the different rows of a tile table for GPUs, those of sm_80 alone as slow."""
+    """Parameters: the different rows of a tile table for GPUs, those of 16 bits on sm_90 by
+    default, the others as slow tests."""
     rows = {row: key for key, row in reversed(tiles.items()) if key != interpreter}
-    slow = {row: () if "sm_90" in key else pytest.mark.slow for row, key in rows.items()}
+    slow = {row: () if key[:2] == ("sm_90", 2) else pytest.mark.slow for row, key in rows.items()}
     return [
         pytest.param(row, marks=(needs_triton, *([slow[row]] if slow[row] else [])), id=f"{row}")
         for row in rows

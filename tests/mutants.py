@@ -59,6 +59,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("combine_kernel", "target = tl.zeros((BLOCK_N,), tl.float16)"): ZERO,
     ("forward_kernel", "m_new = tl.maximum((m + 1), tl.max(s, 1))"): SHIFT,
     ("split_kernel", "m_new = tl.maximum((m + 1), tl.max(s, 0))"): SHIFT,
+    ("forward_kernel", "s = tl.zeros((BLOCK_N,), tl.float16)"): ZERO,
+    (
+        "split_kernel",
+        "begin = tl.maximum(begin, tl.maximum(FIRST_KEY(length - 1), (0 - 1)) // BLOCK_K * BLOCK_K)",
+    ): "begin is at least 0",
     ("combine_kernel", "s = tl.zeros((BLOCK_N,), tl.float16)"): ZERO,
     ("d_logits_kernel", "dz = tl.zeros((BLOCK_N, BLOCK_V), tl.float16)"): ZERO,
     (
