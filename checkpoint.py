@@ -115,17 +115,17 @@ def check_config(config: Any) -> None:
 
 
 def load_model(
-    kind: type, config_class: type, folder: Path, *, resid_pdrop: float = 0.0, **options: str
+    kind: type, config_class: type, folder: Path, *, resid_pdrop: float = 0.0, **options: Any
 ) -> Any:
-    """A `kind(config, **options)` of the folder's shape, with its weights in float32.
+    """A `kind(config, **options)` of the folder's shape (and `score_mod`), its weights in float32.
 
     Keys may begin with "transformer."; mask buffers and a tied lm_head are ignored. Raises
     `BadInput` if the folder holds another kind of model, or weights that do not fit config.json.
     """
     config = read_config(folder, config_class)
     config.resid_pdrop = resid_pdrop
-    weights = _read_weights(folder)
-    path = folder / "model.safetensors"
+    config.score_mod = options.pop("score_mod", None) or config.score_mod
+    weights, path = _read_weights(folder), folder / "model.safetensors"
     num_layers = sum(name.endswith(".ln_1.weight") for name in weights)
     if num_layers != config.n_layer:  # first: a config may ask for a billion layers
         raise BadInput(

@@ -48,7 +48,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02  # standard deviation of initial weights
     eos_token_id: int = 50256
-    score_mod: str = "causal"  # a key of kernels.flash_attention.SCORE_MODS
+    score_mod: str = "causal"  # the attention function, see kernels/score_mods.py
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -305,8 +305,8 @@ class GPT(nn.Module):
         """Load a folder with config.json and model.safetensors: GPT-2's or one of this project's.
 
         "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl" are looked up under data/downloads/.
-        Options: impl, dtype, resid_pdrop (dropout is set by the caller, not by the file). Raises
-        `BadInput` if the folder is not a language model.
+        Options: impl, dtype, resid_pdrop (dropout is set by the caller, not by the file) and
+        score_mod (None: the file's). Raises `BadInput` if the folder is not a language model.
         """
         return load_model(cls, GPTConfig, find_model(name_or_dir), **options)
 

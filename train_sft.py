@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import read_tokenizer
+from kernels import score_mod
 from model import GPT, GPTConfig, pad_right
 from run import Run, check_context, parse, parser
 
@@ -61,13 +62,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val_pretrain_data", help="pretrain.txt for the validation loss on pretraining text")
     add("--pretrain_fraction", type=fraction, default=0.1, help="share mixed in (paper: 0.1)")
     add("--init", help="checkpoint folder to start from; without it, a new model")
+    add("--score_mod", type=score_mod, help="attention, as window:64; default: --init's, or causal")
     # A new model, where there is no --init.
     add("--tokenizer", default="out/data/tokenizer.json", help="of a new model")
     add("--n_layer", type=natural, default=3, help="layers")
     add("--n_head", type=natural, default=4, help="attention heads")
     add("--n_embd", type=natural, default=128, help="width")
     add("--n_positions", type=natural, default=128, help="context, tokens (paper: 2048)")
-    add("--score_mod", default="causal", help="attention function, see kernels/score_mods.py")
     add("--initializer_range", type=nonnegative, default=0.08, help="std of weights (GPT-2: 0.02)")
     add("--sinusoidal_start", action=flag, default=True, help="of positions (GPT-2: noise)")
     add("--short_tokens", type=natural, default=64, help="sequence length early in pretraining")
@@ -201,7 +202,8 @@ def make_model(args: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
     """The checkpoint of --init, or a new model that fits the tokenizer; and the tokenizer."""
     options = {"impl": args.kernels, "dtype": args.dtype}
     if args.init:
-        model = GPT.from_pretrained(args.init, resid_pdrop=args.resid_pdrop, **options)
+        changes = {"resid_pdrop": args.resid_pdrop, "score_mod": args.score_mod}
+        model = GPT.from_pretrained(args.init, **changes, **options)
         encoding = read_tokenizer(args.init, model)
     else:
         encoding = read_tokenizer(args.tokenizer)
@@ -211,7 +213,7 @@ def make_model(args: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
             eos_token_id=encoding.eot_token,
             resid_pdrop=args.resid_pdrop,
             initializer_range=args.initializer_range,
-            score_mod=args.score_mod,
+            score_mod=args.score_mod or "causal",
             **shape,
         )
         model = GPT(config, **options)

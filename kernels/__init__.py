@@ -6,10 +6,15 @@ naive reference, a fast PyTorch implementation, Triton kernels, check and benchm
     kernels.logprobs          log-probability of the target and entropy   linear_logprob.py
 
 To try an implementation of your own, write a function with the arguments of the others in the
-file's IMPLS, give it a line there ("mine": my_attention), and run
+file's IMPLS, give it a line there ("mine": my_attention, or, if it launches Triton kernels,
+"mine": Impl(my_attention, needs_triton=True)), and run
 
     python -m kernels.flash_attention                      compare with the reference, then time
-    python train_sft.py ... --kernels attention=mine       train with it
+    python -m kernels.flash_attention --impl mine --case 3 only one entry, only one case
+    python -m kernels.compile                              what its kernels use on a GPU
+    python train_sft.py ... --kernels mine                 train with it, and elsewhere with "auto"
+    python train_sft.py ... --score_mod window:256         with another attention function, an entry
+                                                           of SCORE_MODS or NUMBERED, score_mods.py
 
 To learn how such a kernel comes about, read ladder.py: seven rungs from three lines of torch to the
 kernels here (ladder_logprob.py: four). To see what a kernel does, and to find an access outside of
@@ -32,10 +37,12 @@ OPERATIONS = {  # operation, and the file that has its IMPLS
 }
 _HOME = OPERATIONS | {
     "SCORE_MODS": "score_mods",
+    "score_mod": "score_mods",
     "implementation": "runtime",
     "resolve": "runtime",
 }
 __all__ = ["SCORE_MODS", "attention", "decode_attention", "implementation", "logprobs", "resolve"]
+__all__ += ["score_mod"]
 
 
 def __getattr__(name: str) -> Any:

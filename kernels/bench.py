@@ -1,4 +1,4 @@
-"""What the check and the benchmark of every kernel file share, and what the benchmarks time.
+"""What the benchmark of every kernel file shares, and what the benchmarks time.
 
 A benchmark row is one implementation on one shape: the 20th, 50th and 80th percentile of the time,
 the rate, the rate as a fraction of what the GPU can do, and the peak of the memory it takes beside
@@ -21,54 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.check import TOLERANCE, compare, verify_all  # noqa: F401 (they belong together)
 from kernels.runtime import triton
 
-# Largest error, relative to the largest entry, that rounding explains: inputs are exact in float64,
-# sums are float32 (or wider), and 16-bit results, probabilities and their gradients are rounded a
-# few times.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # GPU -> operations a second of dense 16-bit matrix products and bytes a second of memory copies,
 # both measured. A GPU that is not listed gets no fraction of the bound.
 BOUNDS = {"H200": (790e12, 4.3e12)}
 RESULTS = Path(__file__).parent / "results"
-
-
-# ---- errors
-
-
-def compare(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> float:
-    """The largest error of `actual` relative to the largest entry of `expected`.
-
-    Raises AssertionError naming `what` if it is above `tolerance`, or if a shape differs or a
-    number is not finite.
-    """
-    assert actual.shape == expected.shape, (
-        f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    )
-    if actual.numel() == 0:
-        return 0.0
-    assert bool(actual.isfinite().all()), f"{what}: not finite"
-    error = (actual.double() - expected.double()).abs().max()
-    if bool(expected.any()):
-        error = error / expected.double().abs().max().clamp_min(1e-30)
-    assert error <= tolerance, f"{what}: error {error:.1e} is above {tolerance:.1e}"
-    return float(error)
-
-
-def verify_all(impls: Iterable[str], verify: Callable[[str, torch.dtype, str], float]) -> None:
-    """Run `verify(impl, dtype, device)` for each implementation and print its largest error; a
-    mismatch raises."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for impl in impls:
-        if impl.startswith("triton") and triton is None:
-            print(f"{impl:16} skipped: Triton is not installed")
-            continue
-        # Triton's interpreter is wrong in bfloat16.
-        for dtype in [torch.float32, torch.bfloat16 if device == "cuda" else torch.float16]:
-            torch.manual_seed(0)
-            error = verify(impl, dtype, device)
-            print(f"{impl:16} {str(dtype)[6:]:9} largest relative error {error:.1e}")
-    print("All implementations match the reference.")
 
 
 # ---- times

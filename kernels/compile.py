@@ -3,9 +3,10 @@
     python -m kernels.compile               all kernels: about a minute, then seconds from the cache
     python -m kernels.compile attention     those whose name contains "attention"
 
-No GPU or driver is needed. The host code of each kernel runs on tensors without memory (device
-"meta") and its launches are noted instead of run, so each compilation sees what a launch would: the
-tile table's sizes, which pointers and strides are multiples of 16, which arguments are absent.
+No GPU or driver is needed. Every entry of IMPLS that needs Triton runs, forward and backward, on
+tensors without memory (device "meta") and its launches are noted instead of run, so each
+compilation sees what a launch would: the tile table's sizes, which pointers and strides are
+multiples of 16, which arguments are absent.
 
 Targets: sm_80 (its tiles also serve consumer GPUs, so the limit is their 99 KiB of shared memory)
 and sm_90 (227 KiB). Columns: registers a thread; spill, bytes of stack a thread;
@@ -13,7 +14,8 @@ shared memory of a block; instructions: wgmma (Hopper's matrix units), mma (olde
 and TMA (copies that overlap arithmetic); blocks, how many fit a multiprocessor at once.
 
 Exit status 1, with the reason, on a spill in a 16-bit configuration, on shared memory over the
-limit, and on a 16-bit sm_90 configuration whose products have 64 rows or more and yet use no wgmma.
+limit, on a 16-bit sm_90 configuration whose products have 64 rows or more and yet use no wgmma, and
+on float32 products in less than float32.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 
 from kernels import flash_attention, flash_decoding, linear_logprob
-from kernels.runtime import Launch, recording, triton
+from kernels.runtime import Launch, needs_triton, recording, triton
 from kernels.score_mods import SCORE_MODS
 
 TYPES = {
@@ -69,46 +71,62 @@ class Report(NamedTuple):
 # ---- the configurations that ship
 
 
-def _attention(dtype: torch.dtype, D: int, score_mod: str) -> None:
+def _attention(impl: Callable, dtype: torch.dtype, D: int, score_mod: str) -> None:
     B, H, T = 4, 12, 1000
-    qkv = torch.empty(B, T, 3, H, D, dtype=dtype, device="meta")
+    qkv = torch.empty(B, T, 3, H, D, dtype=dtype, device="meta", requires_grad=True)
     q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
     lengths = torch.empty(B, dtype=torch.int32, device="meta")
-    out, lse = flash_attention.triton_forward(q, k, v, lengths, score_mod)
-    flash_attention.triton_backward(out, q, k, v, out, lse, lengths, score_mod)
+    out = impl(q, k, v, lengths, score_mod)
+    torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
 
 
-def _decode_attention(dtype: torch.dtype, D: int, score_mod: str) -> None:
+def _decode_attention(impl: Callable, dtype: torch.dtype, D: int, score_mod: str) -> None:
     for B in (1, 64):  # with splits and without
         q = torch.empty(B, 12, D, dtype=dtype, device="meta")
         cache = torch.empty(B, 12, 1024, D, dtype=dtype, device="meta")
         lengths = torch.empty(B, dtype=torch.int32, device="meta")
-        flash_decoding.triton_decode(q, cache, cache, lengths, score_mod)
+        impl(q, cache, cache, lengths, score_mod)
 
 
-def _logprobs(dtype: torch.dtype, C: int) -> None:
+def _logprobs(impl: Callable, dtype: torch.dtype, C: int) -> None:
     N, V = 1000, 50257
-    x, w = (torch.empty(rows, C, dtype=dtype, device="meta") for rows in (N, V))
+    x, w = (torch.empty(n, C, dtype=dtype, device="meta", requires_grad=True) for n in (N, V))
     y = torch.empty(N, dtype=torch.int64, device="meta")
-    logp, entropy, lse = linear_logprob.triton_forward(x, w, y, 1.0)
-    for upstream in ((logp, None), (logp, entropy)):
-        linear_logprob.triton_backward(*upstream, x, w, y, entropy, lse, 1.0)
+    both = impl(x, w, y, 1.0)
+    upstream = [torch.empty_like(out) for out in both]
+    for n in (1, 2):  # a gradient of the log-probs alone, and of the entropy, too
+        torch.autograd.grad(both[:n], (x, w), upstream[:n], retain_graph=True)
 
 
 def shipped() -> Iterator[tuple[str, Callable, tuple]]:
-    """(name, host function, arguments): every row of every tile table, and every score mod at
-    GPT-2's head size.
+    """(name, function, its arguments, an entry of IMPLS first): every entry that needs Triton with
+    every row of its file's tile table, and every score mod at GPT-2's head size.
 
     80 stands for the head sizes that are padded.
     """
+    for operation, impl in _entries("attention", flash_attention.IMPLS):
+        yield from _by_score_mod(operation, _attention, impl)
+    for operation, impl in _entries("decode_attention", flash_decoding.IMPLS):
+        yield from _by_score_mod(operation, _decode_attention, impl)
+    for operation, impl in _entries("logprobs", linear_logprob.IMPLS):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield f"{operation} C=768 {TYPES[dtype]}", _logprobs, (impl, dtype, 768)
+
+
+def _entries(operation: str, impls: Mapping[str, Callable]) -> Iterator[tuple[str, Callable]]:
+    """Of the entries that need Triton: the operation, with the name of any but "triton", and the
+    entry."""
+    for name, impl in impls.items():
+        if needs_triton(impl):
+            yield operation if name == "triton" else f"{operation}={name}", impl
+
+
+def _by_score_mod(operation: str, function: Callable, impl: Callable) -> Iterator[tuple]:
     half, single = torch.bfloat16, torch.float32
     for dtype, D in [(half, 64), (half, 80), (half, 128), (single, 64), (single, 128)]:
-        for score_mod in SCORE_MODS if (dtype, D) == (torch.bfloat16, 64) else ["causal"]:
-            name = f"D={D} {TYPES[dtype]} {score_mod}"
-            yield f"attention {name}", _attention, (dtype, D, score_mod)
-            yield f"decode_attention {name}", _decode_attention, (dtype, D, score_mod)
-    for dtype in (torch.bfloat16, torch.float32):
-        yield f"logprobs C=768 {TYPES[dtype]}", _logprobs, (dtype, 768)
+        for score_mod in SCORE_MODS if (dtype, D) == (half, 64) else ["causal"]:
+            name = f"{operation} D={D} {TYPES[dtype]} {score_mod}"
+            yield name, function, (impl, dtype, D, score_mod)
 
 
 # ---- one compilation
@@ -179,12 +197,15 @@ def compile_launch(name: str, launch: Launch, target: str) -> Report:
     if "d_key_value" in function:
         rows = sizes["BLOCK_K"]
     matrix = name.startswith(MATRIX_KERNELS) and rows >= 64 and "combine" not in function
-    return report._replace(problem=find_problem(report, "16" in name.split()[2], matrix))
+    half = "16" in name.split()[2]
+    return report._replace(problem=find_problem(report, half, matrix, ".tf32" in ptx))
 
 
-def find_problem(report: Report, half: bool, matrix: bool) -> str:
+def find_problem(report: Report, half: bool, matrix: bool, tf32: bool = False) -> str:
     """Why a configuration must not ship, or nothing. half: 16-bit; matrix: products of 64 rows or
-    more."""
+    more; tf32: products of float32 rounded to 10 bits."""
+    if tf32:
+        return "rounds float32 products to tf32"
     if half and report.spill:
         return f"spills {report.spill} bytes a thread"
     if report.shared > SHARED_LIMIT[report.target]:
@@ -210,9 +231,9 @@ def binary_resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _compile_case(case: tuple[str, Callable, tuple], target: str) -> list[Report]:
-    name, host, arguments = case
+    name, function, arguments = case
     with recording(target) as launches:
-        host(*arguments)
+        function(*arguments)
     different = {str(specialize(x)) + x.kernel.fn.__name__: x for x in launches}
     return [compile_launch(name, x, target) for x in different.values()]
 

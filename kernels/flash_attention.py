@@ -60,20 +60,34 @@ if __name__ == "__main__" and ("--watch" in sys.argv or not torch.cuda.is_availa
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels.bench import TOLERANCE, attention_rows, benchmark, compare, verify_all
+from kernels.bench import attention_rows, benchmark
+from kernels.check import (
+    TOLERANCE,
+    compare_all,
+    expect_count,
+    guarded,
+    main,
+    run_cases,
+    with_gaps,
+    with_other_column,
+)
 from kernels.runtime import (
+    Impl,
     accumulator,
     check_floats,
     check_lengths,
+    check_tiles,
     choose,
+    fake,
     gpu_class,
     jit,
     launch,
     may_read,
+    scaled,
     tl,
     triton,
 )
-from kernels.score_mods import SCORE_MODS, ScoreMod, check_score_mod
+from kernels.score_mods import SCORE_MODS, ScoreMod, check_fields, check_score_mod, find, reach
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: str) -> Tensor:
@@ -86,7 +100,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod
         query, key, value = (x[b : b + 1, :, :n] for x in (q, k, v))  # (1, H, n, D)
         index = torch.arange(n, device=q.device)
         scores = query @ key.transpose(-1, -2) / math.sqrt(D)  # (1, H, n, n)
-        scores = SCORE_MODS[score_mod].torch_scores(scores, index[:, None], index[None, :])
+        scores = find(score_mod).torch_scores(scores, index[:, None], index[None, :])
         rows.append(F.pad(scores.softmax(-1) @ value, (0, 0, 0, T - n)))
     return torch.cat(rows)
 
@@ -120,7 +134,7 @@ def _laid_out(out: Tensor) -> Tensor:
 
 
 def _attention_torch(q: Tensor, k: Tensor, v: Tensor, score_mod: str) -> Tensor:
-    mod = SCORE_MODS[score_mod]
+    mod = find(score_mod)
     if mod.score is None and mod.first_key is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     index = torch.arange(q.shape[2], device=q.device)
@@ -159,6 +173,7 @@ TILES = {
 def _tiles(q: Tensor) -> tuple[dict[str, int], ...]:
     """Keyword arguments of the three kernels: block sizes, num_warps and num_stages."""
     gpu, D = gpu_class(q), q.shape[-1]
+    check_tiles(q)
     if D > 128:
         raise ValueError(f"head size {D} is larger than the Triton kernels' 128; use impl='torch'")
     size = 8 if gpu == "interpreter" else q.element_size()
@@ -215,6 +230,16 @@ def _length(lengths, b, T):
 
 
 @jit
+def _seen(q, k, FIRST_KEY: tl.constexpr, DIAGONAL: tl.constexpr):
+    """The key index that functions of score mods get: k, moved to one that the query sees."""
+    if DIAGONAL:
+        k = tl.minimum(k, q)
+    if FIRST_KEY is not None:
+        k = tl.maximum(k, FIRST_KEY(q))
+    return k
+
+
+@jit
 def _scores(
     dots,
     q,
@@ -231,7 +256,8 @@ def _scores(
     if SCORE is None:
         s = dots * (SCALE * 1.4426950408889634)  # log2 e
     else:
-        s = SCORE(dots * SCALE, q, k, head, H) * 1.4426950408889634
+        seen = _seen(q, k, FIRST_KEY, DIAGONAL)
+        s = SCORE(dots * SCALE, q, seen, head, H) * 1.4426950408889634
     if FIRST_KEY is not None:
         s = tl.where((k <= q) & (k >= FIRST_KEY(q)), s, float("-inf"))
     elif DIAGONAL:
@@ -328,11 +354,25 @@ def forward_kernel(
 
 
 @jit
-def _d_scores(p, dp, delta, dots, q, k, head, H, SCALE: tl.constexpr, DERIVATIVE: tl.constexpr):
+def _d_scores(
+    p,
+    dp,
+    delta,
+    dots,
+    q,
+    k,
+    head,
+    H,
+    SCALE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    FIRST_KEY: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
     """Gradient of the scores s from that of the probabilities, dp."""
     ds = p * (dp - delta)
     if DERIVATIVE is not None:
-        ds = ds * DERIVATIVE(dots * SCALE, q, k, head, H)
+        seen = _seen(q, k, FIRST_KEY, DIAGONAL)
+        ds = ds * DERIVATIVE(dots * SCALE, q, seen, head, H)
     return ds
 
 
@@ -411,7 +451,8 @@ def d_query_kernel(
             s = _scores(dots, q, k, h, H, SCALE, SCORE, FIRST_KEY, DIAGONAL)
             p = tl.exp2(s - lse[:, None])
             dp = tl.dot(d_out, tl.trans(value), input_precision="ieee", out_dtype=ACC)
-            ds = _d_scores(p, dp, delta[:, None], dots, q, k, h, H, SCALE, DERIVATIVE)
+            d = delta[:, None]
+            ds = _d_scores(p, dp, d, dots, q, k, h, H, SCALE, DERIVATIVE, FIRST_KEY, DIAGONAL)
             dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee", out_dtype=ACC)
     _store(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq * SCALE, D, BLOCK_D)
 
@@ -496,7 +537,8 @@ def d_key_value_kernel(
             p = tl.exp2(s - lse[None, :])
             dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee", out_dtype=ACC)
             dp = tl.dot(value, tl.trans(d_out), input_precision="ieee", out_dtype=ACC)
-            ds = _d_scores(p, dp, delta[None, :], dots, q, k, h, H, SCALE, DERIVATIVE)
+            d = delta[None, :]
+            ds = _d_scores(p, dp, d, dots, q, k, h, H, SCALE, DERIVATIVE, FIRST_KEY, FULL == 0)
             dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee", out_dtype=ACC)
     _store(dk_ptr + b * dk_b + h * dk_h, rows, dk_t, T, dk * SCALE, D, BLOCK_D)
     _store(dv_ptr + b * dv_b + h * dv_h, rows, dv_t, T, dv, D, BLOCK_D)
@@ -533,7 +575,7 @@ def triton_forward(
     tile = _tiles(q)[0]
     grid = triton.cdiv(T, tile["BLOCK_Q"]), B * H
     tensors, strides = (q, k, v, out, lse, lengths), _strides(q, k, v, out)
-    constants = _constants(q, SCORE_MODS[score_mod])
+    constants = _constants(q, find(score_mod))
     launch(forward_kernel, grid, *tensors, *strides, H, T, **constants, **tile)
     return out, lse
 
@@ -550,7 +592,10 @@ def triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv from the gradient of `out`, which may have any strides."""
     B, H, T, _ = q.shape
-    mod = SCORE_MODS[score_mod]
+    mod = find(score_mod)
+    size = None
+    if q.dtype == torch.float16:  # dout v^T, rounded, must neither overflow nor vanish
+        d_out, size = scaled(d_out)
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
     dq, dk, dv, delta = _token_major(q), _token_major(q), _token_major(q), torch.empty_like(lse)
@@ -568,7 +613,7 @@ def triton_backward(
     strides = _strides(q, k, v, d_out, dk, dv)
     constants |= {"LAST_QUERY": mod.last_query}
     launch(d_key_value_kernel, grid, *tensors, *strides, H, T, **constants, **key_tile)
-    return dq, dk, dv
+    return (dq, dk, dv) if size is None else (dq.mul_(size), dk.mul_(size), dv.mul_(size))
 
 
 # ---- torch.compile sees two opaque operators: what they return (fake) and how they differentiate
@@ -588,12 +633,12 @@ _backward_op = torch.library.custom_op(
 )
 
 
-@_forward_op.register_fake
+@fake(_forward_op, triton_forward)
 def _(q, k, v, lengths, score_mod):
     return _token_major(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype)[0])
 
 
-@_backward_op.register_fake
+@fake(_backward_op, triton_backward)
 def _(d_out, q, k, v, out, lse, lengths, score_mod):
     return _token_major(q), _token_major(q), _token_major(q)
 
@@ -619,7 +664,7 @@ def attention_triton(
     return _forward_op(q, k, v, lengths, score_mod)[0]
 
 
-IMPLS = {"torch": attention_torch, "triton": attention_triton}
+IMPLS = {"torch": attention_torch, "triton": Impl(attention_triton, needs_triton=True)}
 
 
 # ---- the public function
@@ -636,10 +681,12 @@ def attention(
 ) -> Tensor:
     """Causal attention, softmax(q k^T / sqrt(D)) v over the keys at or before each query.
 
-    q, k, v    (B, H, T, D), one floating dtype, last stride 1; D up to 128 for Triton
+    q, k, v    (B, H, T, D), one floating dtype, last stride 1; D up to 128 for Triton. Other
+               strides are free, 0 among them: one head of keys may serve all
     lengths    (B,) int32, tokens in each right-padded row; None: all T. Rows t >= lengths[b] of the
                result are 0 and pass no gradient; input values there do not matter, not even NaN
-    score_mod  an entry of SCORE_MODS: "causal", or one that changes scores or hides more keys
+    score_mod  an entry of SCORE_MODS: "causal", or one that changes scores or hides more keys; or
+               one with a number, such as "window:256"
     impl       "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 
     Returns (B, H, T, D) in the inputs' dtype, differentiable in q, k and v; its memory is laid out
@@ -647,6 +694,8 @@ def attention(
     argument, its value and the remedy.
     """
     _check(q, k, v, lengths, score_mod)
+    if lengths is not None:
+        lengths = lengths.contiguous()  # kernels read it without a stride
     return choose(impl, "attention", IMPLS, q)(q, k, v, lengths, score_mod)
 
 
@@ -654,6 +703,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: s
     check_score_mod(score_mod)
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected (B, H, T, D)")
+    if q.shape[-1] == 0:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected a head size of at least 1")
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape:
             raise ValueError(
@@ -667,15 +718,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, score_mod: s
 # ---- check and benchmark
 
 # (B, H, T, D, lengths, score_mod, level of the scores): one token; tiles that end early; padded
-# head sizes; ragged and empty rows; scores so low that a running maximum which starts at 0 loses
-# them
+# head sizes; rows and heads of unequal strides, and of stride 0; ragged and empty rows; scores so
+# low that a running maximum which starts at 0 loses them; each mod at over twice its window
 CASES = [
     (1, 1, 1, 16, None, "causal", 0.0),
+    (2, 2, 160, 16, [160, 144], "probe", 0.0),
     (2, 1, 65, 16, [65, 20], "causal", 0.0),
     (1, 1, 65, 16, None, "causal", -120.0),
     (3, 1, 129, 80, [129, 0, 63], "causal", 0.0),
     (1, 1, 200, 64, None, "causal", 0.0),
-    *((1, 2, 140, 16, [133], name, 0.0) for name in SCORE_MODS if name != "causal"),
+    (2, 3, 70, 24, [70, 33], "causal", 0.0),
+    *(
+        (1, 2, min(1024, max(140, 2 * reach(name) + 12)), 16, [133], name, 0.0)
+        for name in [*SCORE_MODS, "window:33"]
+        if name != "causal"
+    ),
 ]
 
 
@@ -689,53 +746,88 @@ def make_case(
     dtype: torch.dtype,
     device: str,
 ) -> tuple:
-    """q, k, v and the output's gradient, all of different strides, and lengths; NaN lies past the
-    rows' ends."""
-    q = torch.randn(B, T, H, D).transpose(1, 2)
-    k = torch.randn(B, H, T, D + 3)[..., :D]
-    v = torch.randn(T, B, H, D).permute(1, 2, 0, 3)
-    grad = torch.randn(H, B, D, T).permute(1, 0, 3, 2)  # last stride is not 1
+    """q, k, v and the output's gradient, all of different strides and offsets, and lengths, which
+    are strided, too; NaN lies past the rows' ends and between the rows.
+
+    Three heads share one head of keys and values, by a stride of 0, and their gradient is one
+    number, as that of a sum.
+    """
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device, dtype)
+
+    heads = 1 if H == 3 else H
+    q = with_gaps(random(B, T, H, D)).transpose(1, 2)
+    k = with_gaps(random(B, heads, T, D), 4)
+    v = with_gaps(random(T, B, heads, D), 5).permute(1, 2, 0, 3)
+    grad = with_gaps(random(B, H, T, D), 6)
+    if H == 1:
+        grad = random(H, B, D, T).permute(1, 0, 3, 2)  # last stride is not 1
     if level:
         q[..., 0], k[..., 0] = math.sqrt(-level) * D**0.25, -math.sqrt(-level) * D**0.25
-    tensors = [x.to(device, dtype) for x in (q, k, v, grad)]
     if lengths is not None:
-        for x in tensors:
+        for x in (q, k, v, grad):
             for b, n in enumerate(lengths):
                 x[b, :, n:] = float("nan")
-        lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-    return *tensors, lengths
+        lengths = with_other_column(torch.tensor(lengths, dtype=torch.int32, device=device))
+    if H == 3:
+        k, v, grad = k.expand_as(q), v.expand_as(q), random(1).expand_as(q)
+    return q, k, v, grad, lengths
 
 
-def verify(impl: str, dtype: torch.dtype, device: str) -> float:
-    """Compare output and gradients with the reference in float64. Returns the largest error; a
-    mismatch raises."""
-    worst = 0.0
-    for *shape, row_lengths, score_mod, level in CASES:
-        q, k, v, grad, lengths = make_case(*shape, row_lengths, level, dtype, device)
-        # scores are rounded in proportion to their size, and so is everything after the exponential
-        tolerance = min(0.05, TOLERANCE[dtype] * (1 - level))
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+def verify(impl: str, dtype: torch.dtype, device: str, case: int | None = None) -> float:
+    """Compare output and gradients with the reference in float64, on one of CASES or on all; check
+    that the fields of each score mod agree. Returns the largest error; raises what is wrong."""
+    if not case:  # all, or the first
+        for name in dict.fromkeys([*SCORE_MODS, *(score_mod for *_, score_mod, _ in CASES)]):
+            check_fields(name)
+    return run_cases(CASES, partial(_check_case, impl, dtype, device), case)
+
+
+def _check_case(impl: str, dtype: torch.dtype, device: str, case: tuple) -> float:
+    *shape, row_lengths, score_mod, level = case
+    q, k, v, grad, lengths = make_case(*shape, row_lengths, level, dtype, device)
+    # scores are rounded in proportion to their size, and so is everything after the exponential
+    tolerance = min(0.05, TOLERANCE[dtype] * (1 - level))
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    with guarded() as count:
         out = attention(*inputs, lengths, score_mod=score_mod, impl=impl)
         out.backward(grad)
-        exact = [x.detach().double().nan_to_num().requires_grad_() for x in (q, k, v)]
-        expected = reference(*exact, lengths, score_mod)
-        expected.backward(grad.double().nan_to_num())
+    exact = [x.detach().double().nan_to_num().requires_grad_() for x in (q, k, v)]
+    expected = reference(*exact, lengths, score_mod)
+    expected.backward(grad.double().nan_to_num())
+    what = f"attention {impl} {shape} {row_lengths} {score_mod} level {level}"
+    worst = compare_all(
+        (f"{what}: {name}", a, e, tolerance)
         for name, a, e in zip(
             ("out", "dq", "dk", "dv"),
             (out, *(x.grad for x in inputs)),
             (expected, *(x.grad for x in exact)),
             strict=True,
-        ):
-            what = f"attention {impl} {shape} {row_lengths} {score_mod} level {level}: {name}"
-            worst = max(worst, compare(what, a.detach(), e.detach(), tolerance))
+        )
+    )
+    if impl == "triton" and count:  # no tile is visited in vain
+        products = zip(("forward", "d_query", "d_key_value"), (2, 3, 4), _tiles(q), strict=True)
+        for kernel, each, tile in products:
+            tiles = shape[1] * visible_tiles(shape[2], row_lengths, score_mod, tile)
+            found = count[f"{kernel}_kernel", "dot"]
+            expect_count(f"{what}: products of {kernel}", found, each * tiles)
     return worst
 
 
-if __name__ == "__main__":
-    if "--watch" in sys.argv:
-        from kernels.watch import attention_case  # only here: nothing else needs it
+def visible_tiles(T: int, lengths: list[int] | None, score_mod: str, tile: dict[str, int]) -> int:
+    """Tiles, over all rows and one head, in which at least one query sees a key."""
+    index, total = torch.arange(T), 0
+    visible = find(score_mod).torch_visible(index[:, None], index)
+    for n in [T] if lengths is None else lengths:
+        if n:
+            size = tile["BLOCK_Q"], tile["BLOCK_K"]
+            total += int(F.max_pool2d(visible[None, :n, :n].float(), size, ceil_mode=True).sum())
+    return total
 
-        print(attention_case(attention))
-    else:
-        verify_all(IMPLS, verify)
-        benchmark("flash_attention", partial(attention_rows, attention, IMPLS))
+
+if __name__ == "__main__":
+    from kernels.watch import attention_case  # only here: nothing else needs it
+
+    main(IMPLS, verify, CASES, watch=lambda: attention_case(attention))
+    benchmark("flash_attention", partial(attention_rows, attention, IMPLS))

@@ -49,12 +49,25 @@ if __name__ == "__main__" and ("--watch" in sys.argv or not torch.cuda.is_availa
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels.bench import TOLERANCE, benchmark, compare, decode_attention_rows, verify_all
+from kernels.bench import benchmark, decode_attention_rows
+from kernels.check import (
+    TOLERANCE,
+    compare,
+    expect_count,
+    guarded,
+    main,
+    run_cases,
+    with_gaps,
+    with_other_column,
+)
 from kernels.runtime import (
+    Impl,
     accumulator,
     check_floats,
     check_lengths,
+    check_tiles,
     choose,
+    fake,
     gpu_class,
     jit,
     launch,
@@ -63,7 +76,7 @@ from kernels.runtime import (
     tl,
     triton,
 )
-from kernels.score_mods import SCORE_MODS, check_score_mod
+from kernels.score_mods import SCORE_MODS, check_fields, check_score_mod, find, plain, reach
 
 
 def reference(
@@ -77,7 +90,7 @@ def reference(
             # (1, H, 1, n)
             scores = q[b : b + 1, :, None] @ key.transpose(-1, -2) / math.sqrt(q.shape[-1])
             index = torch.arange(n, device=q.device)
-            scores = SCORE_MODS[score_mod].torch_scores(scores, index[-1:, None], index[None, :])
+            scores = find(score_mod).torch_scores(scores, index[-1:, None], index[None, :])
             out[b] = (scores.softmax(-1) @ value)[0, :, 0]
     return out
 
@@ -114,7 +127,7 @@ def decode_torch(
 
 def _decode_torch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, score_mod: str) -> Tensor:
     """The same for finite caches and lengths of at least 1."""
-    mod = SCORE_MODS[score_mod]
+    mod = find(score_mod)
     key = torch.arange(k.shape[2], device=q.device)
     query = (lengths - 1)[:, None, None, None]  # (B, 1, 1, 1): the query is its row's last token
     if mod.score is None:
@@ -146,6 +159,7 @@ TILES = {
 def _tile(q: Tensor) -> dict[str, int]:
     """Keyword arguments of the first kernel."""
     gpu, D = gpu_class(q), q.shape[-1]
+    check_tiles(q)
     if D > 128:
         raise ValueError(f"head size {D} is larger than the Triton kernels' 128; use impl='torch'")
     key = (gpu, 8, 128) if gpu == "interpreter" else (gpu, q.element_size(), 64 if D <= 64 else 128)
@@ -226,11 +240,11 @@ def split_kernel(
         key = tl.load(k_ptr + offsets * k_s + d[None, :], mask=inside, other=0.0)
         value = tl.load(v_ptr + offsets * v_s + d[None, :], mask=inside, other=0.0)
         s = tl.sum(query[None, :] * key.to(ACC), 1) * SCALE
-        if SCORE is not None:
-            s = SCORE(s, length - 1, rows, h, H)
         visible = rows < end
         if FIRST_KEY is not None:
             visible = visible & (rows >= FIRST_KEY(length - 1))
+        if SCORE is not None:  # which never gets a hidden pair
+            s = SCORE(s, length - 1, tl.where(visible, rows, length - 1), h, H)
         s = tl.where(visible, s * 1.4426950408889634, float("-inf"))  # in units of log 2
         m_new = tl.maximum(m, tl.max(s, 0))
         p = tl.exp2(s - m_new)
@@ -284,7 +298,7 @@ def triton_decode(
     """Launch both kernels, or the first alone where the rows and heads fill the GPU."""
     B, H, D = q.shape
     S = k_cache.shape[2]
-    mod, (sum_dtype, acc) = SCORE_MODS[score_mod], accumulator(q.dtype)
+    mod, (sum_dtype, acc) = find(score_mod), accumulator(q.dtype)
     tile = _tile(q)
     splits, keys = split_size(B * H, S, tile["BLOCK_K"], multiprocessors(q))
     out = q.new_empty(B, H, D)
@@ -312,7 +326,7 @@ _op = torch.library.custom_op(
 )
 
 
-@_op.register_fake
+@fake(_op, triton_decode)
 def _(q, k_cache, v_cache, lengths, score_mod):
     return q.new_empty(q.shape)
 
@@ -324,7 +338,7 @@ def decode_triton(
     return _op(q, k_cache, v_cache, lengths, score_mod)
 
 
-IMPLS = {"torch": decode_torch, "triton": decode_triton}
+IMPLS = {"torch": decode_torch, "triton": Impl(decode_triton, needs_triton=True)}
 
 
 # ---- the public function
@@ -346,13 +360,14 @@ def decode_attention(
     q                 (B, H, D), last stride 1
     k_cache, v_cache  (B, H, S, D), same dtype, last stride 1; from lengths[b] on ignored
     lengths           (B,) int32 in 0..S; the query is at position lengths[b] - 1; 0 gives 0
-    score_mod         an entry of SCORE_MODS
+    score_mod         an entry of SCORE_MODS, or one with a number, such as "window:256"
     impl              "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 
     Returns (B, H, D) in the inputs' dtype. There is no backward: sampling needs none.
     Raises ValueError naming the argument, its value and the remedy.
     """
     _check(q, k_cache, v_cache, lengths, score_mod)
+    lengths = lengths.contiguous()  # kernels read it without a stride
     return choose(impl, "decode_attention", IMPLS, q)(q, k_cache, v_cache, lengths, score_mod)
 
 
@@ -361,6 +376,8 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_m
     if q.dim() != 3:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected (B, H, D): one query a row")
     B, H, D = q.shape
+    if D == 0:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected a head size of at least 1")
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dim() != 4 or x.shape != (B, H, k_cache.shape[-2], D):
             raise ValueError(
@@ -373,13 +390,21 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, score_m
 # ---- check and benchmark
 
 # (B, H, S, D, lengths, score_mod, level of the scores): split and whole, one key, empty rows,
-# padded head sizes
+# padded head sizes, rows and heads of unequal strides and of stride 0, each mod at over twice its
+# window
 CASES = [
     (1, 1, 5, 16, [5], "causal", 0.0),
+    (2, 2, 200, 16, [193, 194], "probe", 0.0),  # from key 127 and 128, around a block's beginning
     (1, 1, 300, 80, [290], "causal", 0.0),
     (5, 1, 70, 64, [70, 0, 1, 33, 64], "causal", 0.0),
     (1, 1, 400, 16, [399], "causal", -120.0),
-    *((1, 2, 200, 16, [197], name, 0.0) for name in SCORE_MODS if name != "causal"),
+    (2, 3, 300, 24, [300, 129], "causal", 0.0),
+    (2, 2, 300, 16, [257, 0], "causal", 0.0),
+    *(
+        (1, 2, min(1024, max(200, 2 * reach(name) + 12)), 16, [197], name, 0.0)
+        for name in [*SCORE_MODS, "window:33"]
+        if name != "causal"
+    ),
 ]
 
 
@@ -393,38 +418,57 @@ def make_case(
     dtype: torch.dtype,
     device: str,
 ) -> tuple:
-    """q, caches of different strides with NaN past the rows' ends, and lengths."""
-    q = torch.randn(B, 2, H, D)[:, 1]
-    k, v = torch.randn(B, H, S, D + 3)[..., :D], torch.randn(B, S, H, D).transpose(1, 2)
+    """q, caches of different strides and offsets with NaN past the rows' ends and between the rows,
+    and lengths, which are strided, too. Three heads share one head of keys, by a stride of 0."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device, dtype)
+
+    q = with_gaps(random(B, 2, H, D))[:, 1]
+    k = with_gaps(random(B, 1 if H == 3 else H, S, D), 4)
+    v = with_gaps(random(B, S, H, D), 5).transpose(1, 2)
     if level:
         q[..., 0], k[..., 0] = math.sqrt(-level) * D**0.25, -math.sqrt(-level) * D**0.25
-    q, k, v = (x.to(device, dtype) for x in (q, k, v))
     for b, n in enumerate(lengths):
         k[b, :, n:] = v[b, :, n:] = float("nan")
-    return q, k, v, torch.tensor(lengths, dtype=torch.int32, device=device)
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return q, k.expand_as(v), v, with_other_column(lengths)
 
 
-def verify(impl: str, dtype: torch.dtype, device: str) -> float:
-    """Compare with the reference in float64. Returns the largest error; a mismatch raises."""
-    worst = 0.0
-    for *shape, row_lengths, score_mod, level in CASES:
-        # scores are rounded in proportion to their size, and so is everything after the exponential
-        tolerance = min(0.05, TOLERANCE[dtype] * (1 - level))
-        q, k, v, lengths = make_case(*shape, row_lengths, level, dtype, device)
+def verify(impl: str, dtype: torch.dtype, device: str, case: int | None = None) -> float:
+    """Compare with the reference in float64, on one of CASES or on all; check that the fields of
+    each score mod agree. Returns the largest error; raises what is wrong."""
+    if not case:  # all, or the first
+        for name in dict.fromkeys([*SCORE_MODS, *(score_mod for *_, score_mod, _ in CASES)]):
+            check_fields(name)
+    return run_cases(CASES, partial(_check_case, impl, dtype, device), case)
+
+
+def _check_case(impl: str, dtype: torch.dtype, device: str, case: tuple) -> float:
+    *shape, row_lengths, score_mod, level = case
+    # scores are rounded in proportion to their size, and so is everything after the exponential
+    tolerance = min(0.05, TOLERANCE[dtype] * (1 - level))
+    q, k, v, lengths = make_case(*shape, row_lengths, level, dtype, device)
+    with guarded() as count:
         out = decode_attention(q, k, v, lengths, score_mod=score_mod, impl=impl)
-        expected = reference(
-            q.double(), k.double().nan_to_num(), v.double().nan_to_num(), lengths, score_mod
-        )
-        what = f"decode_attention {impl} {shape} {row_lengths} {score_mod} level {level}"
-        worst = max(worst, compare(what, out, expected, tolerance))
+    expected = reference(
+        q.double(), k.double().nan_to_num(), v.double().nan_to_num(), lengths, score_mod
+    )
+    what = f"decode_attention {impl} {shape} {row_lengths} {score_mod} level {level}"
+    worst = compare(what, out, expected, tolerance)
+    if impl == "triton" and count:  # what is seen is read once, and nothing else
+        first, block, keys = find(score_mod).first_key, _tile(q)["BLOCK_K"], 0
+        for n in row_lengths:
+            skipped = max(0, plain(first)(n - 1)) // block * block if first and n else 0
+            keys += n - skipped
+        for name in ("k_ptr", "v_ptr"):
+            found, expected = count["split_kernel", name], shape[1] * shape[3] * keys
+            expect_count(f"{what}: elements read of {name}", found, expected)
     return worst
 
 
 if __name__ == "__main__":
-    if "--watch" in sys.argv:
-        from kernels.watch import decoding_case  # only here: nothing else needs it
+    from kernels.watch import decoding_case  # only here: nothing else needs it
 
-        print(decoding_case(decode_attention))
-    else:
-        verify_all(IMPLS, verify)
-        benchmark("flash_decoding", partial(decode_attention_rows, decode_attention, IMPLS))
+    main(IMPLS, verify, CASES, watch=lambda: decoding_case(decode_attention))
+    benchmark("flash_decoding", partial(decode_attention_rows, decode_attention, IMPLS))

@@ -67,16 +67,21 @@ if __name__ == "__main__" and ("--watch" in sys.argv or not torch.cuda.is_availa
     # Read when Triton is imported, so before the next line.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernels.bench import TOLERANCE, benchmark, compare, logprobs_rows, verify_all
+from kernels import check
+from kernels.bench import benchmark, logprobs_rows
 from kernels.runtime import (
+    Impl,
     accumulator,
     add_product,
     check_floats,
+    check_tiles,
     choose,
+    fake,
     gpu_class,
     jit,
     launch,
     may_read,
+    scaled,
     tl,
     triton,
 )
@@ -150,6 +155,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
         if g_chosen is None and g_entropy is None:
             return None, None, None, None
+        size = None
+        if hidden.dtype == torch.float16:  # dz must neither overflow nor vanish
+            g_chosen, g_entropy, size = scaled(g_chosen, g_entropy, over=1 / ctx.temperature)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if want_weight else None
@@ -175,6 +183,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 torch.mm(dz, weight, out=d_hidden[rows])
             if want_weight:
                 add_product(d_weight, dz.T, x)
+        for gradient in (d_hidden, d_weight):
+            if size is not None and gradient is not None:
+                gradient.mul_(size)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
@@ -222,6 +233,7 @@ WORKSPACE_BYTES = 2**26
 def _tiles(hidden: Tensor) -> tuple[dict[str, int], ...]:
     """Keyword arguments of the two tiled kernels: block sizes, num_warps and num_stages."""
     gpu = gpu_class(hidden)
+    check_tiles(hidden)
     names = ("BLOCK_N", "BLOCK_V", "BLOCK_C", "num_warps", "num_stages")
     row = TILES[gpu, 8 if gpu == "interpreter" else hidden.element_size()]
     return tuple(dict(zip(names, tile, strict=True)) for tile in row)
@@ -457,6 +469,9 @@ def triton_backward(
     tile = _tiles(hidden)[1]
     # An ignored row may hold NaN, and dz = 0 times NaN is NaN in the product for dw.
     x = torch.where((targets != IGNORE)[:, None], hidden, 0.0)
+    size = None
+    if hidden.dtype == torch.float16:  # dz must neither overflow nor vanish
+        g_chosen, g_entropy, size = scaled(g_chosen, g_entropy, over=1 / temperature)
     d_hidden = torch.zeros_like(x, dtype=sum_dtype)
     d_weight = torch.empty_like(weight)
     width = WORKSPACE_BYTES // (max(N, 1) * hidden.element_size()) // 512 * 512
@@ -473,8 +488,12 @@ def triton_backward(
         launch(d_logits_kernel, grid, *tensors, *strides, N, end, begin, *scales, **constants)
         part = dz[:, : end - begin]
         add_product(d_hidden, part, weight[begin:end])
-        torch.mm(part.T, x, out=d_weight[begin:end])
-    return d_hidden.to(hidden.dtype), d_weight
+        if size is None:
+            torch.mm(part.T, x, out=d_weight[begin:end])
+        else:
+            rows = x.new_zeros(end - begin, C, dtype=sum_dtype)
+            d_weight[begin:end] = add_product(rows, part.T, x) * size
+    return (d_hidden if size is None else d_hidden * size).to(hidden.dtype), d_weight
 
 
 # ---- torch.compile sees two opaque operators: what they return (fake) and how they differentiate
@@ -495,15 +514,15 @@ _backward_op = torch.library.custom_op(
 )
 
 
-@_forward_op.register_fake
+@fake(_forward_op, triton_forward)
 def _(hidden, weight, targets, temperature):
     return tuple(
         hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden.dtype)[0]) for _ in range(3)
     )
 
 
-@_backward_op.register_fake
-def _(g_chosen, g_entropy, hidden, weight, targets, entropy, lse, temperature):
+@fake(_backward_op, triton_backward)
+def _(g_chosen, g_entropy, hidden, weight, *_):
     return torch.empty_like(hidden), torch.empty_like(weight)
 
 
@@ -532,7 +551,7 @@ def logprobs_triton(
     return _forward_op(hidden, weight, targets, temperature)[:2]
 
 
-IMPLS = {"torch": logprobs_torch, "triton": logprobs_triton}
+IMPLS = {"torch": logprobs_torch, "triton": Impl(logprobs_triton, needs_triton=True)}
 
 
 # ---- the public function
@@ -546,7 +565,8 @@ def logprobs(
 
     hidden       (N, C) floating point, last stride 1
     weight       (V, C) of the same dtype: the unembedding
-    targets      (N,) int64 in 0..V-1, or -100: both outputs 0, no gradient
+    targets      (N,) int64 in 0..V-1, or -100: both outputs 0, no gradient, and `hidden` there does
+                 not matter, not even NaN
     temperature  > 0
     impl         "auto": Triton on CUDA, torch elsewhere; an entry of IMPLS; "operation=entry"
 
@@ -555,6 +575,7 @@ def logprobs(
     have the inputs' dtypes. Raises ValueError naming the argument, its value and the remedy.
     """
     _check(hidden, weight, targets, temperature)
+    targets = targets.contiguous()  # kernels read it without a stride
     return choose(impl, "logprobs", IMPLS, hidden)(hidden, weight, targets, float(temperature))
 
 
@@ -591,13 +612,15 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
 
 # ---- check and benchmark
 
-# (N, V, C, temperature, level of the logits, which outputs have a gradient)
+# (N, V, C, temperature, level of the logits, which outputs have a gradient, and of what size). The
+# last has tiles of tokens, and sizes V and C that are multiples of every tile's.
 CASES = [
-    (1, 17, 16, 1.0, 0.0, "both"),
-    (7, 65, 16, 1.0, 0.0, "logprobs"),
-    (33, 1003, 80, 0.7, -35.0, "both"),
+    (1, 17, 16, 1e4, 0.0, "both x 1e-2"),  # dz is 1e-6, then 1e5: not for float16 as it is
+    (7, 64, 16, 1e-4, 0.0, "logprobs x 10"),
+    (33, 1003, 65, 0.7, -35.0, "both"),
     (40, 1003, 16, 1.0, -110.0, "logprobs"),
-    (5, 5000, 48, 1.5, 0.0, "entropy"),
+    (5, 5121, 48, 1.5, 0.0, "entropy"),  # the last tile has one logit
+    (130, 2560, 128, 1.0, 0.0, "both"),
 ]
 
 
@@ -607,53 +630,61 @@ def make_case(
     """hidden, weight, targets, the two upstream gradients; every fifth token is ignored and NaN.
 
     `level` is the mean of the logits, such as GPT-2's: a maximum that starts at 0 loses all of
-    them. Inputs and upstream gradients are strided; the target is often the last entry, in the last
-    and partial tile.
+    them. All are strided, with NaN between the rows; the target is often the first entry or the
+    last, in the last and partial tile. Inputs grow with the temperature, and logits do not.
     """
-    hidden, weight = torch.randn(N, C + 5)[:, :C], torch.randn(V, 2 * C)[:, :C] * 0.5
-    hidden[:, 0], weight[:, 0] = 8.0, level * temperature / 8.0
+    unit = math.sqrt(temperature)
+    hidden, weight = torch.randn(N, C) * unit, torch.randn(V, C) * unit * 0.5
+    hidden[:, 0], weight[:, 0] = 8.0 * unit, level * unit / 8.0
     targets = torch.where(torch.rand(N) < 0.3, V - 1, torch.randint(V, (N,)))
+    targets[1::4] = 0
     targets[4::5] = IGNORE
     hidden[4::5] = float("nan")
     grads = torch.randn(N, 3)[:, 0], torch.randn(1).expand(N)
     return (
-        *(x.to(device, dtype) for x in (hidden, weight)),
-        targets.to(device),
+        *(check.with_gaps(x.to(device, dtype), gap) for x, gap in ((hidden, 3), (weight, 4))),
+        check.with_other_column(targets).to(device),
         *(x.to(device) for x in grads),
     )
 
 
-def verify(impl: str, dtype: torch.dtype, device: str) -> float:
-    """Compare outputs and gradients with the reference in float64. Returns the largest error; a
-    mismatch raises."""
-    worst = 0.0
-    for *shape, temperature, level, outputs in CASES:
-        hidden, weight, targets, *grads = make_case(*shape, temperature, level, dtype, device)
-        chosen = {"logprobs": slice(0, 1), "entropy": slice(1, 2), "both": slice(0, 2)}[outputs]
-        inputs = [x.detach().requires_grad_() for x in (hidden, weight)]
+def verify(impl: str, dtype: torch.dtype, device: str, case: int | None = None) -> float:
+    """Compare outputs and gradients with the reference in float64, on one of CASES or on all, with
+    the smallest workspace. Returns the largest error; raises what is wrong."""
+    with check.changed(globals(), WORKSPACE_BYTES=1):
+        return check.run_cases(CASES, partial(_check_case, impl, dtype, device), case)
+
+
+def _check_case(impl: str, dtype: torch.dtype, device: str, case: tuple) -> float:
+    *shape, temperature, level, outputs = case
+    hidden, weight, targets, *grads = make_case(*shape, temperature, level, dtype, device)
+    outputs, _, times = outputs.partition(" x ")
+    grads = [g * float(times) for g in grads] if times else grads  # strided ones stay so
+    chosen = {"logprobs": slice(0, 1), "entropy": slice(1, 2), "both": slice(0, 2)}[outputs]
+    inputs = [x.detach().requires_grad_() for x in (hidden, weight)]
+    with check.guarded() as count:
         out = logprobs(*inputs, targets, temperature=temperature, impl=impl)
         torch.autograd.backward(out[chosen], [g.to(out[0].dtype) for g in grads[chosen]])
-        exact = [x.detach().double().nan_to_num().requires_grad_() for x in (hidden, weight)]
-        expected = reference(*exact, targets, temperature)
-        torch.autograd.backward(expected[chosen], [g.double() for g in grads[chosen]])
-        what = f"logprobs {impl} {shape} / {temperature} level {level}, gradient from {outputs}:"
-        # Outputs are float32 whatever the inputs are; what is left is the rounding of the logits
-        # themselves.
-        rounding = max(1e-5, abs(level) * 2e-7)
-        for name, a, e in zip(("logprobs", "entropy"), out, expected, strict=True):
-            worst = max(worst, compare(f"{what} {name}", a.detach(), e.detach(), rounding))
-        for name, a, e in zip(("hidden", "weight"), inputs, exact, strict=True):
-            # The column of weight that sets the level multiplies the rounding of dz.
-            tolerance = TOLERANCE[dtype] * (1 + abs(level) / 16)
-            worst = max(worst, compare(f"{what} gradient of {name}", a.grad, e.grad, tolerance))
+    exact = [x.detach().double().nan_to_num().requires_grad_() for x in (hidden, weight)]
+    expected = reference(*exact, targets, temperature)
+    torch.autograd.backward(expected[chosen], [g.double() for g in grads[chosen]])
+    # Outputs are float32 whatever the inputs are; what is left is the rounding of the logits. The
+    # column of weight that sets the level multiplies the rounding of dz.
+    rounding, tolerance = max(1e-5, abs(level) * 2e-7), check.TOLERANCE[dtype] * (1 - level / 16)
+    what = f"logprobs {impl} {case}:"
+    names = "logprobs", "entropy", "gradient of hidden", "gradient of weight"
+    names = [f"{what} {name}" for name in names]
+    found, wanted = (*out, *(x.grad for x in inputs)), (*expected, *(x.grad for x in exact))
+    limits = rounding, rounding, tolerance, tolerance
+    worst = check.compare_all(zip(names, found, wanted, limits, strict=True))
+    if impl == "triton" and count:  # no tile is visited in vain
+        N, V, C = map(triton.cdiv, shape, [*_tiles(hidden)[0].values()][:3])
+        check.expect_count(f"{what} products", count["forward_kernel", "dot"], N * V * C)
     return worst
 
 
 if __name__ == "__main__":
-    if "--watch" in sys.argv:
-        from kernels.watch import logprobs_case  # only here: nothing else needs it
+    from kernels.watch import logprobs_case  # only here: nothing else needs it
 
-        print(logprobs_case(logprobs))
-    else:
-        verify_all(IMPLS, verify)
-        benchmark("linear_logprob", partial(logprobs_rows, logprobs, IMPLS))
+    check.main(IMPLS, verify, CASES, watch=lambda: logprobs_case(logprobs))
+    benchmark("linear_logprob", partial(logprobs_rows, logprobs, IMPLS))

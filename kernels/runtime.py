@@ -12,6 +12,7 @@ import argparse
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
 
+launched: Launch | None = None  # the last one in the interpreter
 _recorded: list[Launch] | None = None
 _recorded_class = ""
 
@@ -68,11 +70,31 @@ def recording(gpu: str) -> Iterator[list[Launch]]:
         _recorded = None
 
 
+def fake(operator: Any, host: Callable) -> Callable[[Callable], None]:
+    """A decorator: the function tells torch.compile what `operator` returns. While `recording`, the
+    operator's `host` function does, so that its launches are noted."""
+
+    def register(function: Callable) -> None:
+        def run(*args: Any) -> Any:
+            return (function if _recorded is None else host)(*args)
+
+        operator.register_fake(run)
+
+    return register
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """kernel[grid](*args, **constants), or a note of it while `recording`."""
+    """kernel[grid](*args, **constants), or a note of it while `recording`.
+
+    Raises ValueError where Triton cannot run on the tensors.
+    """
+    global launched
     if _recorded is not None:
         _recorded.append(Launch(kernel, args, constants))
     elif 0 not in grid:
+        _check_triton(f"kernel {kernel.__name__!r}", args[0])
+        if INTERPRETED:
+            launched = Launch(kernel, args, constants)
         with torch.cuda.device_of(args[0]):  # Triton launches on the current device
             kernel[grid](*args, **constants)
 
@@ -91,11 +113,17 @@ def gpu_class(tensor: Tensor) -> str:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the device of `tensor`; 4 in the interpreter, so that it splits its grids
+    """Multiprocessors of the device of `tensor`; 8 in the interpreter, so that it splits its grids
     too."""
     if not tensor.is_cuda:
-        return 4 if _recorded is None else 132
+        return 8 if _recorded is None else 132
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def check_tiles(tensor: Tensor) -> None:
+    """Raise ValueError for float64, which has tiles in the interpreter alone."""
+    if tensor.dtype == torch.float64 and gpu_class(tensor) != "interpreter":
+        raise ValueError("Triton has no float64 tiles for a GPU; use float32 or impl='torch'")
 
 
 def accumulator(dtype: torch.dtype) -> Any:
@@ -103,15 +131,49 @@ def accumulator(dtype: torch.dtype) -> Any:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b without rounding the product to 16 bits; `total` is float32, or float64 for
-    float64."""
+def scaled(*gradients: Tensor | None, over: float = 1.0) -> tuple[Any, ...]:
+    """The gradients divided by `over` times their largest finite entry, and that divisor, a tensor
+    of one number (so nothing waits for a GPU). In float16, what is computed from them neither
+    overflows nor vanishes."""
+    sizes = [g.abs().nan_to_num(0.0, 0.0).amax() for g in gradients if g is not None and g.numel()]
+    size = torch.stack(sizes).amax() if sizes else torch.ones(())
+    size = torch.where(size > 0, size, torch.ones_like(size)) * over
+    return *(None if g is None else g / size for g in gradients), size
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a b without rounding the product to 16 bits, and that total; `total` is float32, or
+    float64 for float64."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:  # a CPU has no 16-bit product with float32 results
         total.addmm_(a.float(), b.float())
+    return total
+
+
+# ---- implementations: the entries of IMPLS
+
+
+@dataclass(frozen=True)
+class Impl:
+    """An implementation with what it needs. A plain function in IMPLS is one that needs nothing."""
+
+    function: Callable
+    needs_triton: bool = False  # to be refused by name where Triton cannot run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def needs_triton(impl: Callable) -> bool:
+    """Whether an entry of IMPLS launches Triton kernels."""
+    return getattr(impl, "needs_triton", False)
+
+
+def _impls(operation: str) -> Mapping[str, Callable]:
+    return import_module(f"kernels.{OPERATIONS[operation]}").IMPLS
 
 
 @lru_cache
@@ -138,24 +200,16 @@ def names(impl: str) -> dict[str, str]:
 
 
 def implementation(text: str) -> str:
-    """An argparse type: `text` itself, if every operation has the implementation it names.
+    """An argparse type: `text` itself, if the operations have the implementations it names: one
+    name is enough if one of them has it; the others fall back to "auto", see `resolve`.
 
     Raises argparse.ArgumentTypeError naming the unknown word and the known ones.
     """
-    if text == "auto":
-        return text
-    impls = {name: import_module(f"kernels.{file}").IMPLS for name, file in OPERATIONS.items()}
     try:
-        for operation, name in names(text).items():
-            _check_name(operation, name, impls[operation])
+        for operation in OPERATIONS if text != "auto" else ():
+            _named(text, operation, _impls(operation))
     except ValueError as error:
-        some = [operation for operation in impls if text in impls[operation]]
-        if not some:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        raise argparse.ArgumentTypeError(
-            f"{text!r} implements {' and '.join(some)} alone; write "
-            + ",".join(f"{operation}={text}" for operation in some)
-        ) from None
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 
@@ -163,7 +217,10 @@ def resolve(impl: str, device: str) -> str:
     """`impl` as it will run on a kind of device: "auto" is "triton" on "cuda" where Triton is
     installed, "torch" elsewhere. One name, or "operation=name,..." where operations differ."""
     auto = "triton" if device == "cuda" and triton is not None else "torch"
-    chosen = {key: auto if name == "auto" else name for key, name in names(impl).items()}
+    chosen = dict.fromkeys(OPERATIONS, "auto")
+    if impl != "auto":
+        chosen = {each: _named(impl, each, _impls(each)) for each in OPERATIONS}
+    chosen = {key: auto if name == "auto" else name for key, name in chosen.items()}
     if len(set(chosen.values())) == 1:
         return chosen["attention"]
     return ",".join(f"{operation}={name}" for operation, name in chosen.items())
@@ -171,43 +228,51 @@ def resolve(impl: str, device: str) -> str:
 
 def choose(impl: str, operation: str, impls: Mapping[str, Callable], tensor: Tensor) -> Callable:
     """The entry of `impls`, the implementations of `operation`, that `impl` names (see `names`);
-    "auto" is Triton on CUDA and torch elsewhere.
+    "auto" is Triton on CUDA and torch elsewhere, and so is a name that other operations alone have.
 
-    Raises ValueError for a name that is not in `impls` and for Triton where it cannot run on
-    `tensor`.
+    Raises ValueError for a name that no operation has, for one that is not in `impls` and given as
+    "operation=name", and for an entry that needs Triton where it cannot run on `tensor`.
     """
-    name = names(impl)[operation]
-    _check_name(operation, name, impls)
+    name = _named(impl, operation, impls)
     if name == "auto":
         name = resolve(name, tensor.device.type)
-    if name.startswith("triton"):
-        _check_triton(name, tensor)
+    if needs_triton(impls[name]):
+        _check_triton(f"impl {name!r}", tensor)
     return impls[name]
 
 
-def _check_name(operation: str, name: str, impls: Mapping[str, Callable]) -> None:
-    if name != "auto" and name not in impls:
-        raise ValueError(
-            f"impl {name!r} is unknown to {operation}; choose one of auto, {', '.join(impls)}"
-        )
+def _named(impl: str, operation: str, impls: Mapping[str, Callable]) -> str:
+    """The name in `impls` that `impl` means for `operation`, or "auto"."""
+    name = names(impl)[operation]
+    if name == "auto" or name in impls:
+        return name
+    others = [other for other in OPERATIONS if other != operation]
+    if "=" not in impl and any(name in _impls(other) for other in others):
+        return "auto"
+    raise ValueError(
+        f"impl {name!r} is unknown to {operation}; choose one of auto, {', '.join(impls)}"
+    )
 
 
-def _check_triton(impl: str, tensor: Tensor) -> None:
+def _check_triton(what: str, tensor: Tensor) -> None:
     if triton is None:
         raise ValueError(
-            f"impl {impl!r} needs Triton, which is not installed; install it or use impl='torch'"
+            f"{what} needs Triton, which is not installed; install it or use impl='torch'"
         )
     if not INTERPRETED and not tensor.is_cuda:
         raise ValueError(
-            f"impl {impl!r} got tensors on {tensor.device}; move them to CUDA, or set "
+            f"{what} got tensors on {tensor.device}; move them to CUDA, or set "
             "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter, "
             "or use impl='torch'"
         )
     if INTERPRETED and tensor.dtype == torch.bfloat16:
         raise ValueError(
-            f"impl {impl!r} got bfloat16 in Triton's interpreter, whose bfloat16 products "
+            f"{what} got bfloat16 in Triton's interpreter, whose bfloat16 products "
             "are wrong; use float32 or float16 there"
         )
+
+
+# ---- checks
 
 
 def may_read(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 strides."""
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,11 +15,23 @@ needs_triton = pytest.mark.skipif(runtime.triton is None, reason="Triton is not 
 _NO_RESERVE = 0x4000  # Linux MAP_NORESERVE: address space that gets memory when it is written
 
 
-def each(impls: Iterable[str]) -> list:
-    """Parameters: every implementation, Triton's skipped where Triton is not installed."""
+def each(impls: Mapping[str, Callable]) -> list:
+    """Parameters: every implementation, those that need Triton skipped where it is missing."""
     return [
-        pytest.param(name, marks=needs_triton if name.startswith("triton") else ())
-        for name in impls
+        pytest.param(name, marks=needs_triton if runtime.needs_triton(impl) else ())
+        for name, impl in impls.items()
+    ]
+
+
+def gpu_tables(tiles: dict, interpreter: tuple) -> list:
+    """Parameters: the different rows of a tile table for GPUs, those of 16 bits on sm_90 by
+    default, the others as slow tests."""
+    rows = {row: key for key, row in reversed(tiles.items()) if key != interpreter}
+    slow = {row: () if key[:2] == ("sm_90", 2) else pytest.mark.slow for row, key in rows.items()}
+    return [
+        pytest.param(row, marks=(needs_triton, *([slow[row]] if slow[row] else [])), id=f"{row}")
+        for row in rows
+        if row != tiles[interpreter]
     ]
 
 

@@ -4,11 +4,20 @@ attention."""
 import pytest
 import torch
 
-from kernels import attention, decode_attention, runtime
-from kernels.bench import compare
+from kernels import attention, decode_attention, flash_decoding, runtime
+from kernels.check import compare
 from kernels.flash_decoding import IMPLS, split_size, verify
 from kernels.score_mods import SCORE_MODS
-from tests.interpreter import count_calls, each, far_apart, gpu_or_cpu, ints, needs_triton, opcheck
+from tests.interpreter import (
+    count_calls,
+    each,
+    far_apart,
+    gpu_or_cpu,
+    gpu_tables,
+    ints,
+    needs_triton,
+    opcheck,
+)
 
 
 def random_case(B, H, S, D):
@@ -22,7 +31,14 @@ def test_matches_float64(impl, dtype):
     verify(impl, dtype, gpu_or_cpu())
 
 
-@pytest.mark.parametrize("name", SCORE_MODS)
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="computes in the interpreter")
+@pytest.mark.parametrize("row", gpu_tables(flash_decoding.TILES, ("interpreter", 8, 128)))
+def test_matches_float64_with_the_tiles_of_a_gpu(row, monkeypatch):
+    monkeypatch.setitem(flash_decoding.TILES, ("interpreter", 8, 128), row)
+    verify("triton", torch.float32, gpu_or_cpu())
+
+
+@pytest.mark.parametrize("name", [*SCORE_MODS, "window:9", "probe"])
 @pytest.mark.parametrize("impl", each(IMPLS))
 def test_equals_the_last_row_of_attention(impl, name):
     """Sampling and training see the same distribution; attention's own reference shares no code
@@ -61,14 +77,16 @@ def test_reads_nothing_past_a_length(B, S, monkeypatch):
 
 
 def check_offsets_do_not_wrap(module):
-    """Cache entries 1.2e9 elements apart: the third begins beyond 2^31, where a 32-bit product is
-    negative."""
-    cache = far_apart(rows=3, stride=1_200_000_000, columns=16)[None, None]
-    q = torch.randn(1, 1, 16, device=cache.device).half()
-    compact = cache.clone().contiguous()
-    lengths = ints([3])
-    far = module.triton_decode(q, cache, cache, lengths, "causal")
-    compare("out", far, module.triton_decode(q, compact, compact, lengths, "causal"), 0.0)
+    """Cache entries, heads or rows 1.2e9 elements apart: the third begins beyond 2^31, where a
+    32-bit product is negative."""
+    memory = far_apart(rows=3, stride=1_200_000_000, columns=16)
+    for cache in (memory[None, None], memory[None, :, None], memory[:, None, None]):
+        B, H, S, D = cache.shape
+        q = torch.randn(B, H, D, device=cache.device).half()
+        compact = cache.clone().contiguous()
+        lengths = ints([S] * B)
+        far = module.triton_decode(q, cache, cache, lengths, "causal")
+        compare("out", far, module.triton_decode(q, compact, compact, lengths, "causal"), 0.0)
 
 
 @needs_triton
@@ -109,9 +127,17 @@ def test_errors_name_argument_value_and_remedy():
         ({"lengths": longs}, "lengths has dtype torch.int64; expected torch.int32: call .int"),
         ({"lengths": ints([8, 3])[None]}, r"lengths has shape \(1, 2\); expected \(2,\)"),
         ({"score_mod": "none"}, "score_mod 'none' is unknown"),
+        ({"q": q[..., :0]}, r"q has shape \(2, 2, 0\); expected a head size of at least 1"),
     ]
     if not torch.cuda.is_available():  # on a GPU reading the values would wait for it
         wrong.append(({"lengths": ints([9, 1])}, "lengths has value 9; expected 0..8"))
     for changes, message in wrong:
         with pytest.raises(ValueError, match=message):
             decode_attention(**good | changes)
+
+
+@needs_triton
+def test_float64_on_a_gpu_is_refused():
+    q, k, v = (x.double().cpu() for x in random_case(2, 2, 8, 16))
+    with runtime.recording("sm_90"), pytest.raises(ValueError, match="Triton has no float64 tiles"):
+        flash_decoding.triton_decode(q, k, v, ints([8, 3]).cpu(), "causal")

@@ -23,6 +23,20 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @needs_triton
+def test_every_entry_that_needs_triton_is_compiled():
+    code = """
+from kernels import compile as c, flash_attention as fa
+fa.IMPLS["mine"] = fa.Impl(fa.IMPLS["triton"].function, needs_triton=True)
+cases = [case for case in c.shipped() if case[0] == "attention=mine D=64 bf16 causal"]
+print([report.configuration for case in cases for report in c._compile_case(case, "sm_90")])
+"""
+    result = run_python("-c", code)
+    for kernel in ("forward 128x64 w4", "d_query 128x64 w8", "d_key_value 64x128 w8"):
+        name = f"'attention=mine D=64 bf16 causal {kernel}'"
+        assert name in result.stdout, result.stdout + result.stderr
+
+
+@needs_triton
 def test_every_configuration_can_ship():
     result = run_python("-m", "kernels.compile")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -82,6 +96,7 @@ def test_rules(monkeypatch):
     assert "spills 8 bytes" in find_problem(good._replace(spill=8), half=True, matrix=True)
     assert find_problem(good._replace(spill=8), half=False, matrix=True) == ""
     assert "shared memory" in find_problem(good._replace(shared=300_000), half=False, matrix=False)
+    assert "tf32" in find_problem(good, half=False, matrix=True, tf32=True)
     small = good._replace(target="sm_80", shared=150_000)  # fits an A100, not a consumer GPU
     assert "shared memory" in find_problem(small, half=True, matrix=True)
     assert "wgmma" in find_problem(good._replace(wgmma=0), half=True, matrix=True)

@@ -3,7 +3,7 @@ caught by the check named.
 
 The mistakes are those found in published kernels: a softmax gradient summed per tile instead of per
 row, a running maximum that starts at 0, a last tile without a mask, an upstream gradient read as if
-it were contiguous, p - 1 in 16 bits, 32-bit offsets.
+it were contiguous, p - 1 in 16 bits, 32-bit offsets. (tests/mutants.py makes more, by machine.)
 """
 
 import importlib.util
@@ -16,13 +16,18 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from kernels import flash_attention, flash_decoding, linear_logprob
-from tests import test_flash_attention, test_flash_decoding, test_linear_logprob
+from kernels import flash_attention, flash_decoding, linear_logprob, runtime
+from tests import mutants, test_flash_attention, test_flash_decoding, test_linear_logprob
 from tests.interpreter import gpu_or_cpu, needs_triton
 
 
 def verify(module: ModuleType) -> None:
-    module.verify("triton", torch.float32, gpu_or_cpu())
+    for case in range(len(module.CASES)):  # stop at the first that fails
+        module.verify("triton", torch.float32, gpu_or_cpu(), case)
+
+
+def verify_half(module: ModuleType) -> None:
+    module.verify("triton", torch.float16, gpu_or_cpu())
 
 
 class Bug(NamedTuple):
@@ -35,6 +40,10 @@ class Bug(NamedTuple):
 
 
 INT64 = ".to(tl.int64) * "
+SWAPPED = "SCALE, seen, q, head, H)\n    r"
+FAR = test_flash_attention.check_offsets_do_not_wrap
+FAR_CACHE = test_flash_decoding.check_offsets_do_not_wrap
+ALWAYS = "alive[:, None], vocab[:, None] > -1"
 ATTENTION = [
     Bug("gradient's row sum per tile", "p * (dp - delta)", "p * (dp - tl.sum(p * dp, 1)[:, None])"),
     Bug("maximum starts at 0", "tl.full((BLOCK_Q,), -1e30, ACC)", "tl.zeros((BLOCK_Q,), ACC)"),
@@ -46,6 +55,21 @@ ATTENTION = [
     Bug("length ignored", "length = tl.minimum(tl.load(lengths + b), T)", "length = T"),
     Bug("window's gradient cut short", "QUERY(k_start + BLOCK_K - 1) + 1", "QUERY(k_start)"),
     Bug("no derivative of the score", "    if DERIVATIVE is not None:\n", "    if False:\n"),
+    Bug("derivative gets q and k exchanged", "SCALE, q, seen, head, H)\n    r", SWAPPED),
+    Bug("derivative of head 0", "SCALE, q, seen, head, H)\n    r", "SCALE, q, seen, 0, H)\n    r"),
+    Bug("window's last query left out", "QUERY(k_start + BLOCK_K - 1) + 1", "QUERY(k_start + 63)"),
+    Bug("hidden pairs reach the score", "        k = tl.minimum(k, q)\n", "        k = k + 0\n"),
+    Bug("keys before the window reach the score", "k = tl.maximum(k, FIRST_KEY(q))", "k = k + 0"),
+    Bug("lengths taken as contiguous", "lengths = lengths.contiguous()", "lengths = lengths"),
+    Bug("float32 products in tf32", 'precision="ieee"', 'precision="tf32"'),
+    Bug(
+        "a tile past the diagonal", "tl.minimum(q_start + BLOCK_Q, l", "tl.minimum(q_start + 200, l"
+    ),
+    Bug("a tile past the window", "BLOCK_K - 1) + 1)", "BLOCK_K - 1) + 99)"),
+    Bug("a tile before the window", "tl.maximum(FIRST_KEY(q_start), 0)", "(0 * q_start)"),
+    Bug(
+        "32-bit batch offsets", "(tl.program_id(1) // H).to(tl.int64)", "tl.program_id(1) // H", FAR
+    ),
     Bug(
         "32-bit offsets",
         f"rows[:, None]{INT64}stride",
@@ -65,6 +89,27 @@ LOGPROB = [
     Bug("upstream gradient taken as contiguous", "tokens.to(tl.int64) * g_n", "tokens"),
     Bug("entropy's gradient without the entropy", "logp * LN2 + entropy[:, None]", "logp * LN2"),
     Bug("weighted sum not shifted", "tl.exp2(a) * (t + a * s)", "tl.exp2(a) * t"),
+    Bug("target 0 ignored", "asked = y >= 0\n    z", "asked = y > 0\n    z"),
+    Bug("weight rows read past the last", "alive[:, None], vocab[:, None] < V", ALWAYS),
+    Bug("float32 products in tf32", 'precision="ieee"', 'precision="tf32"'),
+    Bug("targets taken as contiguous", "targets = targets.contiguous()", "targets = targets"),
+    Bug("last workspace alone", "add_product(d_hidden, p", "add_product(d_hidden.zero_(), p"),
+    Bug(
+        "gradient of the first rows alone", "out=d_weight[begin:end]", "out=d_weight[: end - begin]"
+    ),
+    Bug("one stretch too far", "minimum(begin + STRETCH, V)", "minimum(begin + STRETCH, V + 500)"),
+    Bug(
+        "sums over workspaces in 16 bits",
+        "d_hidden = torch.zeros_like(x, dtype=sum_dtype)",
+        "d_hidden = torch.zeros_like(x)",
+        test_linear_logprob.check_sums_are_float32,
+    ),
+    Bug(
+        "upstream gradients in float16 as they are",
+        "scaled(g_chosen, g_entropy, over=1 / temperature)",
+        "g_chosen, g_entropy, 1.0",
+        verify_half,
+    ),
     Bug("ignored tokens take a gradient", "asked = y >= 0\n    z", "asked = y >= -1000\n    z"),
     Bug(
         "p - 1 in 16 bits",
@@ -93,7 +138,11 @@ DECODING = [
     Bug("values read with the keys' stride", "v_ptr + offsets * v_s", "v_ptr + offsets * k_s"),
     Bug("no scale", ", 1) * SCALE", ", 1)"),
     Bug("splits not reweighted", "weight = tl.exp2(m - tl.max(m, 0))", "weight = tl.exp2(m * 0.0)"),
-    Bug("number of heads off by one", "length - 1, rows, h, H)", "length - 1, rows, h, H + 1)"),
+    Bug("number of heads off by one", "length - 1), h, H)", "length - 1), h, H + 1)"),
+    Bug("query off by one", "SCORE(s, length - 1,", "SCORE(s, length,"),
+    Bug("hidden pairs reach the score", "tl.where(visible, rows, length - 1)", "rows"),
+    Bug("lengths taken as contiguous", "lengths = lengths.contiguous()", "lengths = lengths"),
+    Bug("32-bit batch offsets", "(row // H).to(tl.int64)", "row // H", FAR_CACHE),
     Bug("window off by one", "(rows >= FIRST_KEY(length - 1))", "(rows >= FIRST_KEY(length))"),
     Bug(
         "32-bit offsets",
@@ -135,12 +184,43 @@ def test_planted_bug_is_caught(module, bug, tmp_path):
     patched = load_patched(module, bug.old, bug.new, tmp_path)
     with pytest.raises(Exception) as caught:
         bug.check(patched)
-    # a wrong number, or an address outside of memory; not an error of the test itself
-    assert "is above" in str(caught.value) or "not finite" in str(caught.value), caught.value
+    # a wrong number or address, not an error of the test itself
+    words = ("is above", "not finite", "outside of its tensors", "give 'ieee'", "divide by zero")
+    assert any(word in str(caught.value) for word in words), caught.value
 
 
 @needs_triton
 @pytest.mark.parametrize("module, check", CHECKS)
 def test_an_unpatched_copy_passes(module, check, tmp_path):
     """What catches the bugs is the bug: the same loading without one passes every check."""
-    check(load_patched(module, "verify_all(", "verify_all(", tmp_path))
+    check(load_patched(module, "IMPLS = ", "IMPLS = ", tmp_path))
+
+
+# ---- and by machine: tests/mutants.py
+
+
+def test_what_is_listed_as_equivalent_is_a_mutant() -> None:
+    made = {(m.function, m.new) for kernel in mutants.KERNELS for m in mutants.mutants_of(kernel)}
+    assert set(mutants.EQUIVALENT) <= made
+    drawn = mutants.draw([*mutants.KERNELS], 50, 0)
+    assert sum(m.reason is None for m in drawn) == 50
+    assert {(m.kind, m.kernel) for m in drawn} >= {
+        (kind, kernel) for kind in mutants.KINDS for kernel in mutants.KERNELS
+    }
+
+
+@needs_triton
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="the guard is the interpreter's")
+def test_a_mutant_is_caught_and_the_file_itself_is_not() -> None:
+    """In a process of its own, as each of the fifty."""
+    made = mutants.mutants_of("flash_decoding")
+    mutant = next(m for m in made if m.new.startswith("m_new = tl.minimum"))
+    assert "invalid value" in mutants.verdict(mutant)
+    source = Path(flash_decoding.__file__).read_text(encoding="utf-8")
+    assert mutants.verdict(mutant._replace(source=source)) == ""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_of_fifty_mutants_48_are_caught() -> None:
+    assert mutants.main([]) == 0

@@ -426,3 +426,47 @@ def test_compiled_blocks_train_alike(run: Runner, monkeypatch: pytest.MonkeyPatc
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
     names = [set(load_file(seen.out / "model.safetensors")) for seen in (compiled, plain)]
     assert names[0] == names[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# The attention function
+
+
+def test_score_mod_of_a_new_model_of_init_and_of_neither(tiny: Tiny, tmp_path: Path) -> None:
+    """Given, it is the model's, in training and in config.json; else that of --init stays."""
+
+    def trained(name: str, *more: str) -> tuple[dict, float]:
+        out = tmp_path / name
+        flags = ("--max_steps", "1", "--resid_pdrop", "0", "--no-epoch_checkpoints", *more)
+        assert train_sft.main(tiny.args("sft", out, *flags)) == 0
+        return read_info(out), float(read_log(out / "log.csv")[0]["loss"])
+
+    info, causal = trained("causal")
+    assert info["score_mod"] == "causal" and info["settings"]["score_mod"] is None
+    info, narrow = trained("narrow", "--score_mod", "window:2")
+    assert info["score_mod"] == info["settings"]["score_mod"] == "window:2"
+    assert abs(narrow - causal) > 1e-6
+    assert trained("wide", "--score_mod", "window:48")[1] == pytest.approx(causal, abs=1e-5)
+    kept, loss = trained("kept", "--init", str(tmp_path / "narrow"))
+    assert kept["score_mod"] == "window:2" and kept["settings"]["score_mod"] is None
+    model = GPT.from_pretrained(tmp_path / "kept")
+    assert all(block.attn.how["score_mod"] == "window:2" for block in model.h)
+    changed, other = trained("changed", "--init", str(tmp_path / "narrow"), "--score_mod", "causal")
+    assert changed["score_mod"] == "causal" and abs(other - loss) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nope", "score_mod 'nope' is unknown; choose one of causal, "),
+        ("window", "score_mod 'window': expected a number after the colon, found ''"),
+        ("window:-3", "score_mod 'window:-3': expected a whole number from 1, as in window:256"),
+    ],
+)
+def test_a_bad_score_mod_is_one_line(
+    name: str, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        arguments(f"--score_mod {name}")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and f"error: argument --score_mod: {message}" in said
