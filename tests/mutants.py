@@ -62,8 +62,8 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("forward_kernel", "s = tl.zeros((BLOCK_N,), tl.float16)"): ZERO,
     (
         "split_kernel",
-        "begin = tl.maximum(begin, tl.maximum(FIRST_KEY(length - 1), (0 - 1)) "
-        "// BLOCK_K * BLOCK_K)",
+        "begin = tl.maximum(begin, "
+        "tl.maximum(FIRST_KEY(length - 1), (0 - 1)) // BLOCK_K * BLOCK_K)",
     ): "begin is at least 0",
     ("combine_kernel", "s = tl.zeros((BLOCK_N,), tl.float16)"): ZERO,
     ("d_logits_kernel", "dz = tl.zeros((BLOCK_N, BLOCK_V), tl.float16)"): ZERO,
