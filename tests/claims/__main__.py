@@ -25,6 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.files import BadInput, check_writable, run_command, write_atomic
+from data.flags import Parser
 
 from evaluation.report import as_markdown, csv_text
 from tests.claims import claims, figures, pipeline, sweeps
@@ -268,7 +269,7 @@ def setting_of(args: argparse.Namespace, minutes: float) -> list[str]:
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     what = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m tests.claims", description=what)
+    parser = Parser(prog="python -m tests.claims", description=what)
     add = parser.add_argument
     add("--out", default="out/claims", help="folder of all runs and results")
     default = f"{HEADLINE_SEEDS} of claims about the demo's models, {SWEEP_SEEDS} of the others"
@@ -284,9 +285,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in [*(args.only or []), *([args.measure] if args.measure else [])]:
         if name not in CLAIMS:
             parser.error(f"--only {name}: expected some of {', '.join(CLAIMS)}")
-    for name in ("seeds", "first_seed"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} {getattr(args, name)}: expected a natural number")
+    for name, most in (("seeds", 100), ("first_seed", 2**31)):
+        if not 0 <= getattr(args, name) <= most:
+            parser.error(f"--{name} {getattr(args, name)}: expected 0 to {most}")
     return args
 
 
