@@ -5,8 +5,8 @@
     tokenizer.json     see data/tokenizer.py
     state.pt           in a run's checkpoints: models and optimizers as they are in training
 
-Nothing here knows a model class: functions take the class, or a model, from their caller. A faulty
-folder raises `BadInput`, which names the file, the value and what was expected.
+Nothing here imports a model class: functions take the class, or a model, from their caller. A
+faulty folder raises `BadInput`, which names the file, the value and what was expected.
 """
 
 from __future__ import annotations

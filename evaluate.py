@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from data.files import run_command
+from data.commands import run_command
 from data.flags import Named, natural, number, whole
 from data.real.public_sets import PUBLIC_SETS
 

@@ -27,7 +27,6 @@ import argparse
 import importlib.util
 import math
 import os
-import re
 import resource
 import shutil
 import signal
@@ -41,14 +40,12 @@ from typing import Any
 from data import files, flags, outputs
 from data.files import BadInput, Log
 from data.flags import natural, whole
+from data.outputs import MODEL, kept_folders
 
 import torch
 
 import kernels
 from checkpoint import find_model, load_state, read_info, save_model, save_state
-
-FOLDERS = ("checkpoints", "epochs", "steps")  # in --out
-MODEL = ("config.json", "tokenizer.json", "model.safetensors")  # a model's files
 
 # ------------------------------------------------------------------------------------------------
 # Flags
@@ -163,7 +160,7 @@ class Run:
         newest = self._restore() if args.resume else None
         # What an earlier run has left stays until a step at which this one saves anyway.
         weights = self.out / "model.safetensors"
-        self.earlier = not newest and bool(weights.exists() or self._folders())
+        self.earlier = not newest and bool(weights.exists() or kept_folders(self.out))
         if board := args.tensorboard and Path(args.tensorboard, self.out.name):
             of_torch = importlib.import_module("torch.utils.tensorboard")  # purge: later steps
             board = of_torch.SummaryWriter(board, purge_step=self.done and self.done + 1)
@@ -313,28 +310,19 @@ class Run:
 
     def _tidy(self) -> None:
         """Delete what is not this run's; copy the newest checkpoint's model if it is to be kept."""
-        for folder in set(self._folders()) - self.models - set(self.saved):
+        for folder in set(kept_folders(self.out)) - self.models - set(self.saved):
             shutil.rmtree(folder)
         name = str(read_info(self.saved[-1]).get("kept_as"))
         kept = self.out / name
-        if re.fullmatch(outputs.OWN, name) and kept not in self.models:
+        if outputs.OWN.fullmatch(name) and kept not in self.models:
             sources = [self.saved[-1] / file for file in MODEL]
             files.write_folder_atomic(kept, lambda aside: [shutil.copy(s, aside) for s in sources])
             self.models.add(kept)
 
-    def _folders(self) -> list[Path]:
-        """What runs have made under checkpoints/, epochs/ and steps/; there the oldest first."""
-        found = [(name, f) for name in FOLDERS for f in sorted((self.out / name).glob("*"))]
-        return [
-            f
-            for name, f in found
-            if re.fullmatch(outputs.OWN, f"{name}/{f.name}") and f.is_dir() and not f.is_symlink()
-        ]
-
     def _restore(self) -> Path | None:
         """Load the newest intact checkpoint, if any; drop what later steps and other runs left."""
-        intact = [f for f in self._folders() if files.folder_is_intact(f)]
-        checkpoints = [f for f in self._folders() if f.parent.name == "checkpoints"]
+        intact = [f for f in kept_folders(self.out) if files.folder_is_intact(f)]
+        checkpoints = [f for f in kept_folders(self.out) if f.parent.name == "checkpoints"]
         while checkpoints and checkpoints[-1] not in intact:
             damaged = checkpoints.pop()
             print(f"warning: {damaged} is damaged; trying the one before", file=sys.stderr)

@@ -26,8 +26,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import files, outputs
-from data.files import BadInput, Record, run_command
+from data import commands, files, outputs
+from data.commands import run_command
+from data.files import BadInput, Record
 from data.flags import Named, natural, nonnegative, part, temperature, whole
 from data.stages import progress
 from data.tiny.marks import Truth, suggestions
@@ -291,7 +292,7 @@ def answer(
             raise BadInput(f"the prompt has {length} tokens for {speaker.name}, {over}")
         prompts, seed = [prompt] * args.num_responses[-1], args.seed * 1_000_003 + turn
         for sample in respond(speaker, prompts, args, args.temperature, seed):
-            text = files.printable(sample.text.strip("\n")).replace("\n", "\n" + indent)
+            text = commands.printable(sample.text.strip("\n")).replace("\n", "\n" + indent)
             print(f"{speaker.name:>{width}} | {text}{'' if sample.ended else ' ... (cut)'}")
             if judges:
                 print(f"{indent}({', '.join(say(speaker, prompt, sample) for say in judges)})")
@@ -308,7 +309,7 @@ def talk(speakers: list[Speaker], judges: list[Judge], args: argparse.Namespace)
     with suppress(EOFError):  # of input, at the end
         for turn, line in enumerate(filter(str.strip, lines)):
             if not interactive:
-                print(f"> {files.printable(line)}")
+                print(f"> {commands.printable(line)}")
             try:
                 answer(line, turn, speakers, judges, args)
             except BadInput as error:

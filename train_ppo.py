@@ -45,7 +45,8 @@ import math
 import sys
 from dataclasses import dataclass
 
-from data.files import BadInput, read_documents, read_jsonl, run_command
+from data.commands import run_command
+from data.files import BadInput, read_documents, read_jsonl
 from data.flags import fraction, natural, nonnegative, number, ratio, whole
 from data.tokenizer import decode_response, encode_prompt
 

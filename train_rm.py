@@ -36,7 +36,8 @@ from functools import lru_cache
 from itertools import combinations, groupby
 from pathlib import Path
 
-from data.files import BadInput, read_jsonl, run_command, write_atomic
+from data.commands import run_command
+from data.files import BadInput, read_jsonl, write_atomic
 from data.flags import natural, nonnegative, whole
 from data.tokenizer import encode_prompt, encode_response
 

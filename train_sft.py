@@ -31,7 +31,8 @@ import math
 import sys
 from functools import lru_cache
 
-from data.files import BadInput, read_documents, read_jsonl, run_command
+from data.commands import run_command
+from data.files import BadInput, read_documents, read_jsonl
 from data.flags import fraction, natural, nonnegative, whole
 from data.tokenizer import encode_prompt, encode_response
 

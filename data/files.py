@@ -1,4 +1,4 @@
-"""File formats of the project: read, validate, write atomically, and exit with one clear line.
+"""File formats of the project: read, validate, write atomically.
 
 Every stage hands its result to the next as a file, so the formats are the contract between stages:
 
@@ -19,39 +19,25 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_LINE_BYTES = 16 * 2**20  # one record; a longer line is almost surely not JSON Lines
 MAX_JSON_BYTES = 2**28  # of a config, a tokenizer, a world, a measurement
-MAX_BLANK = (
-    100_000  # white space in a row; the tokenizer's pattern engine overflows at some 500,000
-)
+MAX_BLANK = 100_000  # white space in a row; the tokenizer's engine overflows at some 500,000
 
 Record = dict[str, Any]
-
-
-def _on_uncaught(kind: type, error: BaseException, trace: Any) -> None:
-    if kind is KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _on_uncaught  # also while a script imports torch: it imports this file before
 
 
 class BadInput(ValueError):
@@ -167,31 +153,49 @@ def _expected(shape: Any) -> str:
 def check(value: Any, shape: Any, where: str, key: str = "") -> None:
     """Raise `BadInput`, beginning with `where`, unless a value out of JSON has this shape: a type,
     a value, (x, y) either, {"a": x, "b?": y} an object with a and perhaps b, {str: x} with any key,
-    [x, y] a list of these two, [x, ...] of any number of x, [x, y, ...] of an x and then of y."""
-    fault = "" if value is ... else f": expected {_expected(shape)}, found {_shown(value)}"
-    if isinstance(shape, dict) and isinstance(value, dict):
+    [x, y] a list of these two, [x, ...] of any number of x, [x, y, ...] of an x and then of y.
+    Numbers are at most 1e30 in size."""
+
+    def fail(fault: str = "") -> NoReturn:
+        named = f': key "{key}"' if key else ""
+        fault = fault or f": expected {_expected(shape)}, found {_shown(value)}"
+        raise BadInput(f"{where}{named}{fault}")
+
+    if isinstance(shape, tuple):
+        if not any(_has_shape(value, each) for each in shape):
+            fail()
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            fail()
         for name, inner in (dict.fromkeys(value, shape[str]) if str in shape else shape).items():
             own = name.removesuffix("?")
-            if own in value or own == name:  # ...: there is none
-                check(value.get(own, ...), inner, where, f"{key}.{own}".removeprefix("."))
-        return
-    if isinstance(shape, list) and isinstance(value, list):
+            inside = f"{key}.{own}".removeprefix(".")
+            if own in value:
+                check(value[own], inner, where, inside)
+            elif own == name:
+                raise BadInput(f'{where}: key "{inside}" is missing')
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            fail()
         if ... in shape:
             shape = shape[:-2] + shape[-2:-1] * (len(value) - len(shape) + 2)
-        if len(shape) == len(value):
-            for i, (each, inner) in enumerate(zip(value, shape, strict=True)):
-                check(each, inner, where, f"{key}[{i}]")
-            return
-        fault = f": expected {len(shape)} entries, found {len(value)}"
-    for each in shape if isinstance(shape, tuple) else ():
-        with suppress(BadInput):
-            return check(value, each, where, key)
-    kinds = (int, float) if shape is float else (shape,) if isinstance(shape, type) else ()
-    if type(value) in kinds and (shape is str or abs(value) <= 1e30):
-        return
-    if kinds or type(value) is not type(shape) or value != shape:
-        named = f': key "{key}"' if key else ""
-        raise BadInput(f"{where}{named}{fault or ' is missing'}")
+        if len(shape) != len(value):
+            fail(f": expected {len(shape)} entries, found {len(value)}")
+        for i, (each, inner) in enumerate(zip(value, shape, strict=True)):
+            check(each, inner, where, f"{key}[{i}]")
+    elif isinstance(shape, type):
+        kinds = (int, float) if shape is float else (shape,)
+        if type(value) not in kinds or shape is not str and abs(value) > 1e30:
+            fail()
+    elif type(value) is not type(shape) or value != shape:
+        fail()
+
+
+def _has_shape(value: Any, shape: Any) -> bool:
+    with suppress(BadInput):
+        check(value, shape, "")
+        return True
+    return False
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -469,6 +473,19 @@ def interned(value: Any) -> Any:
     return [interned(v) for v in value] if isinstance(value, list) else value
 
 
+def check_writable(folder: Path | str) -> None:
+    """Raise `BadInput` unless files can be created in `folder`, which is made if it is absent."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_probe.{os.getpid()}.tmp"
+        remove_leftovers(folder, "write_probe")
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written ({error.strerror})") from None
+
+
 # ------------------------------------------------------------------------------------------------
 # Logs
 
@@ -527,85 +544,3 @@ def read_log(path: Path | str) -> list[dict[str, str]]:
             fault = f"{len(cells)} cells; expected {len(lines[0][1])}, as in the header"
             raise BadInput(f"{path}:{number}: {fault}")
     return [dict(zip(lines[0][1], cells, strict=True)) for _, cells in lines[1:]]
-
-
-# ------------------------------------------------------------------------------------------------
-# Commands
-
-
-def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size") -> int:
-    """Run a command's `main` and return its exit code, with one line on stderr where it fails.
-
-    0 done; 2 bad arguments or bad input (`BadInput`, `ValueError`); 1 stopped by a guard, out of
-    memory (lower `memory_flag`) or a full disk; 130 Ctrl-C. Streams that are closed read and write
-    nothing; characters that stdout cannot hold are escaped.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed; a file that is opened takes its number
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            bad = "replace" if name == "stdin" else "backslashreplace"
-            with suppress(io.UnsupportedOperation):  # of stdin that was read before
-                getattr(sys, name).reconfigure(errors=bad)
-    leave = {n: lambda n, _: sys.exit(128 + n) for n in (signal.SIGTERM, signal.SIGHUP)}
-    with suppress(ValueError):  # not in the main thread
-        for number in leave:
-            if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as under nohup
-                signal.signal(number, leave[number])
-    try:
-        return main() or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
-    except ValueError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "the disk is full" if full else error.strerror or _one_line(error)
-        print(f"error: {error.filename or 'a file or stdout'}: {reason}", file=sys.stderr)
-        return 1 if full else 2
-    except FloatingPointError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:  # torch raises its own as RuntimeErrors
-        said = str(error).lower()
-        known = isinstance(error, MemoryError) or "out of memory" in said
-        if not known and "can't allocate" not in said:
-            raise
-        print(f"error: out of memory; lower {memory_flag}", file=sys.stderr)
-        return 1
-    finally:
-        from data import outputs  # here, because it imports this file
-
-        outputs.release()
-        for number in leave:
-            if signal.getsignal(number) is leave[number]:
-                signal.signal(number, signal.SIG_DFL)
-
-
-def printable(text: str) -> str:
-    """Text of a file as a terminal may show it: what would move its cursor or turn its text around
-    is escaped (\\x1b, \\r, \\u202e); lines and tabs stay."""
-    controls = "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-    return re.sub(controls, lambda found: ascii(found[0])[1:-1], text)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(printable(str(error)).split())
-
-
-def check_writable(folder: Path | str) -> None:
-    """Raise `BadInput` unless files can be created in `folder`, which is made if it is absent."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_probe.{os.getpid()}.tmp"
-        remove_leftovers(folder, "write_probe")
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be written ({error.strerror})") from None

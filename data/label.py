@@ -9,9 +9,9 @@ comparisons that were labelled before. The command prints how often two labelers
 prompt's first ranking, the share of ties and the accuracy of a noise-free labeler. With --labelers
 N, each prompt has N records, one after the other, by different labelers.
 
-In the second form you rank, on any candidates: type the numbers of the
-responses from best to worst, with = between equals, such as "2 1=3 4". Every ranking is saved at
-once; started again with the same files, it goes on where you stopped.
+In the second form you rank, on any candidates: type the numbers of the responses from best to
+worst, with = between equals, such as "2 1=3 4". Every ranking is saved at once; started again with
+the same files, it goes on where you stopped.
 
 With --off_topic N, in either form, N responses of each prompt are first exchanged for ones that
 were sampled for other prompts.
@@ -24,8 +24,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data.files import BadInput, printable, read_jsonl, run_command, write_jsonl
-from data.flags import Parser
+from data.commands import printable, run_command
+from data.files import BadInput, read_jsonl, write_jsonl
+from data.flags import Parser, whole
 from data.outputs import claim
 from data.stages import progress
 from data.tiny.grader import grade
@@ -50,8 +51,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pool", choices=tuple(POOL_WEIGHTS), default="training", help="simulated labelers")
     add("--noise_of", metavar="FILE", help="comparisons.jsonl whose labelers' noise these have too")
     add("--labelers", type=int, default=1, help="how many of them rank each prompt, a record each")
-    add("--off_topic", type=int, default=0, help="responses of a prompt to take from other prompts")
-    add("--seed", type=int, default=0, help="of all random draws")
+    add(
+        "--off_topic",
+        type=whole,
+        default=0,
+        help="responses of a prompt to take from other prompts",
+    )
+    add("--seed", type=whole, default=0, help="of all random draws")
     add("--interactive", action=argparse.BooleanOptionalAction, default=False, help="you rank")
     add("--labeler", default="person", help="your name in the comparisons")
     args = parser.parse_args(argv)
@@ -62,9 +68,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.interactive and args.labelers > 1:
         one = "expected 1 with --interactive; the next person gives another --labeler and --out"
         parser.error(f"--labelers {args.labelers}: {one}")
-    for name in ("off_topic", "seed"):
-        if not 0 <= getattr(args, name) <= 2**32:
-            parser.error(f"--{name} {getattr(args, name)}: expected 0 to {2**32}")
     if not args.interactive and args.world is None:
         parser.error("--world is missing: simulated labelers need world.json; or --interactive")
     return args

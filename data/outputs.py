@@ -2,7 +2,7 @@
 
     claim(args.out, "sft", {"init": "out/base", "data": "out/data/train/demonstrations.jsonl"})
 
-It is refused with one line, and nothing is touched, where the command would overwrite what it
+It is refused with one line, and nobody's file is touched, where the command would overwrite what it
 reads, or anything but an earlier result of the same kind, and where another process is at work.
 """
 
@@ -25,39 +25,46 @@ from typing import Any, NamedTuple
 from data import files
 from data.files import BadInput
 
-RUN = ("checkpoints", "epochs", "steps", "model.safetensors", "config.json", "tokenizer.json")
-RUN += ("log.csv", "timing.csv")
+FOLDERS = ("checkpoints", "epochs", "steps")  # of a run; models under names of its own
+OWN = re.compile(r"checkpoints/[0-9]{8}|(epochs|steps)/[0-9]+")  # others there are the user's
+MODEL = ("config.json", "tokenizer.json", "model.safetensors")  # a model's files
+RUN = (*FOLDERS, *MODEL, "log.csv", "timing.csv")
 PAGE = ("*.md", "*.csv", "*.txt", "*.png", "parts", "samples.jsonl")
 DATA = ("train", "valid", "test", "tokenizer.json")
-OWN = r"checkpoints/[0-9]{8}|(epochs|steps)/[0-9]+"  # a run's models; others there are the user's
 HEAD = 2**16  # characters of a file that tell what it is
 
 
 class Kind(NamedTuple):
-    """One kind of result, and how it is known."""
+    """One kind of result, and how an earlier one is known.
 
-    mark: str  # a file in the output, which begins with `words`; "": the output is itself a file,
-    words: str  # of JSON Lines; then words are the keys that its first object has, or !has not
-    writes: tuple[str, ...] = ()  # names in the output; "*": it is replaced as a whole
-    after: tuple[str, ...] = ()  # those of them that are never there without the mark
+    An output that is a file, of JSON, by the keys of its first object: ("ranks", "!noise") has
+    ranks and no noise. A folder by a file in it, its mark, whose text begins with a pattern.
+    """
+
+    keys: tuple[str, ...] = ()  # of a file
+    mark: str = ""  # the file, of a folder
+    pattern: str = ""
+    writes: tuple[str, ...] = ()  # names, or patterns of names, in a folder; "*": it is replaced
+    never: tuple[str, ...] = ()  # what is not there, without the mark, whatever was interrupted
 
 
 def run_of(stage: str) -> Kind:
-    return Kind("config.json", rf'(?s).*"stage": "{stage}"', RUN, ("model.safetensors",))
+    pattern = rf'(?s).*"stage": "{stage}"'
+    return Kind((), "config.json", pattern, RUN, ("model.safetensors",))
 
 
 KINDS = {
-    "candidates": Kind("", "responses models !ranks"),
-    "simulated comparisons": Kind("", "ranks noise"),
-    "comparisons by hand": Kind("", "ranks !noise"),
-    "measurement": Kind("", "name settings models"),
-    "selection": Kind("selection.csv", "epoch,", ("*",)),
+    "candidates": Kind(("responses", "models", "!ranks")),
+    "simulated comparisons": Kind(("ranks", "noise")),
+    "comparisons by hand": Kind(("ranks", "!noise")),
+    "measurement": Kind(("name", "settings", "models")),
+    "selection": Kind((), "selection.csv", "epoch,", ("*",)),
     **{stage: run_of(stage) for stage in ("base", "sft", "rm", "ppo")},
-    "report": Kind("report.md", "# What each step did", PAGE),
-    "report on public sets": Kind("report.md", "# Public sets", PAGE),
-    "folds": Kind("folds.md", "# Reward models", ("fold_*", "folds.*")),
-    "tiny world": Kind("world.json", r'\{\s*"seed": ', (*DATA, "world.json", "card.md"), DATA),
-    "data set": Kind("account.txt", "", (*DATA, "account.txt"), ("model.safetensors",)),
+    "report": Kind((), "report.md", "# What each step did", PAGE),
+    "report on public sets": Kind((), "report.md", "# Public sets", PAGE),
+    "folds": Kind((), "folds.md", "# Reward models", ("fold_*", "folds.*")),
+    "tiny world": Kind((), "world.json", r'\{\s*"seed": ', (*DATA, "world.json", "card.md"), DATA),
+    "data set": Kind((), "account.txt", "", (*DATA, "account.txt"), ("model.safetensors",)),
 }
 SELECTION = {"config.json", "model.safetensors", "tokenizer.json", "selection.csv", "SHA256SUMS"}
 
@@ -68,19 +75,20 @@ def check_inputs(out: str, kind: str, inputs: Mapping[str, Any]) -> None:
     """Raise `BadInput` where the result would overwrite an input: path, paths or name -> path."""
     real, writes = Path(os.path.realpath(out)), KINDS[kind].writes
     what, name = "folder" if writes else "file", Path(out).name
-    if not out.strip() or not name.strip(".") or out.endswith("/") > bool(writes):
+    if not out.strip() or not name.strip(".") or out.endswith("/") and not writes:
         raise BadInput(f"--out {out!r}: expected the name of a {what}")
     if len(os.fsencode(name)) > 200 or not name.isprintable():
         raise BadInput(f"--out {out!r}: expected a name of at most 200 bytes, all printable")
-    if re.search(rf"/({OWN})(/|$)|/(checkpoints|epochs|steps)$", str(real)):
+    if any(f.name in FOLDERS and _is_run(f.parent) for f in (real, *real.parents)):
         raise BadInput(f"--out {out}: lies among the models that a run keeps; give another {what}")
     for flag, given in inputs.items():
         given = given.values() if isinstance(given, Mapping) else given
         for path in [given] if isinstance(given, (str, Path)) else given or ():
             read = Path(os.path.realpath(path))
-            first = read.relative_to(real).parts[:1] if read.is_relative_to(real) else None
             same = real.exists() and read.exists() and read.samefile(real)  # two mounts of one
-            if same or first == () or first and any(fnmatch(first[0], name) for name in writes):
+            inside = read.relative_to(real).parts if read.is_relative_to(real) else ()
+            same = same or read == real
+            if same or inside and any(fnmatch(inside[0], name) for name in writes):
                 raise BadInput(f"--out {out} would replace --{flag} {path}: give another {what}")
             files.check_text(str(path), f"--{flag} {path!r}:")  # it stands in what is written
 
@@ -99,7 +107,7 @@ def claim(out: str, kind: str, inputs: Mapping[str, Any]) -> None:
     if "*" in writes and (path.is_symlink() or os.path.ismount(path)):
         raise BadInput(f"--out {out}: is replaced whole, which a link or mount point cannot be")
     real = Path(os.path.realpath(out))
-    made = [folder for folder in (real, real.parent) if not folder.exists()]
+    made = [folder for folder in (real, *real.parents) if not folder.exists()]
     # Beside the output; a folder can be writable where the one around it is not, as a mount.
     inside = writes and "*" not in writes and real.exists() and not os.access(real.parent, os.W_OK)
     place = real if inside else real.parent
@@ -114,11 +122,19 @@ def claim(out: str, kind: str, inputs: Mapping[str, Any]) -> None:
 
 
 def check_claims() -> None:
-    """Raise `BadInput` unless all claims of this process still hold: a person may have deleted or
-    moved an output."""
+    """Raise `BadInput` unless the locks are still this process's: a person may have deleted one, or
+    moved the folder around it, and another process may be at work."""
     for path, (lock, _) in _held.items():
         if not _is_file(path, lock):
-            raise BadInput(f"{path}: was removed or replaced while this process was at work: stop")
+            fault = "was removed or replaced while this process was at work"
+            raise BadInput(f"{path}: {fault}; look who writes there, and start again")
+
+
+def kept_folders(out: Path) -> list[Path]:
+    """What runs have made under checkpoints/, epochs/ and steps/; there the oldest first."""
+    found = [f for name in FOLDERS for f in sorted((out / name).glob("*"))]
+    found = [f for f in found if OWN.fullmatch(f"{f.parent.name}/{f.name}")]
+    return [f for f in found if f.is_dir() and not f.is_symlink()]
 
 
 def release() -> None:
@@ -189,14 +205,13 @@ def _is(kind: Kind, mark: Path) -> bool:
         return False
     with mark.open(encoding="utf-8-sig", errors="replace") as file:
         if kind.mark:
-            return bool(re.match(kind.words, file.read(HEAD)))
+            return bool(re.match(kind.pattern, file.read(HEAD)))
         line = next((line for line in file if line.strip()), "")
     with suppress(ValueError, RecursionError):
         record = json.loads(line)
-        has = isinstance(record, dict) and all(
-            (word.strip("!") in record) != word.startswith("!") for word in kind.words.split()
+        return isinstance(record, dict) and all(
+            (key.strip("!") in record) != key.startswith("!") for key in kind.keys
         )
-        return has
     return False
 
 
@@ -210,8 +225,7 @@ def _check_kind(path: Path, name: str) -> None:
         there = {f.name for f in path.iterdir() if not files.LEFTOVER.fullmatch(f.name)}
         there -= {f".{path.name}.lock", ".DS_Store"}
         found = {n: k for n, k in KINDS.items() if k.mark in there and _is(k, path / k.mark)}
-        own = [f for f in path.glob("*/*") if re.fullmatch(OWN, f"{f.parent.name}/{f.name}")]
-        own = [f for f in own if f.is_dir() and not f.is_symlink() and not _is_own(kind, f)]
+        foreign = [f for f in kept_folders(path) if not _is_own(kind, f)]
         if "*" in kind.writes:
             odd = sorted(there - SELECTION if name in found else there)
         elif kind.mark in there and name not in found:
@@ -219,12 +233,16 @@ def _check_kind(path: Path, name: str) -> None:
         else:
             others = [n for n, k in found.items() if n != name and _clash(k, kind)]
             odd = [f"a result of kind {n}" for n in others]
-            odd += [] if kind.mark in there else sorted(there & set(kind.after))
-            odd += [f"{f.parent.name}/{f.name}" for f in own]
+            odd += [] if kind.mark in there else sorted(there & set(kind.never))
+            odd += [f"{f.parent.name}/{f.name}" for f in foreign]
     if odd:
         more = f" and {len(odd) - 1} more" if odd[1:] else ""
         remedy = "give another, or move that away"
         raise BadInput(f"--out {path}: holds {odd[0]}{more}, and no earlier {name}; {remedy}")
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "model.safetensors", "log.csv"))
 
 
 def _is_own(kind: Kind, folder: Path) -> bool:

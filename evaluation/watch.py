@@ -16,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from data.files import BadInput, check_writable, read_log, run_command
+from data.commands import run_command
+from data.files import BadInput, check_writable, read_log
 from data.flags import Parser
 
 Columns = dict[str, list[float]]  # of a log: column -> a value a row, NaN where the cell is empty

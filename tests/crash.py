@@ -47,7 +47,7 @@ def serve() -> None:
     child's process number, and its exit status when it ends."""
     import data.label
     import data.tiny.make
-    from data.files import run_command
+    from data.commands import run_command
 
     import torch._dynamo  # noqa: F401  optimizers import it at first use, which takes seconds
 

@@ -12,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from data.files import read_jsonl, run_command, write_jsonl
+from data.commands import run_command
+from data.files import read_jsonl, write_jsonl
 from data.tiny.grader import Grade
 from data.tokenizer import encode_prompt, encode_response
 

@@ -12,7 +12,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.files import BadInput, run_command
+from data.commands import run_command
+from data.files import BadInput
 from data.real import download as module
 from data.real import prepare
 from data.real.download import REMEDY, download, fetch
@@ -225,7 +226,11 @@ def test_the_command_has_one_clear_line(server, tmp_path, monkeypatch, capsys):
     for code, url, expected in (
         (2, server.url, f"error: {server.url}: the server answered 404 Not Found; {REMEDY}\n"),
         (2, closed, f"error: {closed}: the connection failed (ConnectionError); {REMEDY}\n"),
-        (1, server.url, f"error: {part}: the disk is full\n"),
+        (
+            1,
+            server.url,
+            f"error: {part}: the disk is full; free some space, and repeat the command\n",
+        ),
         (0, server.url, ""),
     ):
         file = RemoteFile(url, "file.bin", None, SHA256)

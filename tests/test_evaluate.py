@@ -10,7 +10,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from data import outputs
-from data.files import BadInput, fingerprint, read_jsonl, run_command, write_jsonl
+from data.commands import run_command
+from data.files import BadInput, fingerprint, read_jsonl, write_jsonl
 from data.tiny.grader import Grade
 from data.tiny.tasks import USE_CASES, make_prompt
 from data.tiny.world import World

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data import files
+from data import commands, files
 from data.files import END_OF_TEXT, BadInput, read_documents, read_jsonl, write_jsonl
 from data.tokenizer import encode_prompt, encode_response
 
@@ -398,7 +398,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch, capsys):
 
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, busy(getattr(os, name)))
-    assert files.run_command(lambda: files.write_folder_atomic(folder, write_letter("y"))) == 2
+    assert commands.run_command(lambda: files.write_folder_atomic(folder, write_letter("y"))) == 2
     assert capsys.readouterr().err == f"error: {folder}: Device or resource busy\n"
     assert (folder / "a").read_text() == "x" and (folder / "notes").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
@@ -491,13 +491,20 @@ def raising(error: BaseException) -> Callable[[], int]:
     return main
 
 
+LINE = raising(None).__code__.co_firstlineno + 1
+
+
 OUT_OF_MEMORY = "error: out of memory; lower --batch_size"
 FAILURES = [
     (BadInput("x.jsonl:3: bad\nvery bad"), 2, "error: x.jsonl:3: bad very bad"),
-    (ValueError("q has shape"), 2, "error: q has shape"),
+    (ValueError("q has shape"), 2, f"error: q has shape (test_files.py:{LINE})"),
     (FileNotFoundError(2, "No such file", "a/b"), 2, "error: a/b: No such file"),
     (PermissionError(13, "Permission denied", "a/b"), 2, "error: a/b: Permission denied"),
-    (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: the disk is full"),
+    (
+        OSError(28, "No space left on device", "a/b"),
+        1,
+        "error: a/b: the disk is full; free some space, and repeat the command",
+    ),
     (MemoryError(), 1, OUT_OF_MEMORY),
     (RuntimeError("CUDA out of memory. Tried"), 1, OUT_OF_MEMORY),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, OUT_OF_MEMORY),
@@ -507,17 +514,17 @@ FAILURES = [
 
 @pytest.mark.parametrize(("error", "code", "line"), FAILURES)
 def test_failures_become_one_line_and_an_exit_code(error, code, line, capsys):
-    assert files.run_command(raising(error)) == code
+    assert commands.run_command(raising(error)) == code
     assert capsys.readouterr().err == line + "\n"
 
 
 def test_success_and_bugs_pass_through():
-    assert files.run_command(lambda: None) == 0
-    assert files.run_command(lambda: 7) == 7
+    assert commands.run_command(lambda: None) == 0
+    assert commands.run_command(lambda: 7) == 7
     with pytest.raises(RuntimeError, match="a bug"):  # a bug keeps its traceback
-        files.run_command(raising(RuntimeError("a bug")))
+        commands.run_command(raising(RuntimeError("a bug")))
     with pytest.raises(SystemExit):  # argparse has printed its own line
-        files.run_command(lambda: sys.exit(2))
+        commands.run_command(lambda: sys.exit(2))
 
 
 # ------------------------------ Planted bugs: each must make the named test fail

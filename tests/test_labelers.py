@@ -9,7 +9,8 @@ from itertools import combinations
 from pathlib import Path
 
 from data import label as command
-from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from data.commands import run_command
+from data.files import BadInput, read_jsonl, write_jsonl
 from data.label import parse_ranking
 from data.tiny import labelers
 from data.tiny.answers import Failings, answer
@@ -369,8 +370,8 @@ def test_off_topic_responses_are_ranked_and_do_not_raise_the_noise(
     [
         ("--labelers", "0", "expected 1 to 20"),
         ("--labelers", "21", "expected 1 to 20"),
-        ("--off_topic", "-1", "expected 0 to"),
-        ("--seed", "-1", "expected 0 to"),
+        ("--off_topic", "-1", "expected a whole number from 0"),
+        ("--seed", "-1", "expected a whole number from 0"),
     ],
 )
 def test_flags_without_sense_are_refused(
@@ -379,7 +380,8 @@ def test_flags_without_sense_are_refused(
     with pytest.raises(SystemExit) as error:
         run(files, flag, value)
     assert error.value.code == 2
-    assert f"{flag} {value}: {expected}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert flag in said and f"{value}: {expected}" in said
 
 
 def test_candidates_of_real_prompts_need_a_person(

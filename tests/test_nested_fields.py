@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data import label
-from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from data.commands import run_command
+from data.files import BadInput, read_jsonl, write_jsonl
 from data.real import prepare
 from data.tiny.answers import answer
 from data.tiny.grader import _RULES, false_claims, grade

@@ -5,7 +5,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from data.files import read_documents, read_jsonl, run_command
+from data.commands import run_command
+from data.files import read_documents, read_jsonl
 from data.hygiene import pii_of
 from data.real.prepare import DATA_SETS, SPLITS, main
 from data.real.raw import find_files

@@ -9,7 +9,8 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from data.files import BadInput, run_command
+from data.commands import run_command
+from data.files import BadInput
 from data.real import public_sets
 from data.real.public_items import Choice, Completion, Item, Opening, Pair, Truth
 from data.real.public_sets import LABELS, PUBLIC_SETS, Condition, choose, load

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from data.files import read_log, run_command
+from data.commands import run_command
+from data.files import read_log
 from data.tokenizer import save_tokenizer, train_bpe
 
 import pytest

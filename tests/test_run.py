@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data import files, outputs
-from data.files import BadInput, read_log, run_command, write_folder_atomic
+from data.commands import run_command
+from data.files import BadInput, read_log, write_folder_atomic
 from data.flags import fraction, natural, nonnegative, number, whole
 
 import pytest
@@ -34,6 +35,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Killed(BaseException):
     """In place of SIGKILL, where no file is being written."""
+
+
+FULL = "the disk is full; free some space, and repeat the command"
 
 
 class World:
@@ -261,7 +265,7 @@ BUGS = {f"{name} not restored": (Run, "_restore", restore_without(name)) for nam
     "inputs not read": (run_file, "_fingerprints", lambda args: {}),
     "any step is past": (run_file, "read_info", lambda folder: read_info(folder) | {"step": 0}),
     "nothing deleted": (shutil, "rmtree", lambda *args, **kwargs: None),
-    "all deleted": (Run, "_folders", lambda r: sorted((r.out / "checkpoints").iterdir())),
+    "all deleted": (run_file, "kept_folders", lambda r: sorted((r / "checkpoints").iterdir())),
     "nothing is infinite": (math, "isfinite", lambda value: True),
 }
 CHECKS = {  # and the bugs that each catches
@@ -325,7 +329,7 @@ def test_a_file_that_torch_cannot_write_is_one_line(tmp_path: Path) -> None:
     """Its writer raises no OSError. The limit is that of one process, for all its files."""
     code = (
         "import resource, signal, torch; from pathlib import Path;"
-        "from checkpoint import save_state; from data.files import run_command;"
+        "from checkpoint import save_state; from data.commands import run_command;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "model = torch.nn.Linear(200, 200); resource.setrlimit(resource.RLIMIT_FSIZE, (5e4, 5e4));"
         f"path = Path({str(tmp_path)!r}) / 'state.pt';"
@@ -334,13 +338,13 @@ def test_a_file_that_torch_cannot_write_is_one_line(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
-    assert run.returncode == 1 and run.stderr == f"error: {tmp_path}/state.pt: the disk is full\n"
+    assert run.returncode == 1 and run.stderr == f"error: {tmp_path}/state.pt: {FULL}\n"
 
 
 def test_a_full_disk_stops_a_run_and_loses_nothing(w: World, server: Server) -> None:
     run = server.run("toy", w.args(), dict.fromkeys(range(50, 9999), "full"))
     assert run.code == 1 and run.stderr.count("\n") == 1
-    assert run.stderr.startswith("error: ") and run.stderr.endswith("the disk is full\n")
+    assert run.stderr.startswith("error: ") and run.stderr.endswith(FULL + "\n")
     assert server.run("toy", w.args("--resume")).code == 0
     assert_same(w.out, w.whole)
 

@@ -6,7 +6,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from data.files import BadInput, read_jsonl, run_command, write_jsonl
+from data.commands import run_command
+from data.files import BadInput, read_jsonl, write_jsonl
 from data.tiny.world import World
 from data.tokenizer import encode_prompt, save_tokenizer, train_bpe
 

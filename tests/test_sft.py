@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from data.files import BadInput, read_log, run_command, write_documents, write_jsonl
+from data.commands import run_command
+from data.files import BadInput, read_log, write_documents, write_jsonl
 from data.tokenizer import encode_prompt, encode_response
 
 import numpy as np

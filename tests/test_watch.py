@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from data.files import run_command
+from data.commands import run_command
 
 import matplotlib.image
 import pytest

@@ -24,7 +24,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from data.files import BadInput, Record, run_command, write_atomic, write_documents, write_jsonl
+from data.commands import run_command
+from data.files import BadInput, Record, write_atomic, write_documents, write_jsonl
 from data.flags import Parser, whole
 from data.hygiene import (
     PREFIX_CHARS,

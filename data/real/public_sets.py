@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import BadInput, run_command
+from data.commands import run_command
+from data.files import BadInput
 from data.real import public_items as read
 from data.real.public_items import I_DO_NOT_KNOW, NOT_IN_BACKGROUND, Completion, Item, Opening
 from data.real.raw import find_files

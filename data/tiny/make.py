@@ -28,7 +28,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from data import hygiene
-from data.files import run_command, write_atomic, write_documents, write_jsonl
+from data.commands import run_command
+from data.files import write_atomic, write_documents, write_jsonl
 from data.flags import Parser
 from data.outputs import claim
 from data.tiny import card, probes

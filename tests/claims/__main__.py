@@ -24,7 +24,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from data.files import BadInput, check_writable, run_command, write_atomic
+from data.commands import run_command
+from data.files import BadInput, check_writable, write_atomic
 from data.flags import Parser
 
 from evaluation.report import as_markdown, csv_text

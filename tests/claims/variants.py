@@ -17,12 +17,12 @@ import sys
 from itertools import groupby, islice
 from pathlib import Path
 
+from data.commands import run_command
 from data.files import (
     BadInput,
     Record,
     read_documents,
     read_jsonl,
-    run_command,
     write_documents,
     write_jsonl,
 )
