@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from kernels import runtime
 from kernels.runtime import needs_triton, triton
+from kernels.watch import Watch, own, root, watching
 
 # Largest error, relative to the largest entry, that rounding explains: inputs are exact in float64,
 # sums are float32 (or wider), and 16-bit results, probabilities and their gradients are rounded a
@@ -128,16 +128,12 @@ def run_cases(cases: Sequence, check: Callable[[Any], float], only: int | None =
 
 def first_cause(error: BaseException) -> str:
     """A mismatch's text; of any other error the one that it began with, and the line of a kernel or
-    of its caller that raised it. (Triton's interpreter wraps an error once a call.)"""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    of its caller that raised it."""
+    error = root(error)
     if isinstance(error, Mismatch):
         return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
     text = f"{type(error).__name__}: {error}"
-    if own:
-        place = own[-1]
+    for place in own(traceback.extract_tb(error.__traceback__))[-1:]:
         text += f"\n  {Path(place.filename).name}:{place.lineno} {place.name}: {place.line}"
     return text
 
@@ -193,84 +189,33 @@ def main(
 # ---- what interpreted kernels touch
 
 
-class Outside(IndexError):
-    """A kernel read or wrote an address that belongs to none of its arguments."""
-
-
 @contextmanager
-def guarded() -> Iterator[Counter]:
-    """In Triton's interpreter, watch each load, store and product of the kernels that run within.
+def guarded() -> Iterator[Watch]:
+    """`watching`, with more errors: ValueError for a product in less than float32, and
+    FloatingPointError for 1 / 0, inf - inf and their like, also in a number that is not used. New
+    tensors hold NaN, so that what a kernel forgets to write is seen.
 
-    Raises Outside for an address beyond the tensors that the kernel was given, ValueError for a
-    product in less than float32 and FloatingPointError for 1 / 0, inf - inf and their like, also in
-    a number that is not used; fills new tensors with NaN, so that what a kernel forgets to write is
-    seen. The result counts (kernel, argument): elements read of it, and (kernel, "dot"): products.
-    Without the interpreter nothing is watched or counted.
+    Without Triton's interpreter nothing is watched: the result stays empty.
     """
-    count: Counter = Counter()
     if not runtime.INTERPRETED:
-        yield count
+        yield Watch()
         return
-    from triton.runtime.interpreter import interpreter_builder as machine
-    from triton.runtime.interpreter import np
+    from triton.runtime.interpreter import np  # of which the interpreter's numbers are
 
-    now, spans = None, []
-    load, store, dot = machine.create_masked_load, machine.create_masked_store, machine.create_dot
-
-    def check(kind: str, pointers: Any, mask: Any) -> None:
-        nonlocal now, spans
-        if runtime.launched is not now:
-            now = runtime.launched
-            named = zip(now.kernel.arg_names, now.args, strict=False)
-            spans = [(name, *_span(x)) for name, x in named if isinstance(x, Tensor) and x.numel()]
-        addresses = pointers.data[mask.data]
-        if addresses.size == 0:
-            return
-        low, high = int(addresses.min()), int(addresses.max())
-        name = next((name for name, begin, end in spans if begin <= low and high < end), None)
-        if name is None:
-            kernel, program = now.kernel.__name__, machine.grid_idx
-            near = min(spans, key=lambda span: min(abs(span[1] - low), abs(span[2] - high)))
-            raise Outside(
-                f"{kernel}, program {program}: {kind} outside of its tensors, near {near[0]}"
-            )
-        if kind == "load":
-            count[now.kernel.__name__, name] += addresses.size
-
-    def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        check("load", pointers, mask)
-        return load(pointers, mask, *rest)
-
-    def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        check("store", pointers, mask)
-        return store(pointers, value, mask, *rest)
-
-    def watched_dot(a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
-        if a.data.dtype.itemsize >= 4 and "IEEE" not in str(precision):
-            raise ValueError(f"a float32 product has precision {precision}; give 'ieee'")
-        if d.data.dtype.itemsize < 4:
-            raise ValueError("a product is summed in 16 bits; give out_dtype=ACC")
-        count[runtime.launched.kernel.__name__, "dot"] += 1
-        return dot(a, b, d, precision, *rest)
-
-    names = "create_masked_load", "create_masked_store", "create_dot"
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # then empty tensors hold NaN
-    for name, function in zip(names, (watched_load, watched_store, watched_dot), strict=True):
-        setattr(machine, name, function)
     try:
-        with np.errstate(divide="raise", invalid="raise"):  # of which the interpreter's numbers are
-            yield count
+        with np.errstate(divide="raise", invalid="raise"), watching(_check_product) as watch:
+            yield watch
     finally:
-        for name, function in zip(names, (load, store, dot), strict=True):
-            setattr(machine, name, function)
         torch.use_deterministic_algorithms(before)
 
 
-def _span(x: Tensor) -> tuple[int, int]:
-    """The first address of a tensor, and the one after its last element."""
-    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+def _check_product(a: Any, b: Any, total: Any, precision: Any) -> None:
+    if a.data.dtype.itemsize >= 4 and "IEEE" not in str(precision):
+        raise ValueError(f"a float32 product has precision {precision}; give 'ieee'")
+    if total.data.dtype.itemsize < 4:
+        raise ValueError("a product is summed in 16 bits; give out_dtype=ACC")
 
 
 def expect_count(what: str, found: int, expected: int) -> None:

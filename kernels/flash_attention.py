@@ -790,7 +790,7 @@ def _check_case(impl: str, dtype: torch.dtype, device: str, case: tuple) -> floa
     # scores are rounded in proportion to their size, and so is everything after the exponential
     tolerance = min(0.05, TOLERANCE[dtype] * (1 - level))
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    with guarded() as count:
+    with guarded() as seen:
         out = attention(*inputs, lengths, score_mod=score_mod, impl=impl)
         out.backward(grad)
     exact = [x.detach().double().nan_to_num().requires_grad_() for x in (q, k, v)]
@@ -806,11 +806,11 @@ def _check_case(impl: str, dtype: torch.dtype, device: str, case: tuple) -> floa
             strict=True,
         )
     )
-    if impl == "triton" and count:  # no tile is visited in vain
+    if impl == "triton" and seen.visits:  # no tile is visited in vain
         products = zip(("forward", "d_query", "d_key_value"), (2, 3, 4), _tiles(q), strict=True)
         for kernel, each, tile in products:
             tiles = shape[1] * visible_tiles(shape[2], row_lengths, score_mod, tile)
-            found = count[f"{kernel}_kernel", "dot"]
+            found = seen.dots[f"{kernel}_kernel"]
             expect_count(f"{what}: products of {kernel}", found, each * tiles)
     return worst
 

@@ -449,21 +449,21 @@ def _check_case(impl: str, dtype: torch.dtype, device: str, case: tuple) -> floa
     # scores are rounded in proportion to their size, and so is everything after the exponential
     tolerance = min(0.05, TOLERANCE[dtype] * (1 - level))
     q, k, v, lengths = make_case(*shape, row_lengths, level, dtype, device)
-    with guarded() as count:
+    with guarded() as seen:
         out = decode_attention(q, k, v, lengths, score_mod=score_mod, impl=impl)
     expected = reference(
         q.double(), k.double().nan_to_num(), v.double().nan_to_num(), lengths, score_mod
     )
     what = f"decode_attention {impl} {shape} {row_lengths} {score_mod} level {level}"
     worst = compare(what, out, expected, tolerance)
-    if impl == "triton" and count:  # what is seen is read once, and nothing else
+    if impl == "triton" and seen.visits:  # what is seen is read once, and nothing else
         first, block, keys = find(score_mod).first_key, _tile(q)["BLOCK_K"], 0
         for n in row_lengths:
             skipped = max(0, plain(first)(n - 1)) // block * block if first and n else 0
             keys += n - skipped
         for name in ("k_ptr", "v_ptr"):
-            found, expected = count["split_kernel", name], shape[1] * shape[3] * keys
-            expect_count(f"{what}: elements read of {name}", found, expected)
+            found, row = seen.requested["split_kernel", "load", name], shape[3] * q.element_size()
+            expect_count(f"{what}: bytes read of {name}", found, shape[1] * keys * row)
     return worst
 
 

@@ -662,7 +662,7 @@ def _check_case(impl: str, dtype: torch.dtype, device: str, case: tuple) -> floa
     grads = [g * float(times) for g in grads] if times else grads  # strided ones stay so
     chosen = {"logprobs": slice(0, 1), "entropy": slice(1, 2), "both": slice(0, 2)}[outputs]
     inputs = [x.detach().requires_grad_() for x in (hidden, weight)]
-    with check.guarded() as count:
+    with check.guarded() as seen:
         out = logprobs(*inputs, targets, temperature=temperature, impl=impl)
         torch.autograd.backward(out[chosen], [g.to(out[0].dtype) for g in grads[chosen]])
     exact = [x.detach().double().nan_to_num().requires_grad_() for x in (hidden, weight)]
@@ -677,9 +677,9 @@ def _check_case(impl: str, dtype: torch.dtype, device: str, case: tuple) -> floa
     found, wanted = (*out, *(x.grad for x in inputs)), (*expected, *(x.grad for x in exact))
     limits = rounding, rounding, tolerance, tolerance
     worst = check.compare_all(zip(names, found, wanted, limits, strict=True))
-    if impl == "triton" and count:  # no tile is visited in vain
+    if impl == "triton" and seen.visits:  # no tile is visited in vain
         N, V, C = map(triton.cdiv, shape, [*_tiles(hidden)[0].values()][:3])
-        check.expect_count(f"{what} products", count["forward_kernel", "dot"], N * V * C)
+        check.expect_count(f"{what} products", seen.dots["forward_kernel"], N * V * C)
     return worst
 
 

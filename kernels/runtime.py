@@ -53,7 +53,6 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
 
-launched: Launch | None = None  # the last one in the interpreter
 _recorded: list[Launch] | None = None
 _recorded_class = ""
 
@@ -88,13 +87,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
     Raises ValueError where Triton cannot run on the tensors.
     """
-    global launched
     if _recorded is not None:
         _recorded.append(Launch(kernel, args, constants))
     elif 0 not in grid:
         _check_triton(f"kernel {kernel.__name__!r}", args[0])
-        if INTERPRETED:
-            launched = Launch(kernel, args, constants)
         with torch.cuda.device_of(args[0]):  # Triton launches on the current device
             kernel[grid](*args, **constants)
 

@@ -7,7 +7,10 @@
 Inside the block an access outside the tensor that the kernel was given raises OutOfBounds, which
 names kernel, program, tensor, index and line. (On a GPU it reads a neighbour's memory or ends the
 process.) A pointer belongs to the argument it was computed from, so an address that lies by chance
-in another argument is outside too. Elements of a tensor must not overlap, except by stride 0.
+in another argument is outside too. Elements of a tensor must not overlap, except by stride 0. Any
+other error of a kernel is raised as it began, without the interpreter's own around it. Blocks may
+be nested: each sees all that happens in it. The verify of each kernel file is such a block
+(check.py: guarded).
 
 MB are 10^6 bytes. *Requested* counts an element every time a program asks for it, and masked
 elements never: the traffic between a GPU's multiprocessors and its second-level cache. *Distinct*
@@ -24,9 +27,9 @@ _init_args_hst, which run a launch and see its tensors; _implicit_cvt, which mak
 
 from __future__ import annotations
 
-import sys
+import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
@@ -62,14 +65,15 @@ class Watch:
 
     def __init__(self) -> None:
         self.visits: list[Visit] = []
-        self.distinct: Counter[tuple] = Counter()  # (kernel, kind, tensor) -> bytes
+        self.requested: Counter[tuple] = Counter()  # (kernel, kind, tensor) -> bytes
+        self.distinct: Counter[tuple] = Counter()
         self.shapes: dict[tuple, torch.Size] = {}  # (kernel, tensor) -> shape in its last launch
         self.dots: Counter[str] = Counter()  # kernel -> calls of tl.dot
         self.multiplications: Counter[str] = Counter()  # kernel -> M N K of each (M, K) x (K, N)
 
     def megabytes(self) -> float:
         """MB requested by all loads and stores."""
-        return sum(visit.bytes for visit in self.visits) / 1e6
+        return self.requested.total() / 1e6
 
     def tiles(self, kernel: str, kind: str, tensor: str, sizes: Sizes) -> dict[tuple, set[tuple]]:
         """Program -> the tiles, one number for each axis of `sizes`, that it loads or stores."""
@@ -100,19 +104,14 @@ class Watch:
 
     def table(self) -> str:
         """Times, MB requested and distinct MB of each tensor of each kernel."""
-        rows = defaultdict(lambda: [0, 0])
-        for v in self.visits:
-            row = rows[v.kernel, v.kind, v.tensor]
-            row[0], row[1] = row[0] + 1, row[1] + v.bytes
+        times = Counter((v.kernel, v.kind, v.tensor) for v in self.visits)
         lines = [
             f"{'kernel':20} {'access':6} {'tensor':12} {'times':>6} {'MB':>9} {'distinct MB':>12}"
         ]
-        for key, (times, size) in rows.items():
-            kernel, kind, tensor = key
-            distinct = self.distinct[key] / 1e6
-            lines.append(
-                f"{kernel:20} {kind:6} {tensor:12} {times:6} {size / 1e6:9.5f} {distinct:12.5f}"
-            )
+        for key, number in times.items():
+            head = "{:20} {:6} {:12}".format(*key)
+            requested, distinct = self.requested[key] / 1e6, self.distinct[key] / 1e6
+            lines.append(f"{head} {number:6} {requested:9.5f} {distinct:12.5f}")
         for kernel, number in self.dots.items():
             lines.append(
                 f"{kernel:20} tl.dot {number:19} of {self.multiplications[kernel]:,} products"
@@ -139,23 +138,32 @@ def locate(x: Tensor, offset: Tensor) -> tuple[list[Tensor], Tensor]:
     return index, inside
 
 
+def root(error: BaseException) -> BaseException:
+    """What an error began with: Triton's interpreter wraps it once for every call."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def own(frames: Iterable[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """Of some frames those of kernels and their callers: no library's, none of the checks."""
+    checks = [str(Path(__file__).with_name(name)) for name in ("watch.py", "check.py")]
+    return [f for f in frames if "site-packages" not in f.filename and f.filename not in checks]
+
+
 def _line(kernel: str) -> str:
     """File and line of the access that is being run, and the call of it in the kernel."""
-    frame, found = sys._getframe(1), []
-    while frame is not None and (not found or found[-1][0] != kernel):
-        code = frame.f_code
-        if Path(triton.__file__).parent not in Path(code.co_filename).parents:
-            if code.co_filename != __file__:
-                found.append((code.co_name, f"{Path(code.co_filename).name}:{frame.f_lineno}"))
-        frame = frame.f_back
-    return ", called from ".join(place for _, place in found)
+    frames = own(traceback.extract_stack())[::-1]
+    end = next(i for i, frame in enumerate(frames, 1) if frame.name == kernel)
+    return ", called from ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[:end])
 
 
 @contextmanager
-def watching() -> Iterator[Watch]:
+def watching(on_dot: Callable[..., None] = lambda *_: None) -> Iterator[Watch]:
     """Check, trace and count what interpreted kernels do inside the block; see the top.
 
-    Raises ValueError where Triton's interpreter is off.
+    `on_dot` is called before each tl.dot with the interpreter's a, b, the tile that is added to
+    and the input precision. Raises ValueError where Triton's interpreter is off.
     """
     if not INTERPRETED:
         raise ValueError(
@@ -183,7 +191,7 @@ def watching() -> Iterator[Watch]:
             x = next((t for t in tensors.values() if located(t, addresses[:1])[2]), None)
         if x is None:
             raise OutOfBounds(f"{where} of an address in no argument ({_line(kernel)})")
-        name, size = next(n for n, t in tensors.items() if t is x), x.element_size()
+        name = next(n for n, t in tensors.items() if t is x)
         offset, index, inside = located(x, addresses)
         if not inside.all():
             bad = int(inside.logical_not().nonzero()[0, 0])
@@ -193,8 +201,10 @@ def watching() -> Iterator[Watch]:
                 f"({_line(kernel)})"
             )
         first, last = (tuple(int(f(i)) for i in index) for f in (torch.min, torch.max))
-        watch.visits.append(Visit(kernel, program, kind, name, first, last, size * len(inside)))
-        touched[kernel, kind, name, size].append(offset)
+        size = x.element_size() * len(inside)
+        watch.visits.append(Visit(kernel, program, kind, name, first, last, size))
+        watch.requested[kernel, kind, name] += size
+        touched[kernel, kind, name].append(offset)
 
     def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         check("load", self.grid_idx, pointers, mask)
@@ -204,10 +214,11 @@ def watching() -> Iterator[Watch]:
         check("store", self.grid_idx, pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
-    def watched_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def watched_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
+        on_dot(a, b, d, precision)
         watch.dots[kernel] += 1
         watch.multiplications[kernel] += a.data.size * b.data.shape[-1]
-        return dot(self, a, b, *rest)
+        return dot(self, a, b, d, precision, *rest)
 
     def watched_convert(argument: Any) -> Any:
         result = convert(argument)
@@ -219,10 +230,8 @@ def watching() -> Iterator[Watch]:
         nonlocal kernel, tensors
         host = to_host(self, args, constants)
         given = dict(zip(self.arg_names, host[0], strict=False)) | host[1]
-        kernel, tensors = (
-            self.fn.__name__,
-            {n: x for n, x in given.items() if isinstance(x, Tensor)},
-        )
+        kernel = self.fn.__name__
+        tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
         watch.shapes |= {(kernel, name): x.shape for name, x in tensors.items()}
         return host
 
@@ -231,15 +240,12 @@ def watching() -> Iterator[Watch]:
             with _disable_current_modes():  # copies by the interpreter are no work of ours
                 call(self, *args, **constants)
         except Exception as error:
-            while error.__cause__ is not None:  # the interpreter wraps it once for every call
-                error = error.__cause__
-            if isinstance(error, OutOfBounds):
-                raise error from None
-            raise
+            raise root(error) from None
         finally:
             with _disable_current_modes():
-                for (*key, size), offsets in touched.items():
-                    watch.distinct[*key] += size * torch.cat(offsets).unique().numel()
+                for key, offsets in touched.items():
+                    elements = torch.cat(offsets).unique().numel()
+                    watch.distinct[key] += elements * tensors[key[2]].element_size()
             touched.clear()
 
     with ExitStack() as restore:

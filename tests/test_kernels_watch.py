@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels import flash_attention, flash_decoding, linear_logprob, watch
+from kernels.check import guarded
 from kernels.runtime import jit, launch, tl
 from kernels.watch import OutOfBounds, locate, watching
 from tests.interpreter import needs_triton
@@ -202,6 +203,21 @@ def test_what_was_replaced_is_restored_also_after_an_error():
             assert [dict(vars(owner)) for owner in owners] != before
             launch(copy_kernel, (1,), torch.zeros(3), torch.zeros(20), 0, 20, BLOCK=16)
     assert [dict(vars(owner)) for owner in owners] == before
+
+
+def test_a_guard_within_sees_the_same_and_leaves_nothing_behind():
+    from triton.runtime import interpreter
+
+    x, y = torch.ones(16), torch.zeros(16)
+    with watching() as outer:
+        for _ in range(2):
+            with guarded() as inner:
+                launch(copy_kernel, (1,), x, y, 0, 16, BLOCK=16)
+    assert outer.visits == 2 * inner.visits and len(inner.visits) == 2
+    assert outer.requested == inner.requested + inner.requested
+    with pytest.raises(OutOfBounds, match=r"load of x_ptr\[16\]"), watching(), guarded():
+        launch(copy_kernel, (1,), x, y, 0, 17, BLOCK=32)
+    assert not any("create" in name for name in vars(interpreter.interpreter_builder))
 
 
 def test_it_needs_the_interpreter(monkeypatch):
