@@ -17,8 +17,9 @@ file's IMPLS, give it a line there ("mine": my_attention, or, if it launches Tri
                                                            of SCORE_MODS or NUMBERED, score_mods.py
 
 To learn how such a kernel comes about, read ladder.py: seven rungs from three lines of torch to the
-kernels here (ladder_logprob.py: four). To see what a kernel does, and to find an access outside of
-its tensors, use watch.py.
+kernels here (ladder_logprob.py: four). To practise, `python -m kernels.exercise`: twelve broken
+kernels to mend, six to complete. To see what a kernel does, and to find an access outside of its
+tensors, use watch.py. docs/kernels.md has the order of reading and three recipes with their output.
 
 Names are looked up on first use and nothing is imported before that: `python -m
 kernels.flash_attention` can then choose Triton's interpreter before Triton is imported, and does

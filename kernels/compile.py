@@ -181,7 +181,7 @@ def compile_launch(name: str, launch: Launch, target: str) -> Report:
     tile = "x".join(str(v) for v in sizes.values())
     function = launch.kernel.fn.__name__
     report = Report(
-        f"{name} {function.removesuffix('_kernel')} {tile} w{options['num_warps']}",
+        f"{name} {function.removesuffix('_kernel')} {tile} w{compiled.metadata.num_warps}",
         target,
         registers,
         spill,

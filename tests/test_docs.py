@@ -3,13 +3,14 @@
 import ast
 import importlib.util
 import io
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -20,8 +21,8 @@ import pytest
 import torch
 
 import evaluate
-import kernels.flash_attention
 from checkpoint import GPT2_NAMES
+from kernels import OPERATIONS, check, flash_attention, linear_logprob, score_mods
 from tests.makefile import clean_environment, dry_run
 from tests.tiny import Tiny
 
@@ -37,6 +38,8 @@ PROGRAMS += (
     "tests.determinism",
     "tests.throughput",
     "tests.claims.__main__",
+    "tests.mutants",
+    "kernels.exercise",
 )
 MADE = {"$(R)/data/account.txt": "data/real/prepare", "$(R)/public/report.md": "evaluation/public"}
 STIFF = (
@@ -73,7 +76,8 @@ def program(words: list[str]) -> tuple[ModuleType, list[str]]:
     spec = importlib.util.find_spec(name)
     assert spec, f"there is no {name}"
     name += ".__main__" if spec.submodule_search_locations else ""
-    return importlib.import_module(name), words[first:]
+    with patch.dict(os.environ):  # kernels.compile turns the interpreter off
+        return importlib.import_module(name), words[first:]
 
 
 @lru_cache
@@ -82,8 +86,12 @@ def flags_of(name: str, *command: str) -> set[str]:
     if name == "evaluate" and not command:
         return set().union(*(flags_of(name, each) for each in evaluate.COMMANDS))
     shown, argv = io.StringIO(), [name, *command, "--help"]
+    if name.removeprefix("kernels.") in OPERATIONS.values():
+        main = partial(check.main, {}, None, [], None)
+    else:
+        main = importlib.import_module(name).main
     with redirect_stdout(shown), patch.object(sys, "argv", argv), pytest.raises(SystemExit):
-        importlib.import_module(name).main()
+        main()
     return set(re.findall(r"^  (?:-h, )?--(\w+)", shown.getvalue(), flags=re.M))
 
 
@@ -103,8 +111,9 @@ def check_command(words: list[str], whole: bool = True) -> None:
 
 @pytest.mark.parametrize(("command", "whole"), commands("python ").items())
 def test_python_commands_parse(command: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    impls = kernels.flash_attention.IMPLS
-    monkeypatch.setitem(impls, "mine", impls["torch"])  # which README tells its reader to write
+    for module in (flash_attention, linear_logprob):  # which pages tell their reader to write
+        monkeypatch.setitem(module.IMPLS, "mine", module.IMPLS["torch"])
+    monkeypatch.setitem(score_mods.SCORE_MODS, "distance", score_mods.SCORE_MODS["alibi"])
     check_command(shlex.split(command)[1:], whole)
 
 
@@ -122,7 +131,7 @@ def test_make_commands_exist_and_what_they_run_parses(
 
 
 def test_flags_that_pages_name_exist() -> None:
-    defined = set().union(*(flags_of(name) for name in PROGRAMS))
+    defined = set().union(*(flags_of(name) for name in (*PROGRAMS, "kernels.flash_attention")))
     for name, text in PAGES.items():
         assert flags_in(text) <= defined, name
 

@@ -3,7 +3,8 @@ caught by the check named.
 
 The mistakes are those found in published kernels: a softmax gradient summed per tile instead of per
 row, a running maximum that starts at 0, a last tile without a mask, an upstream gradient read as if
-it were contiguous, p - 1 in 16 bits, 32-bit offsets. (tests/mutants.py makes more, by machine.)
+it were contiguous, p - 1 in 16 bits, 32-bit offsets. Twelve of them are also exercises, and stand
+in kernels/exercises/answers.py. (tests/mutants.py makes more, by machine.)
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from kernels import flash_attention, flash_decoding, linear_logprob, runtime
+from kernels.exercises import answers
 from tests import mutants, test_flash_attention, test_flash_decoding, test_linear_logprob
 from tests.interpreter import gpu_or_cpu, needs_triton
 
@@ -39,21 +41,23 @@ class Bug(NamedTuple):
     check: Callable[[ModuleType], None] = verify
 
 
+def exercises(module: ModuleType) -> list[Bug]:
+    """Those of one kernel file that kernels/exercise.py hands out."""
+    kernel = module.__name__.split(".")[1]
+    return [Bug(b.name, b.old, b.new) for b in answers.BUGS if b.kernel == kernel]
+
+
 INT64 = ".to(tl.int64) * "
 SWAPPED = "SCALE, seen, q, head, H)\n    r"
 FAR = test_flash_attention.check_offsets_do_not_wrap
 FAR_CACHE = test_flash_decoding.check_offsets_do_not_wrap
 ALWAYS = "alive[:, None], vocab[:, None] > -1"
 ATTENTION = [
-    Bug("gradient's row sum per tile", "p * (dp - delta)", "p * (dp - tl.sum(p * dp, 1)[:, None])"),
+    *exercises(flash_attention),
     Bug("maximum starts at 0", "tl.full((BLOCK_Q,), -1e30, ACC)", "tl.zeros((BLOCK_Q,), ACC)"),
     Bug("diagonal tile unmasked", "    elif DIAGONAL:\n", "    elif False:\n"),
-    Bug("mask off by one", "s = tl.where(k <= q, s,", "s = tl.where(k < q, s,"),
     Bug("keys read with the values' stride", "(k_ptr, k_rows, k_t,", "(k_ptr, k_rows, v_t,"),
-    Bug("no scale in the backward", "dq * SCALE", "dq"),
-    Bug("output not rescaled", "acc * shrink[:, None]", "acc"),
     Bug("length ignored", "length = tl.minimum(tl.load(lengths + b), T)", "length = T"),
-    Bug("window's gradient cut short", "QUERY(k_start + BLOCK_K - 1) + 1", "QUERY(k_start)"),
     Bug("no derivative of the score", "    if DERIVATIVE is not None:\n", "    if False:\n"),
     Bug("derivative gets q and k exchanged", "SCALE, q, seen, head, H)\n    r", SWAPPED),
     Bug("derivative of head 0", "SCALE, q, seen, head, H)\n    r", "SCALE, q, seen, 0, H)\n    r"),
@@ -78,17 +82,15 @@ ATTENTION = [
     ),
 ]
 LOGPROB = [
+    *exercises(linear_logprob),
     Bug("maximum starts at 0", "tl.full((BLOCK_N,), LOWEST, ACC)", "tl.zeros((BLOCK_N,), ACC)"),
-    Bug("last tile unmasked", "z = tl.where(vocab[None, :] < V, z, LOWEST)", "z = z + 0.0"),
     Bug(
         "target off by one",
         "sum(tl.where(vocab[None, :] == y",
         "sum(tl.where(vocab[None, :] == 1 + y",
     ),
-    Bug("no temperature in the backward", "dz * inverse_temperature", "dz"),
     Bug("upstream gradient taken as contiguous", "tokens.to(tl.int64) * g_n", "tokens"),
     Bug("entropy's gradient without the entropy", "logp * LN2 + entropy[:, None]", "logp * LN2"),
-    Bug("weighted sum not shifted", "tl.exp2(a) * (t + a * s)", "tl.exp2(a) * t"),
     Bug("target 0 ignored", "asked = y >= 0\n    z", "asked = y > 0\n    z"),
     Bug("weight rows read past the last", "alive[:, None], vocab[:, None] < V", ALWAYS),
     Bug("float32 products in tf32", 'precision="ieee"', 'precision="tf32"'),
@@ -131,13 +133,10 @@ LOGPROB = [
     ),
 ]
 DECODING = [
+    *exercises(flash_decoding),
     Bug("maximum starts at 0", "m = tl.full((1,), -1e30, ACC)", "m = tl.zeros((1,), ACC)"),
     Bug("last tile unmasked", "visible = rows < end", "visible = rows > -1"),
     Bug("reads past the length", "(rows[:, None] < end) & (d", "(rows[:, None] < S) & (d"),
-    Bug("mask off by one", "minimum(begin + keys, length)", "minimum(begin + keys, length - 1)"),
-    Bug("values read with the keys' stride", "v_ptr + offsets * v_s", "v_ptr + offsets * k_s"),
-    Bug("no scale", ", 1) * SCALE", ", 1)"),
-    Bug("splits not reweighted", "weight = tl.exp2(m - tl.max(m, 0))", "weight = tl.exp2(m * 0.0)"),
     Bug("number of heads off by one", "length - 1), h, H)", "length - 1), h, H + 1)"),
     Bug("query off by one", "SCORE(s, length - 1,", "SCORE(s, length,"),
     Bug("hidden pairs reach the score", "tl.where(visible, rows, length - 1)", "rows"),
