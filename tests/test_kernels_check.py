@@ -109,7 +109,7 @@ import sys, torch
 sys.argv[1:] = ["--impl", "torch", "--case", "2"]
 from kernels import check, flash_decoding as fd
 fd.IMPLS["torch"] = lambda *args: fd.reference(*args) * 1.1
-check.main(fd.IMPLS, fd.verify, fd.CASES)
+check.main(fd.IMPLS, fd.verify, fd.CASES, watch=str)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and "Traceback" not in run.stderr
