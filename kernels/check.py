@@ -132,7 +132,7 @@ def first_cause(error: BaseException) -> str:
     error = root(error)
     if isinstance(error, Mismatch):
         return str(error)
-    text = f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {str(error)[:300]}"  # some have whole tensors in it
     for place in own(traceback.extract_tb(error.__traceback__))[-1:]:
         text += f"\n  {Path(place.filename).name}:{place.lineno} {place.name}: {place.line}"
     return text

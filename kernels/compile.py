@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
                 numbers = " ".join(f"{x:9}" for x in r[2:-1])
                 print(f"{r.configuration:62} {r.target:6} {numbers} {r.problem}")
                 bad += bool(r.problem)
-    print(f"{bad} configurations must not ship" if bad else "every configuration can ship")
+    print(f"must not ship: {bad}" if bad else "every configuration can ship")
     return 1 if bad else 0
 
 

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         print(found or f"Exercise {args.number} is solved: {path} passes its check.")
         return int(bool(found))
     print(f"Exercise {args.number}, {task.operation}: {task.title}.\n\n{found}\n")
-    print(f"The file to mend: {path}")
+    print(f"The file to {'fill in' if isinstance(task, Puzzle) else 'mend'}: {path}")
     for word, what in (("check", "after your change"), ("hint", ""), ("solve", "")):
         print(f"    {command(args)} --{word:5}  {what}".rstrip())
     return 0

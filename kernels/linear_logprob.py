@@ -664,6 +664,9 @@ def _check_case(impl: str, dtype: torch.dtype, device: str, case: tuple) -> floa
     inputs = [x.detach().requires_grad_() for x in (hidden, weight)]
     with check.guarded() as seen:
         out = logprobs(*inputs, targets, temperature=temperature, impl=impl)
+        if [tuple(x.shape) for x in out] != [tuple(targets.shape)] * 2:
+            found = [tuple(x.shape) for x in out][:3]
+            raise check.Mismatch(f"expected log-probs and entropies, (N,) each; found {found}")
         torch.autograd.backward(out[chosen], [g.to(out[0].dtype) for g in grads[chosen]])
     exact = [x.detach().double().nan_to_num().requires_grad_() for x in (hidden, weight)]
     expected = reference(*exact, targets, temperature)

@@ -16,8 +16,8 @@ forward, the backward and the decoding kernel; the torch implementations call th
 
 q and k are indices that count from the row's first token. first_key and last_query bound the
 kernels' loops, so they must not decrease. Every query must see a key: itself, for example. `score`
-and `derivative` never meet a hidden pair: k is at most q and at least first_key(q), so q - k may be
-divided by or stand under a root. What each function may use:
+and `derivative` never meet a hidden pair: k is at most q and at least first_key(q), so q - k is
+never negative, and 0 on the diagonal. What each function may use:
 
     first_key, last_query   operators only (+ - * // and comparisons): they also get plain integers
     score                   operators only, or tl functions (tl.exp2) with a torch_score beside it;
@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.runtime import jit, tl
+from kernels.runtime import jit, tl, triton
 
 
 class ScoreMod(NamedTuple):
@@ -75,13 +75,13 @@ class ScoreMod(NamedTuple):
                 seen = torch.maximum(seen, plain(self.first_key)(q))
             try:
                 s = (self.torch_score or plain(self.score))(s, q, seen, head, s.shape[1])
-            except Exception as error:
+            except Exception:
                 if self.torch_score is not None:
                     raise
                 name = plain(self.score).__name__
                 raise ValueError(
                     f"score {name!r} does not take torch tensors; give torch_score beside it"
-                ) from error
+                ) from None
         return s.masked_fill(~self.torch_visible(q, k), float("-inf"))
 
 
@@ -240,7 +240,12 @@ def check_fields(name: str, tokens: int = 1024) -> None:
     """Raise AssertionError unless the fields of a mod agree, over all pairs of so many tokens, or
     of twice its window: bounds do not decrease, last_query is the inverse of first_key, every query
     sees a key, and no score of a visible pair is NaN."""
-    mod, n = find(name), min(max(tokens, 2 * reach(name)), 2**20)
+    mod = find(name)
+    for field in ("first_key", "last_query", "score", "derivative"):
+        function = getattr(mod, field)
+        bare = triton is not None and function is not None and not hasattr(function, "fn")
+        assert not bare, f"{name}: {field} is no Triton function; put @jit above it"
+    n = min(max(tokens, 2 * reach(name)), 2**20)
     i = torch.arange(n)
     first = i * 0 if mod.first_key is None else plain(mod.first_key)(i).clamp_min(0)
     last = i * 0 + n - 1 if mod.last_query is None else plain(mod.last_query)(i).clamp_max(n - 1)
@@ -253,7 +258,8 @@ def check_fields(name: str, tokens: int = 1024) -> None:
             f"{name}: last_query({k}) is {int(last[k])}, but by first_key it is {int(exact[k])}"
         )
     scores = mod.torch_scores(torch.zeros(1, 2, 128, 128), i[:128, None], i[:128])
-    assert not scores.isnan().any(), f"{name}: the score of a visible pair is NaN"
+    for head, q, k in scores.isnan()[0].nonzero()[:1].tolist():
+        raise AssertionError(f"{name}: the score of query {q} and key {k}, head {head}, is NaN")
     blind[:128] |= (scores == float("-inf")).all(-1).any(1)[0]
     for q in blind.nonzero()[:1, 0].tolist():
         raise AssertionError(f"{name}: query {q} sees no key; let it see itself, for example")

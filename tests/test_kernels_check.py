@@ -224,3 +224,15 @@ def test_changed_variables_come_back() -> None:
         assert variables == {"a": 3, "b": 2}
         raise KeyError
     assert variables == {"a": 1, "b": 2}
+
+
+@needs_triton
+def test_a_mod_without_jit_is_named(monkeypatch) -> None:
+    """The interpreter would run it; a GPU's compiler would not."""
+
+    def score(s, q, k, head, num_heads):
+        return s
+
+    monkeypatch.setitem(score_mods.SCORE_MODS, "bare", score_mods.ScoreMod(score=score))
+    with pytest.raises(AssertionError, match="bare: score is no Triton function; put @jit above"):
+        score_mods.check_fields("bare")

@@ -3,9 +3,9 @@ puzzle by its `cases`.
 
     TRITON_INTERPRET=1 python -m kernels.exercises.judge out/exercise_07/flash_attention.py [CASE]
 
-Prints what is wrong: the first failing case whole, then which others fail. The exit code is 0 if
-nothing is, else 1. kernels/exercise.py runs this as a process of its own: a wrong kernel may not
-end, or may end its process.
+Prints what is wrong: of the failing cases the one whose map says most, then which fail. The exit
+code is 0 if nothing is, else 1. kernels/exercise.py runs this as a process of its own: a wrong
+kernel may not end, or may end its process.
 """
 
 from __future__ import annotations
@@ -49,16 +49,19 @@ def judge_kernel(module: ModuleType, only: int | None) -> str:
     if only is not None and only not in range(len(module.CASES)):
         return f"there is no case {only}; the file has 0 to {len(module.CASES) - 1}"
     for dtype in (torch.float32, torch.float16):
-        failed, first = [], ""
+        failed, texts = [], []
         for number in numbers:
             try:
                 module.verify("triton", dtype, "cpu", number)
             except Exception as error:
                 failed.append(number)
-                first = first or first_cause(error).rsplit("\n", 1)[0]  # without "1 of 1 cases"
+                texts.append(first_cause(error).rsplit("\n", 1)[0])  # without "1 of 1 cases"
         if failed:
             which = ", ".join(map(str, failed))
-            return f"{first}\n{str(dtype)[6:]}: {len(failed)} of {len(numbers)} cases fail: {which}"
+            told = max(
+                texts, key=lambda text: min(text.count("#"), text.count("."))
+            )  # a telling map
+            return f"{told}\n{str(dtype)[6:]}: {len(failed)} of {len(numbers)} cases fail: {which}"
     return ""
 
 
