@@ -10,8 +10,9 @@ The file lies in out/exercise_07 (or in --out); edit only it. Exercises 1 to 12 
 kernel file with one wrong line, which you find by reading: the docstring has the mathematics, the
 map shows which tiles are wrong. 13 to 18 are short kernels with `...` for one or two lines; the
 docstring has the formula. Results are checked against float64, in Triton's interpreter, in a
-process of its own, for at most TIME_LIMIT seconds. Any right solution passes. What you had better
-not look at yet: the file of the same name in kernels/, and kernels/exercises/answers.py.
+process of its own, for at most TIME_LIMIT seconds. Any right solution passes that visits no tile in
+vain. What you had better not look at yet: the file of the same name in kernels/, and
+kernels/exercises/answers.py.
 """
 
 from __future__ import annotations
@@ -99,12 +100,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.hint:
         print(task.hint)
         if isinstance(task, Bug):
-            print(wrong(task, path, text, task.case) or "This case is right in your file.")
+            print(
+                wrong(task, path, text, task.case)
+                or f"Case {task.case} is right now; --check for the others."
+            )
         return 0
 
     found = wrong(task, path, text, args.case)
     if args.check:
-        print(found or f"Exercise {args.number} is solved: {path} passes its check.")
+        solved = f"Exercise {args.number} is solved: {path} passes its check."
+        one = f"Case {args.case} is right; without --case all are checked."
+        print(found or (solved if args.case is None else one))
         return int(bool(found))
     print(f"Exercise {args.number}, {task.operation}: {task.title}.\n\n{found}\n")
     print(f"The file to {'fill in' if isinstance(task, Puzzle) else 'mend'}: {path}")

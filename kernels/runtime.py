@@ -182,14 +182,14 @@ def names(impl: str) -> dict[str, str]:
     if "=" not in impl:
         return dict.fromkeys(OPERATIONS, impl)
     chosen = dict.fromkeys(OPERATIONS, "auto")
-    for part in impl.split(","):
-        operation, _, name = part.partition("=")
+    parts = [part.partition("=") for part in impl.split(",")]
+    for operation, _, name in parts:
         if operation not in OPERATIONS:
             raise ValueError(
                 f"impl {impl!r} has an unknown operation {operation!r}; choose from "
                 f"{', '.join(OPERATIONS)}, as in attention=triton,logprobs=torch"
             )
-        if f"{operation}=" in impl.replace(part, "", 1):
+        if [each for each, *_ in parts].count(operation) > 1:
             raise ValueError(f"impl {impl!r} names {operation} twice; give one")
         chosen[operation] = name
     return chosen

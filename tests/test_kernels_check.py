@@ -33,7 +33,8 @@ def test_a_mismatch_says_where_and_what() -> None:
         compare("dk", actual, expected, 1e-3)
     assert str(error.value) == (
         "dk: error 2.0e+00 is above 1.0e-03 at [1, 2, 44, 5]: expected 1, found -1; 10 of 6,720 "
-        "entries are wrong. A character is 16 x 16 entries, # if one of them is wrong:\n"
+        "entries are wrong. A character is 16 x 16 entries, the last index downwards, # if one of "
+        "them is wrong:\n"
         "  [1, 2]   ..##."
     )
 

@@ -167,3 +167,14 @@ for file in kernels.OPERATIONS.values():
     assert f"kernels.{file}" not in sys.modules, file
 """
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+def test_what_a_run_prints_can_be_given_back() -> None:
+    """One operation's name ends with another's."""
+    from kernels.runtime import implementation, resolve
+
+    shown = resolve("auto", "cpu")
+    both = "attention=torch,decode_attention=torch"
+    assert implementation(shown) == shown and implementation(both) == both
+    with pytest.raises(argparse.ArgumentTypeError, match="names attention twice"):
+        implementation("attention=torch,decode_attention=torch,attention=torch")

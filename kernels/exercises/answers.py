@@ -161,7 +161,7 @@ BUGS = (
         "gradient's row sum per tile",
         "p * (dp - delta)",
         "p * (dp - tl.sum(p * dp, 1)[:, None])",
-        "gradients are right for rows that fit into one tile",
+        "dv is right, dq in the first tile of keys alone, dk nowhere",
         "delta in _d_scores is a sum over the whole row of scores; over what does it run here?",
         5,
     ),
