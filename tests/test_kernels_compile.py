@@ -61,8 +61,9 @@ import torch
 from kernels import compile as c, flash_attention as fa, linear_logprob as ll
 fa.TILES["sm_90", 2, 64] = {attention}
 ll.TILES["sm_90", 2] = {logprobs}
-for case in [("attention D=64 bf16 causal", c._attention, (torch.bfloat16, 64, "causal")),
-             ("logprobs C=768 bf16", c._logprobs, (torch.bfloat16, 768))]:
+bf16, attention, logprobs = torch.bfloat16, fa.IMPLS["triton"], ll.IMPLS["triton"]
+for case in [("attention D=64 bf16 causal", c._attention, (attention, bf16, 64, "causal")),
+             ("logprobs C=768 bf16", c._logprobs, (logprobs, bf16, 768))]:
     if case[0].startswith("{kernel}"):
         for report in c._compile_case(case, "sm_90"):
             print(report.configuration, "->", report.problem)
