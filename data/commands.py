@@ -11,20 +11,23 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from data import outputs
 from data.files import BadInput
 
 
-def _on_uncaught(kind: type, error: BaseException, trace: Any) -> None:
-    if kind is KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def _quiet_imports() -> None:
+    """Let Ctrl-C end a script of this project without a word until `run_command` has begun: it
+    imports torch for seconds, and some libraries make other errors of a KeyboardInterrupt."""
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "-").resolve()
+    ours = script.is_relative_to(Path(__file__).resolve().parents[1]) and script.suffix == ".py"
+    ours = ours and "site-packages" not in script.parts
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-sys.excepthook = _on_uncaught  # also while a script imports torch: it imports this file before
+with suppress(ValueError):  # not in the main thread
+    _quiet_imports()  # scripts import this file before torch, see pyproject.toml
 
 
 def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size") -> int:
@@ -42,6 +45,9 @@ def run_command(main: Callable[[], int | None], memory_flag: str = "--batch_size
             bad = "replace" if name == "stdin" else "backslashreplace"
             with suppress(io.UnsupportedOperation):  # of stdin that was read before
                 getattr(sys, name).reconfigure(errors=bad)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     leave = {n: lambda n, _: sys.exit(128 + n) for n in (signal.SIGTERM, signal.SIGHUP)}
     with suppress(ValueError):  # not in the main thread
         for number in leave:

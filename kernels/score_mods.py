@@ -241,10 +241,6 @@ def check_fields(name: str, tokens: int = 1024) -> None:
     of twice its window: bounds do not decrease, last_query is the inverse of first_key, every query
     sees a key, and no score of a visible pair is NaN."""
     mod = find(name)
-    for field in ("first_key", "last_query", "score", "derivative"):
-        function = getattr(mod, field)
-        bare = triton is not None and function is not None and not hasattr(function, "fn")
-        assert not bare, f"{name}: {field} is no Triton function; put @jit above it"
     n = min(max(tokens, 2 * reach(name)), 2**20)
     i = torch.arange(n)
     first = i * 0 if mod.first_key is None else plain(mod.first_key)(i).clamp_min(0)
@@ -263,3 +259,7 @@ def check_fields(name: str, tokens: int = 1024) -> None:
     blind[:128] |= (scores == float("-inf")).all(-1).any(1)[0]
     for q in blind.nonzero()[:1, 0].tolist():
         raise AssertionError(f"{name}: query {q} sees no key; let it see itself, for example")
+    for field in ("first_key", "last_query", "score", "derivative"):
+        function = getattr(mod, field)
+        bare = triton is not None and function is not None and not hasattr(function, "fn")
+        assert not bare, f"{name}: {field} is no Triton function; put @jit above it"

@@ -271,7 +271,7 @@ def _forward_and_back(q):
         (ScoreMod(score=_strictly, torch_score=_strictly), "odd: query 0 sees no key"),
         (ScoreMod(first_key=_next), "odd: query 0 sees no key"),
         (ScoreMod(first_key=_forward_and_back), "odd: first_key decreases"),
-        (ScoreMod(score=_minus_infinity), "odd: the score of a visible pair is NaN"),
+        (ScoreMod(score=_minus_infinity), "odd: the score of query 0 and key 0, head 0, is NaN"),
     ],
 )
 def test_a_mod_that_is_no_attention_is_caught(mod, message, monkeypatch):
