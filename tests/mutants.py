@@ -65,6 +65,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "begin = tl.maximum(begin, "
         "tl.maximum(FIRST_KEY(length - 1), (0 - 1)) // BLOCK_K * BLOCK_K)",
     ): "begin is at least 0",
+    (
+        "_first",
+        "begin = tl.maximum(FIRST_KEY(q_start), (0 - 1)) // BLOCK_K * BLOCK_K",
+    ): "-1 // BLOCK_K is 0: Triton's division truncates",
     ("combine_kernel", "s = tl.zeros((BLOCK_N,), tl.float16)"): ZERO,
     ("d_logits_kernel", "dz = tl.zeros((BLOCK_N, BLOCK_V), tl.float16)"): ZERO,
     (
