@@ -51,12 +51,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pool", choices=tuple(POOL_WEIGHTS), default="training", help="simulated labelers")
     add("--noise_of", metavar="FILE", help="comparisons.jsonl whose labelers' noise these have too")
     add("--labelers", type=int, default=1, help="how many of them rank each prompt, a record each")
-    add(
-        "--off_topic",
-        type=whole,
-        default=0,
-        help="responses of a prompt to take from other prompts",
-    )
+    add("--off_topic", type=whole, default=0, help="responses to take from other prompts")
     add("--seed", type=whole, default=0, help="of all random draws")
     add("--interactive", action=argparse.BooleanOptionalAction, default=False, help="you rank")
     add("--labeler", default="person", help="your name in the comparisons")

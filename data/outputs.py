@@ -66,7 +66,7 @@ KINDS = {
     "tiny world": Kind((), "world.json", r'\{\s*"seed": ', (*DATA, "world.json", "card.md"), DATA),
     "data set": Kind((), "account.txt", "", (*DATA, "account.txt"), ("model.safetensors",)),
 }
-SELECTION = {"config.json", "model.safetensors", "tokenizer.json", "selection.csv", "SHA256SUMS"}
+SELECTION = {*MODEL, "selection.csv", "SHA256SUMS"}
 
 _held: dict[Path, tuple[int, list[Path]]] = {}  # this process's locks: file, folders made for it
 

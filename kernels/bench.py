@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.check import TOLERANCE, compare, verify_all  # noqa: F401 (they belong together)
 from kernels.runtime import triton
 
 # GPU -> operations a second of dense 16-bit matrix products and bytes a second of memory copies,

@@ -615,3 +615,28 @@ def test_sigterm_ends_a_command_and_what_it_started(paths, tmp_path: Path) -> No
     process.send_signal(signal.SIGTERM)
     process.stdout.read()  # until no process has it open
     assert process.wait() == 143 and not list(tmp_path.rglob(".f.lock"))
+
+
+def test_an_unfinished_run_is_not_selected_from(paths, tmp_path, capsys) -> None:
+    """Its last epochs are still to come."""
+    run = Path(shutil.copytree(paths["run"], tmp_path / "sft"))
+    (run / "model.safetensors").unlink()
+    more = ("--run", run, "--out", tmp_path / "out")
+    assert call("evaluate select", paths, *more) == 2
+    assert f"{run}: has no result yet" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+HUGE = {
+    "train_sft": "--warmup_steps=1" + 400 * "0",
+    "train_ppo": f"--rollout_size=1{31 * '0'} --ptx_ratio=1e300 --missing_eos_score=1e39",
+    "evaluate measure": f"--num_items=1{31 * '0'}",
+}
+
+
+@pytest.mark.parametrize("command", HUGE)
+def test_numbers_beyond_the_machine_are_named(command, paths, tmp_path, capsys) -> None:
+    for flag in HUGE[command].split():
+        assert call(command, paths, "--out", tmp_path / "out", flag) == 2
+        said = capsys.readouterr().err
+        assert flag.split("=")[0] in said and said.count("\n") == 1
